@@ -1,0 +1,13 @@
+"""What a user can cause: each message says what was expected, what came, where, and what to do."""
+
+
+class SplitError(ValueError):
+    """A model, a number of parts or a domain that cannot be split as asked."""
+
+
+class MergeError(ValueError):
+    """Parts that cannot be merged: missing, damaged, or not of one split."""
+
+
+class WidthError(Exception):
+    """Two axes that the algebra cannot make equal; the planner adds the node and raises SplitError."""

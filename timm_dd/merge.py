@@ -1,0 +1,100 @@
+"""Prolongation: K parts become the model itself, each part's weights in its own blocks, zero between them.
+
+`merge_tensor` makes one global tensor of its K parts, (2.11)–(2.14) and (2.22); everything else is a loop over it.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from . import files, models
+from .errors import MergeError
+from .plan import Plan, TensorPlan
+from .split import Parts, plan_model
+
+HEADS = ("sum", "mean")
+
+
+def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | None = None) -> nn.Module:
+    """The global model with the parts' weights, ready to train or to save.
+
+    Args:
+        parts: from `split`, or the folder that `Parts.save` wrote.
+        head: ``sum`` the parts' logits, (2.16); ``mean`` for regression, (2.22).
+        model: the module that was split, where parts on disk come from one.
+
+    Raises:
+        MergeError: a part is missing, damaged, not finite, or of another split.
+    """
+    check_head(head)
+    if isinstance(parts, Parts):
+        plan, states = parts.plan, [part.state_dict() for part in parts]
+        read: Callable[[int, str], torch.Tensor] = lambda k, name: states[k][name]  # noqa: E731
+        model = parts.origin if model is None else model
+        files.check_states(plan, states)
+    else:
+        plan = files.load_plan(parts)
+        states = [files.load_part(parts, plan, k) for k in range(plan.parts)]
+        read = lambda k, name: states[k][name]  # noqa: E731
+    merged = models.create(plan.model, **plan.model_args) if plan.model is not None else copy.deepcopy(plan_model(plan, model))
+    keys = merged.state_dict().keys()
+    state = dict(merge_tensors(plan, keys, read, head))
+    first = next(t for t in state.values() if t.is_floating_point())
+    merged = merged.to(first.dtype)
+    merged.load_state_dict(state)
+    return merged
+
+
+def merge_files(folder: str | Path, output: str | Path, *, head: str = "sum", model: nn.Module | None = None) -> None:
+    """Merge parts on disk into ``model.safetensors`` and timm's ``config.json``, one tensor in memory at a time.
+
+    Raises:
+        MergeError: as `merge`; the output folder is left as it was.
+    """
+    check_head(head)
+    plan = files.load_plan(folder)
+    with files.open_parts(folder, plan) as read:
+        empty = plan_model(plan, model)
+        specs = {name: (t.shape, read(0, name).dtype) for name, t in plan.tensors.items() if name in empty.state_dict()}
+        files.save_composed(output, empty, plan, specs, merge_tensors(plan, specs, read, head))
+
+
+def check_head(head: str) -> None:
+    if head not in HEADS:
+        raise MergeError(f"head is 'sum' (classification) or 'mean' (regression), got {head!r}")
+
+
+def merge_tensors(plan: Plan, names, read: Callable[[int, str], torch.Tensor], head: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The global tensors, one after another; ``read(k, name)`` gives part k's."""
+    for name in names:
+        t = plan.tensors[name]
+        tensor = merge_tensor(t, [read(k, name) for k in range(plan.parts)], plan.parts)
+        if head == "mean" and name in plan.head:
+            tensor = tensor / plan.parts
+        yield name, tensor
+
+
+def merge_tensor(t: TensorPlan, blocks: Sequence[torch.Tensor], parts: int) -> torch.Tensor:
+    """One global tensor: the blocks in their places, or their sum, or their mean."""
+    if t.reduce == "place":
+        out = blocks[0].new_zeros(t.shape)
+        for k, block in enumerate(blocks):
+            out[_mesh(t, k, parts)] = block
+        return out
+    if not blocks[0].is_floating_point():
+        return torch.stack(list(blocks)).amax(0)  # a count of batches
+    if t.reduce == "mean" and all(torch.equal(blocks[0], b) for b in blocks[1:]):
+        return blocks[0].clone()
+    total = torch.stack([b.double() for b in blocks]).sum(0)
+    return (total / parts if t.reduce == "mean" else total).to(blocks[0].dtype)
+
+
+def _mesh(t: TensorPlan, k: int, parts: int) -> tuple:
+    """An index of part k's block, open as in ``numpy.ix_``."""
+    index = [torch.arange(n) if ix is None else ix for n, ix in zip(t.shape, t.index(k, parts))]
+    return torch.meshgrid(*index, indexing="ij") if len(index) > 1 else tuple(index)

@@ -1,0 +1,450 @@
+"""The plan: what each part is, as plain data.
+
+`make_plan` runs the rules over a traced graph and returns a `Plan`: frozen, printable, JSON, no tensor in it. It
+says for every parameter which of its elements part k owns and how merge makes the K of them one, which numbers
+of the graph are others in a part, and where the merged network is not exactly the sum of its parts. `split` and
+`merge` carry it out and know no operation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Sequence
+
+import torch
+from torch import fx
+
+from .domain import Domain
+from .errors import SplitError, WidthError
+from .rules.laws import COPY, Kind, Relation
+from .rules.registry import RULES, Edit, Op, Param, Value, bind, module_rule
+from .sizes import Sizes
+from .trace import module_path, shape_of
+from .widths import Axis, FrozenAxis, Width, freeze, make_whole, unify
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One parameter or buffer.
+
+    Attributes:
+        shape: in the global model.
+        axes: one for each dim; None for a dim that every part has whole.
+        reduce: how merge makes the parts' tensors one: ``place`` each into its block, (2.11)–(2.14), ``sum`` or ``mean``.
+        scale: factor of a freshly initialised slice in part k, see `fresh_scale`; 1 where empty.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[FrozenAxis | None, ...]
+    reduce: str
+    scale: tuple[float, ...] = ()
+
+    def index(self, k: int, parts: int) -> tuple[torch.Tensor | None, ...]:
+        """Part k's indices along each dim, None where it has all of them."""
+        return tuple(None if a is None else a.index(k, parts) for a in self.axes)
+
+    def part_shape(self, k: int, parts: int) -> tuple[int, ...]:
+        return tuple(n if a is None else a.part_size(k, parts) for n, a in zip(self.shape, self.axes))
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """A number of the graph or of a module's attribute, with its K values."""
+
+    node: str
+    module: str | None
+    where: tuple
+    values: tuple
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A row of the printed plan: an operation with parameters, or one that is approximate."""
+
+    path: str
+    operation: str
+    shape: tuple[int, ...]
+    part_shapes: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is split into `parts`; see the module.
+
+    Attributes:
+        model, model_args: timm's name and arguments; None and {} for a module of one's own.
+        input_size: (C, *size) of the whole image.
+        constants: as `tensors`, for what the model computes and keeps out of its state dict (a fixed filter).
+        head: parameters whose scaling scales the logits, for ``merge(head="mean")`` (2.22).
+        approximations: (node, module path, reason); empty means that with every part seeing the whole image
+            F(x) = Σ F_k(x) to rounding, (2.16).
+    """
+
+    model: str | None
+    model_args: dict
+    parts: int
+    input_size: tuple[int, ...]
+    domain: Domain
+    tensors: dict[str, TensorPlan]
+    constants: dict[str, TensorPlan]
+    edits: tuple[EditPlan, ...]
+    head: tuple[str, ...]
+    approximations: tuple[tuple[str, str, str], ...]
+    layers: tuple[Layer, ...] = field(default=())
+
+    @property
+    def exact(self) -> bool:
+        """Whether the merged model is the sum of its parts, every part seeing the whole image, in eval mode."""
+        return not self.approximations
+
+    def params(self, k: int | None = None) -> int:
+        """Elements of all tensors of part `k`, or of the global model."""
+        shapes = (t.shape if k is None else t.part_shape(k, self.parts) for t in self.tensors.values())
+        return sum(map(math.prod, shapes))
+
+    def boxes(self):
+        return self.domain.boxes(self.input_size[1:])
+
+    def to_json(self) -> dict:
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "model_args": self.model_args,
+            "parts": self.parts,
+            "input_size": list(self.input_size),
+            "domain": self.domain.to_json(),
+            "exact": self.exact,
+            "approximations": [list(a) for a in self.approximations],
+            "head": list(self.head),
+            "tensors": {name: _tensor_to_json(t) for name, t in self.tensors.items()},
+            "constants": {name: _tensor_to_json(t) for name, t in self.constants.items()},
+            "edits": [[e.node, e.module, list(e.where), list(e.values)] for e in self.edits],
+            "layers": [[r.path, r.operation, list(r.shape), [list(s) for s in r.part_shapes]] for r in self.layers],
+        }
+
+    @classmethod
+    def from_json(cls, d: dict) -> Plan:
+        return cls(
+            model=d["model"],
+            model_args=d["model_args"],
+            parts=int(d["parts"]),
+            input_size=tuple(d["input_size"]),
+            domain=Domain.from_json(d["domain"]),
+            tensors={name: _tensor_from_json(t) for name, t in d["tensors"].items()},
+            constants={name: _tensor_from_json(t) for name, t in d["constants"].items()},
+            edits=tuple(EditPlan(n, m, tuple(w), tuple(v)) for n, m, w, v in d["edits"]),
+            head=tuple(d["head"]),
+            approximations=tuple(tuple(a) for a in d["approximations"]),
+            layers=tuple(Layer(p, o, tuple(s), tuple(map(tuple, k))) for p, o, s, k in d["layers"]),
+        )
+
+    def digest(self) -> str:
+        """A fingerprint of the plan, for the files of its parts."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        rows = [("layer", "operation", "global", "part" if self._alike() else "part 0"), *map(_row, self.layers)]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+        boxes = ", ".join(map(str, dict.fromkeys("×".join(map(str, b.extent)) for b in self.boxes())))
+        largest = max(self.params(k) for k in range(self.parts))
+        size = "×".join(map(str, self.input_size[1:]))
+        head = f"{self.model or 'module'} in {self.parts} parts; {self.domain}: {boxes} of {size} pixels"
+        verdict = ["exact: the merged model is the sum of its parts"] if self.exact else ["approximate:"]
+        verdict += [f"  {path or node}: {reason}" for node, path, reason in self.approximations]
+        total = f"{self.params():,} numbers in the model, {largest:,} in a part, {self.params() / largest:.1f} to 1"
+        return "\n".join([head, "", *lines, "", total, *verdict])
+
+    def _alike(self) -> bool:
+        return all(len(set(r.part_shapes)) == 1 for r in self.layers)
+
+
+def _row(layer: Layer) -> tuple[str, str, str, str]:
+    return layer.path, layer.operation, *("×".join(map(str, s)) for s in (layer.shape, layer.part_shapes[0]))
+
+
+def _tensor_to_json(t: TensorPlan) -> dict:
+    d: dict[str, Any] = {"shape": list(t.shape), "axes": [a and a.to_json() for a in t.axes], "reduce": t.reduce}
+    return {**d, "scale": list(t.scale)} if t.scale else d
+
+
+def _tensor_from_json(d: dict) -> TensorPlan:
+    axes = tuple(a and FrozenAxis.from_json(a) for a in d["axes"])
+    return TensorPlan(tuple(d["shape"]), axes, d["reduce"], tuple(d.get("scale", ())))
+
+
+def make_plan(
+    gm: fx.GraphModule,
+    parts: int,
+    domain: Domain,
+    input_size: Sequence[int],
+    model: str | None = None,
+    model_args: dict | None = None,
+) -> Plan:
+    """Plan the split of a traced `skeleton`.
+
+    Args:
+        gm: from `trace.trace`.
+        input_size: the whole image, (C, *size).
+
+    Raises:
+        SplitError: an operation without a rule, a layer narrower than `parts`, a box on which the network does not run.
+    """
+    planner = Planner(gm, parts, domain, input_size)
+    planner.read()
+    narrow = planner.narrowest()
+    if narrow.size < parts:
+        raise SplitError(
+            f"{narrow.origin} has {narrow.size} channels to cut, fewer than {parts} parts; "
+            f"the largest K that works here is {_largest(gm, parts, domain, input_size)}"
+        )
+    return planner.plan(model, model_args or {})
+
+
+def _largest(gm, parts: int, domain: Domain, input_size) -> int:
+    """The largest K below `parts` for which every Width is wide enough. How Widths arise changes with K only at the
+    numbers of groups that `Op.grouped` met, so one reading serves all K between two of those."""
+    while parts > 1:
+        planner = Planner(gm, parts, Domain.full(parts), input_size)
+        planner.read()
+        size, below = planner.narrowest().size, max((t for t in planner.thresholds if t < parts), default=1)
+        if size > below:
+            return min(size, parts)
+        parts = below
+    return 1
+
+
+def fresh_scale(fan_in: float, fan_out: float) -> float:
+    """Factor on a slice of a fresh weight whose fans are `fan_in` and `fan_out` times smaller in the part.
+
+    A layer whose fans both shrink K times keeps the variance of its outputs and of its gradients with weights of K
+    times the variance. The first layer (2.11) and the last (2.14) have one fan of full size and cannot keep both:
+    with s times the variance in each, features get s, the gradients of features s, the logits s²/K. s = K^(1/3)
+    makes the largest of the three deviations smallest, K^(1/3): below 2 up to K = 7.
+    """
+    small, large = sorted((fan_in, fan_out))
+    return math.sqrt(small ** (2 / 3) * large ** (1 / 3))
+
+
+class Planner:
+    """One reading of the graph: `read` unifies axes node by node, `plan` cuts them and evaluates the laws."""
+
+    def __init__(self, gm: fx.GraphModule, parts: int, domain: Domain, input_size: Sequence[int]):
+        self.gm, self.parts, self.domain, self.input_size = gm, parts, domain, tuple(input_size)
+        self.sizes = Sizes(gm, input_size, domain.boxes(input_size[1:]))
+        self.tensors = {**dict(gm.named_buffers(remove_duplicate=False)), **dict(gm.named_parameters(remove_duplicate=False))}
+        self.params: dict[str, Param] = {}
+        self.values: list[Value] = []
+        self.edits: list[Edit] = []
+        self.checks: list[tuple[Op, Sequence[Axis]]] = []
+        self.thresholds: set[int] = set()
+        self.outputs: list[Value] = []
+        self.ops: list[tuple[Op, Any]] = []
+        self.summed: set[str] = set()
+        self.approximations: list[tuple[str, str, str]] = []
+        self.current: Value | None = None
+
+    # ---- first pass: axes
+
+    def read(self) -> None:
+        dtype = next((t.dtype for t in self.tensors.values() if t.is_floating_point()), torch.float32)
+        env: dict[fx.Node, Any] = {}
+        for node in self.gm.graph.nodes:
+            module = self.gm.get_submodule(node.target) if node.op == "call_module" else None
+            op = Op(self, node, module, module_path(node), self.sizes.first(node, dtype))
+            try:
+                env[node] = self._value(op, env)
+            except WidthError as e:
+                raise op.refuse(f"cannot be cut into {self.parts} parts: {e}") from e
+            self.sizes.others(node, op.resize, op.where())
+            self._place(env[node], self.sizes.at(node))
+            self.ops.append((op, env[node]))
+
+    def _value(self, op: Op, env: dict) -> Any:
+        node = op.node
+        if node.op == "placeholder":
+            whole = [None, Axis.of(op.out.shape[1]), *[None] * (op.out.ndim - 2)]
+            return op.result(whole, lambda context: COPY)
+        if node.op == "get_attr":
+            return self._attribute(op)
+        if node.op == "output":
+            return self._output(fx.node.map_arg(node.args[0], lambda n: env[n]))
+        if not _tensors(op.out):
+            return op.out  # a size, a dtype, an assertion
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+        if not any(isinstance(v, Value) for v in _flat((args, tuple(kwargs.values())))):
+            return op.result([None] * op.out.ndim, lambda context: COPY)  # made from nothing: arange, zeros
+        found = module_rule(op.module) if op.module is not None else RULES.get(node.target)
+        if found is None:
+            raise SplitError(
+                f"{op.where()} (node {node.name}) has no rule, so nothing is known of its channels; "
+                "leave this operation out of the model, or add a rule in timm_dd/rules"
+            )
+        return bind(found, op, args, kwargs)
+
+    def _attribute(self, op: Op) -> Any:
+        """A parameter in the graph: its axes wait for what they will be unified with."""
+        name = op.node.target
+        if not isinstance(op.out, torch.Tensor):
+            return op.out
+        if name not in self.params:
+            self.params[name] = Param(tuple(Axis.of(Width(n, active=False) if n > 1 else 1) for n in op.out.shape))
+        trained = name in dict(self.gm.named_parameters(remove_duplicate=False))
+        axes = self.params[name].axes
+
+        def law(context):
+            if any(context.is_cut(a) for a in axes):
+                return Relation(Kind.SHARD)
+            return Relation(Kind.OWN, frozenset([name])) if trained else COPY
+
+        return op.result(axes, law)
+
+    def _output(self, out: Any) -> Any:
+        """What leaves the network is whole: every part gives all logits."""
+        self.outputs = [v for v in _flat(out) if isinstance(v, Value)]
+        for v in self.outputs:
+            for axis in filter(None, v.axes):
+                make_whole(axis)
+        return out
+
+    def _place(self, value: Any, at: list) -> None:
+        if isinstance(value, Value):
+            value.at = value.at or at
+        elif isinstance(value, (tuple, list)):
+            for i, v in enumerate(value):
+                self._place(v, [a[i] if isinstance(a, (tuple, list)) else a for a in at])
+
+    def add_param(self, name: str, param: Param) -> None:
+        known = self.params.get(name)
+        if known is None:
+            self.params[name] = param
+            return
+        for a, b in zip(known.axes, param.axes):  # a module that is called twice
+            if a is not None and b is not None:
+                unify(a, b)
+
+    def trained(self, value: Value | None) -> str | None:
+        """The name of a parameter that is read from the graph, None for anything computed or fixed."""
+        if value is None or value.op.node.op != "get_attr":
+            return None
+        name = value.op.node.target
+        return name if isinstance(self.tensors.get(name), torch.nn.Parameter) else None
+
+    def narrowest(self) -> Width:
+        """The smallest Width that will be cut."""
+        axes = [a for v in self.values for a in v.axes] + [a for p in self.params.values() for a in p.axes]
+        free = [w for a in axes if a is not None for w in a.widths() if w.active]
+        return min(free, key=lambda w: w.size, default=Width(self.parts))
+
+    # ---- second pass: cuts and laws (this object is the laws' Context)
+
+    def frozen(self, axis: Axis) -> FrozenAxis:
+        return freeze(axis)
+
+    def part_size(self, axis: Axis, k: int) -> int:
+        return freeze(axis).part_size(k, self.parts)
+
+    def is_cut(self, axis: Axis | None) -> bool:
+        return axis is not None and self.parts > 1 and freeze(axis).is_cut
+
+    def is_mixed(self, axis: Axis) -> bool:
+        """Whether some channels of the axis are cut and others are whole in every part."""
+        return len({any(not isinstance(a, int) for a in t) for t in freeze(axis).terms}) > 1
+
+    def sum(self, param: str) -> None:
+        self.summed.add(param)
+
+    def approximate(self, reason: str) -> Relation:
+        cut = any(self.is_cut(a) for a in self.current.axes)
+        row = (self.current.op.node.name, self.current.op.path, reason)
+        if row not in self.approximations:
+            self.approximations.append(row)
+        return Relation(Kind.SHARD if cut else Kind.COPY)
+
+    def plan(self, model: str | None, model_args: dict) -> Plan:
+        head = self._relate() if self.parts > 1 else {p for p in self.params}
+        for op, axes in self.checks:
+            sizes = [{self.part_size(a, k) for a in axes} for k in range(self.parts)]
+            if any(len(s) > 1 for s in sizes):
+                raise op.refuse(f"its pieces have different sizes in a part ({sorted(max(sizes, key=len))}); use another K")
+        stored = self.gm.state_dict().keys()
+        return Plan(
+            model=model,
+            model_args=model_args,
+            parts=self.parts,
+            input_size=self.input_size,
+            domain=self.domain,
+            tensors={name: self._tensor(name, t) for name, t in self.tensors.items() if name in stored},
+            constants={name: self._tensor(name, t) for name, t in self.tensors.items() if name not in stored},
+            edits=tuple(self._edits()),
+            head=tuple(n for n in self.tensors if n in head),
+            approximations=tuple(self.approximations),
+            layers=tuple(self._layers()),
+        )
+
+    def _relate(self) -> set[str]:
+        """Run the laws in the order of the graph; returns the parameters of the head."""
+        relations: dict[Value, Relation] = {}
+        for value in self.values:
+            self.current = value
+            relations[value] = value.law(self, *(relations[v] for v in value.inputs))
+        head: set[str] = set()
+        for value in self.outputs:
+            self.current = value
+            if relations[value].kind is Kind.PARTIAL:
+                head |= relations[value].params
+            elif not self.approximations:
+                self.approximate("every part gives this output whole, so it is not the sum over the parts")
+        return head
+
+    def _tensor(self, name: str, tensor: torch.Tensor) -> TensorPlan:
+        shape = tuple(tensor.shape)
+        param = self.params.get(name, Param((None,) * len(shape)))
+        axes = tuple(None if a is None else freeze(a) for a in param.axes)
+        axes = tuple(None if a is None or a.is_whole else a for a in axes)
+        cut = self.parts == 1 or any(a is not None and a.is_cut for a in axes)
+        scale: tuple[float, ...] = ()
+        if param.fans:
+            ratios = [[self._ratio(fan, k) for k in range(self.parts)] for fan in param.fans]
+            scale = tuple(fresh_scale(i, o) for i, o in zip(*ratios))
+        reduce = "sum" if name in self.summed else "place" if cut else "mean"
+        return TensorPlan(shape, axes, reduce, () if set(scale) == {1.0} else scale)
+
+    def _ratio(self, fan: Sequence[Axis], k: int) -> float:
+        return math.prod(a.size / self.part_size(a, k) for a in fan)
+
+    def _edits(self):
+        for e in self.edits:
+            value = (lambda k, a=freeze(e.value): a.part_size(k, self.parts)) if isinstance(e.value, Axis) else e.value
+            yield EditPlan(e.node, e.module, e.where, tuple(value(k) for k in range(self.parts)))
+
+    def _layers(self):
+        named = {node for node, *_ in self.approximations}
+        for op, value in self.ops:
+            own = op.module is not None and any(n.startswith(f"{op.node.target}.") for n in self.params)
+            if isinstance(value, Value) and (own or op.node.name in named):
+                yield Layer(op.path, op.name, value.shape[1:], tuple(self._part_shape(value, k)[1:] for k in range(self.parts)))
+
+    def _part_shape(self, value: Value, k: int) -> tuple[int, ...]:
+        at = value.at[self.sizes.of_part[k]].shape
+        return tuple(n if a is None else self.part_size(a, k) for n, a in zip(at, value.axes))
+
+
+def _flat(value: Any) -> list:
+    if isinstance(value, (tuple, list)):
+        return [leaf for v in value for leaf in _flat(v)]
+    if isinstance(value, dict):
+        return _flat(list(value.values()))
+    return [value]
+
+
+def _tensors(value: Any) -> bool:
+    return any(isinstance(v, torch.Tensor) for v in _flat(value))
+
+
+__all__ = ["Plan", "TensorPlan", "make_plan", "shape_of"]

@@ -1,0 +1,118 @@
+"""Convolutions, plain, grouped, depthwise and transposed, in 1D, 2D and 3D, and timm's ConvMlp."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame
+from timm.models.vgg import ConvMlp
+from torch import nn
+
+from ..widths import Axis, Window
+from .laws import contract, linear, pointwise, product
+from .registry import Op, Value, rule
+
+
+def _group_axes(op: Op, x: Axis, groups: int, out: int) -> tuple[Axis, Axis, Axis, Axis, Axis]:
+    """(input, output, groups, input of one group, output of one group)."""
+    if groups == 1:
+        y = op.channels(out)
+        return x, y, Axis.of(1), x, y
+    g = op.grouped(groups, x)
+    x = x.resolve()
+    if g.is_whole():  # cut inside every group: both sides of a group are cut alike
+        inner = Axis.of(*(x.terms[0][1:] if len(x.terms) == 1 and x.terms[0][0] == groups else (x.size // groups,)))
+        y = op.channels(out // groups) if not inner.is_whole() else Axis.of(out // groups)
+        return x, Axis(*((groups, *t) for t in y.terms)), g, inner, y
+    inner, y = Axis.of(x.size // groups), Axis.of(out // groups)
+    return x, g.times(out // groups), g, inner, y
+
+
+@rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
+def conv(op: Op, x: Value) -> Value:
+    """Weight (out, in / groups, *kernel): (2.11), (2.12), (2.14)."""
+    return _layer(op, x, lambda over, into, group_in, group_out: (into, group_in))
+
+
+@rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def conv_transpose(op: Op, x: Value, output_size=None) -> Value:
+    """Weight (in, out / groups, *kernel)."""
+    return _layer(op, x, lambda over, into, group_in, group_out: (over, group_out))
+
+
+def _layer(op: Op, x: Value, weight_axes) -> Value:
+    m = op.module
+    over, into, groups, group_in, group_out = _group_axes(op, x.axes[1], m.groups, m.out_channels)
+    kernel = (None,) * len(m.kernel_size)
+    op.param("weight", *weight_axes(over, into, group_in, group_out), *kernel, fans=([group_in], [group_out]))
+    op.param("bias", into)
+    op.set("in_channels", over)
+    op.set("out_channels", into)
+    op.set("groups", groups)
+    return op.result((x.axes[0], into, *x.axes[2:]), contract(into, over, *op.names("weight", "bias")), x)
+
+
+@rule(F.conv1d, F.conv2d, F.conv3d)
+def functional_conv(op: Op, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Value:
+    """A convolution whose weight is a tensor of the graph: a fixed filter, or a parameter of the module around."""
+    over, into, g, group_in, _ = _group_axes(op, x.axes[1], groups, weight.shape[0])
+    into = op.unify(into, weight.axes[0])
+    op.unify(group_in, weight.axes[1])
+    if bias is not None:
+        op.unify(into, bias.axes[0])
+    if groups > 1:
+        op.arg(*op.argument(6, "groups"), value=g)
+    axes = (x.axes[0], into, *x.axes[2:])
+    trained = op.planner.trained(weight)
+    if trained is None:
+        return op.result(axes, product if bias is None else linear, x, weight, bias)
+    return op.result(axes, contract(into, over, trained, op.planner.trained(bias)), x)
+
+
+@rule(ConvMlp)
+def conv_mlp(op: Op, x: Value) -> Value:
+    """timm's fully connected layers of VGG as convolutions: the kernel of the first covers the whole map.
+
+    A part's kernel is as large as the map of its box and has its place inside the global kernel, (2.13) and Table 2.1:
+    3×3 inside 7×7 for VGG16 at 224 with 2×2 boxes. A map smaller than the kernel is upsampled by the module, so
+    there the kernel stays whole.
+    """
+    m, size = op.module, op.module.input_kernel_size
+    over, mid, into = x.axes[1], op.channels(m.fc1.out_channels), op.channels(m.fc2.out_channels)
+    kernel = [_kernel_window(op, x, dim, k) for dim, k in zip((2, 3), m.fc1.kernel_size)]
+    window = [None if isinstance(k, int) else Axis.of(k) for k in kernel]
+    fan = [over, *(Axis.of(k) for k in kernel)]
+    op.param("fc1.weight", mid, over, *window, fans=(fan, [mid]))
+    op.param("fc1.bias", mid)
+    op.param("fc2.weight", into, mid, None, None, fans=([mid], [into]))
+    op.param("fc2.bias", into)
+    for attr, axis in (("fc1.in_channels", over), ("fc1.out_channels", mid), ("fc2.in_channels", mid), ("fc2.out_channels", into)):
+        op.set(attr, axis)
+
+    def part_kernel(k: int) -> list[int]:
+        return [w if isinstance(w, int) else w.extent[k] for w in kernel]
+
+    if any(isinstance(w, Window) for w in kernel):
+        op.set("fc1.kernel_size", part_kernel)
+        op.set("input_kernel_size", lambda k: min(part_kernel(k)))
+
+    def resize(t):
+        ends = [max(n, size) - size + 1 if isinstance(w, int) else max(n - w.size, 0) + 1 for n, w in zip(t.shape[2:], kernel)]
+        return t.new_empty(t.shape[0], into.size, *ends)
+
+    op.resize = resize
+    hidden = op.result((None, mid, None, None), contract(mid, over, *op.names("fc1.weight", "fc1.bias")), x)
+    hidden = op.result(hidden.axes, pointwise, hidden)
+    out = op.result((None, into, None, None), contract(into, mid, *op.names("fc2.weight", "fc2.bias")), hidden)
+    return op.result(out.axes, pointwise, out)
+
+
+def _kernel_window(op: Op, x: Value, dim: int, kernel: int):
+    """The places of a kernel that the parts' maps reach, where the global map fills the kernel."""
+    seen = op.window(x, dim)
+    if isinstance(seen, int) or seen.size < kernel:
+        return kernel
+    extent = tuple(min(e, kernel) for e in seen.extent)
+    start = tuple(min(math.floor(s * (kernel / seen.size) + 0.5), kernel - e) for s, e in zip(seen.start, extent))
+    return Window(kernel, start, extent)

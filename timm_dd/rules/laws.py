@@ -1,0 +1,138 @@
+"""What each part's tensor is to the global network's, and what an operation makes of that.
+
+A `Relation` says how the K tensors x_k of the parts give the merged network's x, every part seeing the
+whole image, in eval mode (in torch.distributed's terms: Shard, Replicate, Partial):
+
+    SHARD    x_k is x on the channels that part k owns
+    COPY     x_k is x
+    PARTIAL  x = Σ x_k                                                      (2.16)
+    OWN      x_k is part k's own copy of a trained parameter that merge has to average
+
+A law takes the relations of an operation's inputs to that of its output. Where no relation holds any more it
+calls ``context.approximate(reason)``; the plan is exact if and only if no law did. Laws run once all Widths are
+cut, since whether an axis is cut is only known then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Callable, Protocol
+
+from ..widths import Axis
+
+
+class Kind(Enum):
+    SHARD, COPY, PARTIAL, OWN = range(4)
+
+
+@dataclass(frozen=True)
+class Relation:
+    """`params`: for PARTIAL the weights and biases whose scaling scales the sum, for OWN the parameters."""
+
+    kind: Kind
+    params: frozenset[str] = field(default=frozenset())
+
+
+SHARD, COPY = Relation(Kind.SHARD), Relation(Kind.COPY)
+
+
+class Context(Protocol):
+    def is_cut(self, axis: Axis | None) -> bool: ...
+    def is_mixed(self, axis: Axis) -> bool: ...
+    def sum(self, param: str) -> None: ...
+    def approximate(self, reason: str) -> Relation: ...
+
+
+Law = Callable[..., Relation]
+
+
+def _union(inputs, kind: Kind) -> Relation:
+    return Relation(kind, frozenset().union(*(r.params for r in inputs if r.kind is kind)))
+
+
+def _own_copy(context: Context, inputs) -> Relation:
+    names = ", ".join(sorted(_union(inputs, Kind.OWN).params))
+    return context.approximate(f"{names} has no channels to cut: each part trains its own copy, merge takes their mean")
+
+
+def linear(context: Context, *inputs: Relation) -> Relation:
+    """Linear in all inputs together: sum, concatenation, view, average over positions."""
+    kinds = {r.kind for r in inputs}
+    if kinds == {Kind.PARTIAL}:
+        return _union(inputs, Kind.PARTIAL)
+    if kinds == {Kind.PARTIAL, Kind.OWN}:  # a bias of a sum is itself summed
+        for name in _union(inputs, Kind.OWN).params:
+            context.sum(name)
+        every = frozenset().union(*(r.params for r in inputs))
+        return Relation(Kind.PARTIAL, every)
+    if Kind.PARTIAL in kinds:
+        return context.approximate("adds a tensor that every part has to a sum over the parts")
+    if Kind.OWN in kinds and len(inputs) > 1:
+        return _own_copy(context, inputs)
+    return _union(inputs, Kind.OWN) if Kind.OWN in kinds else SHARD if Kind.SHARD in kinds else COPY
+
+
+def product(context: Context, *inputs: Relation) -> Relation:
+    """Linear in each input: a gate, a scale, a matrix product."""
+    kinds = [r.kind for r in inputs]
+    if Kind.OWN in kinds:
+        return _own_copy(context, inputs)
+    if Kind.PARTIAL in kinds:
+        if kinds.count(Kind.PARTIAL) == 1 and kinds.count(Kind.COPY) == len(kinds) - 1:
+            return _union(inputs, Kind.PARTIAL)
+        return context.approximate("multiplies a sum over the parts of which each part has only its own term")
+    return SHARD if Kind.SHARD in kinds else COPY
+
+
+def pointwise(context: Context, *inputs: Relation) -> Relation:
+    """Not linear, each channel on its own: activations, max pooling, batch statistics."""
+    kinds = {r.kind for r in inputs}
+    if Kind.PARTIAL in kinds:
+        return context.approximate("not linear on a sum over the parts of which each part has only its own term")
+    if Kind.OWN in kinds:
+        return _union(inputs, Kind.OWN) if kinds == {Kind.OWN} else _own_copy(context, inputs)
+    return SHARD if Kind.SHARD in kinds else COPY
+
+
+def per_channel(axis: Axis, *params: str) -> Law:
+    """`pointwise` with trained parameters along `axis`: BatchNorm's weight and bias, PReLU's slope."""
+
+    def law(context: Context, *inputs: Relation) -> Relation:
+        if params and not context.is_cut(axis):
+            return pointwise(context, *inputs, Relation(Kind.OWN, frozenset(params)))
+        return pointwise(context, *inputs)
+
+    return law
+
+
+def contract(into: Axis, over: Axis, weight: str, bias: str | None) -> Law:
+    """A trained weight takes the channels `over` to the channels `into`: block-diagonal (2.12) where both are
+    cut, (2.11) where `over` is whole, and (2.14), a sum over the parts, where `into` is."""
+    names = frozenset(filter(None, (weight, bias)))
+
+    def law(context: Context, x: Relation) -> Relation:
+        if x.kind is Kind.PARTIAL:
+            return context.approximate("reads a sum over the parts of which each part has only its own term")
+        if x.kind is Kind.OWN:
+            return _own_copy(context, [x])
+        if context.is_cut(into):
+            return SHARD
+        if not context.is_cut(over):
+            return _own_copy(context, [Relation(Kind.OWN, names)])
+        if context.is_mixed(over):
+            return context.approximate("sums input channels that every part has once for each part")
+        if bias:
+            context.sum(bias)
+        return Relation(Kind.PARTIAL, names)
+
+    return law
+
+
+def mixing(axis: Axis | None, reason: str, otherwise: Law) -> Law:
+    """An operation along `axis` that would mix the channels of different parts if `axis` is cut."""
+
+    def law(context: Context, *inputs: Relation) -> Relation:
+        return context.approximate(reason) if context.is_cut(axis) else otherwise(context, *inputs)
+
+    return law

@@ -1,0 +1,50 @@
+"""Pooling, resampling and padding: they act on positions and leave channels as they are."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
+from torch import nn
+
+from ..widths import Axis
+from . import laws
+from .registry import Op, Value, rule
+
+AVERAGE = (
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, AvgPool2dSame,
+    nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d,
+    nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d,
+    F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.interpolate,
+)  # fmt: skip
+MAXIMUM = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, MaxPool2dSame,
+    nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d,
+    F.adaptive_max_pool2d, F.adaptive_max_pool3d, torch.max_pool2d,
+)  # fmt: skip
+
+
+@rule(*dict.fromkeys(AVERAGE))
+def average(op: Op, x: Value, *args, **kwargs) -> Value:
+    return op.result(x.axes, laws.linear, x)
+
+
+@rule(*dict.fromkeys(MAXIMUM))
+def maximum(op: Op, x: Value, *args, **kwargs) -> Value:
+    return op.result(x.axes, laws.pointwise, x)
+
+
+@rule(F.pad)
+def pad(op: Op, x: Value, pad, mode="constant", value=None) -> Value:
+    """Zeros around positions; zeros around channels (a shortcut without weights) are channels of their own."""
+    axes, where = list(x.axes), op.argument(1, "pad")
+    for i in range(len(pad) // 2):
+        dim = len(axes) - 1 - i
+        if axes[dim] is None or not any(pad[2 * i : 2 * i + 2]):
+            continue
+        for side in (0, 1):
+            if pad[2 * i + side]:
+                zeros = op.channels(pad[2 * i + side])
+                axes[dim] = axes[dim] + zeros if side else zeros + axes[dim]
+                op.arg(*where, 2 * i + side, value=zeros)
+    return op.result(axes, laws.pointwise if value else laws.linear, x)

@@ -1,0 +1,320 @@
+"""Operations that only move numbers: views, concatenations, slices; and reductions over dims.
+
+Constants in the graph (sizes of a view, a split, a slice) are the global network's: each that counts channels
+is replaced by the part's own.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import fx, nn
+
+from ..widths import Axis, Width, Window, make_whole, split_axis, unify
+from . import laws
+from .registry import Op, Value, rule
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, DropPath)
+
+
+@rule(*DROPOUTS)
+def dropout(op: Op, x: Value) -> Value:
+    """The identity in eval mode."""
+    return op.result(x.axes, laws.linear, x)
+
+
+# ---- views
+
+
+@rule(nn.Flatten)
+def flatten_module(op: Op, x: Value) -> Value:
+    return _view(op, x)
+
+
+@rule(torch.flatten, "flatten", torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze")
+def flatten(op: Op, x: Value, *args, **kwargs) -> Value:
+    """Their arguments are dims, not sizes: nothing to replace."""
+    return _view(op, x)
+
+
+@rule("view", "reshape", torch.reshape)
+def reshape(op: Op, x: Value, *shape, **kwargs) -> Value:
+    """Sizes that count channels or positions become the part's own; -1 and the batch stay."""
+    value = _view(op, x)
+    first = kwargs.get("shape", shape[0] if shape else None)
+    packed = isinstance(first, (tuple, list))
+    base = (("kwargs", "shape") if "shape" in kwargs else ("args", 1)) if packed else None
+    for dim, size in enumerate(first if packed else shape):
+        if size == -1 or dim == 0 and value.axes[0] is None:
+            continue
+        where = (*base, dim) if packed else ("args", 1 + dim)
+        if value.axes[dim] is not None:
+            op.arg(*where, value=value.axes[dim])
+        elif not isinstance(_at(op.node, where), fx.Node):
+            op.arg(*where, value=op.planner.sizes.extent(value, dim))
+    return value
+
+
+def _at(node: fx.Node, where: tuple):
+    at = getattr(node, where[0])
+    for step in where[1:]:
+        at = at[step]
+    return at
+
+
+def _view(op: Op, x: Value) -> Value:
+    """Axes of a view: runs of dims with equal products are joined and split (row-major)."""
+    axes: list[Axis | None] = [None] * len(op.out.shape)
+    groups = list(_groups(x.shape, op.out.shape))
+    for ins, outs in groups:
+        joined = _join(op, x, ins)
+        if len(outs) == 1:
+            axes[outs[0]] = joined
+        elif joined is not None:
+            for dim, axis in zip(outs, _separate(op, joined, [op.out.shape[d] for d in outs])):
+                axes[dim] = axis
+
+    def resize(t, *_, **__):
+        sizes = list(op.out.shape)
+        for ins, outs in groups:
+            total = math.prod(t.shape[d] for d in ins)
+            for d in outs[1:]:
+                total //= sizes[d]
+            if outs:
+                sizes[outs[0]] = total
+        return t.reshape(sizes)
+
+    op.resize = resize
+    return op.result(axes, laws.linear, x)
+
+
+def _groups(before, after):
+    """Pairs of runs of dims (in `before`, in `after`) with the same product; dims of size 1 are left out."""
+    a = [d for d, n in enumerate(before) if n != 1]
+    b = [d for d, n in enumerate(after) if n != 1]
+    while a or b:
+        ins, outs = [a.pop(0)], [b.pop(0)]
+        m, n = before[ins[0]], after[outs[0]]
+        while m != n:
+            if m < n:
+                ins.append(a.pop(0))
+                m *= before[ins[-1]]
+            else:
+                outs.append(b.pop(0))
+                n *= after[outs[-1]]
+        yield ins, outs
+
+
+def _join(op: Op, x: Value, dims: list[int]) -> Axis | None:
+    """One axis for several dims: channels times the positions behind them, (2.13)."""
+    if len(dims) == 1:
+        return x.axes[dims[0]]
+    if all(x.axes[d] is None for d in dims):
+        return None
+    if dims[0] == 0 and x.axes[0] is None:  # folded into the batch, which no part has less of
+        for d in dims[1:]:
+            if x.axes[d] is not None:
+                make_whole(x.axes[d])
+        return None
+    joined = None
+    for d in dims:
+        axis = x.axes[d] if x.axes[d] is not None else Axis.of(op.window(x, d))
+        if joined is None:
+            joined = axis
+        elif len(axis.resolve().terms) == 1:
+            joined = joined.times(*axis.terms[0])
+        else:
+            raise op.refuse("joins a dim with a concatenation of channels behind another dim")
+    return joined
+
+
+def _separate(op: Op, axis: Axis, sizes: list[int]) -> list[Axis]:
+    """One axis as several dims: a free Width is cut along the first of them that has at least K entries; equal
+    pieces of a concatenation (a channel shuffle) are unified first."""
+    terms = axis.resolve().terms
+    if len(terms) > 1:
+        inner = axis.size // sizes[0]
+        pieces, rest = [], axis
+        for _ in range(sizes[0] - 1):
+            piece, rest = split_axis(rest, inner)
+            pieces.append(piece)
+        for piece in pieces:
+            rest = unify(rest, piece)
+        return [Axis.of(sizes[0]), *(_separate(op, rest, sizes[1:]) if len(sizes) > 2 else [rest])]
+    if len(terms[0]) == 1 and isinstance(terms[0][0], Width):
+        op.planner.thresholds.update(sizes)
+        cut = next((i for i, n in enumerate(sizes) if n >= op.parts), max(range(len(sizes)), key=sizes.__getitem__))
+    else:
+        cut = None
+    atoms = [Width(n, op.where(), active=i == cut) for i, n in enumerate(sizes)]
+    if cut is not None:
+        atoms = [a if i == cut else a.size for i, a in enumerate(atoms)]
+    unify(axis, Axis.of(*atoms))
+    return [Axis.of(a).resolve() for a in atoms]
+
+
+@rule("permute", torch.permute)
+def permute(op: Op, x: Value, *dims) -> Value:
+    dims = dims[0] if isinstance(dims[0], (tuple, list)) else dims
+    return op.result([x.axes[d] for d in dims], laws.linear, x)
+
+
+@rule("transpose", torch.transpose)
+def transpose(op: Op, x: Value, dim0: int, dim1: int) -> Value:
+    axes = list(x.axes)
+    axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
+    return op.result(axes, laws.linear, x)
+
+
+@rule("expand", "expand_as")
+def expand(op: Op, x: Value, *sizes) -> Value:
+    """Dims of size 1 are repeated; only such dims and those without channels may change."""
+    new = len(op.out.shape) - len(x.axes)
+    axes = [None] * new + list(x.axes)
+    if isinstance(sizes[0], Value):  # expand_as
+        axes = [o if a is None or n == 1 else a for a, o, n in zip(axes, sizes[0].axes, (1,) * new + x.shape)]
+    return op.result(axes, laws.linear, x)
+
+
+# ---- concatenations and pieces
+
+
+@rule(torch.cat, torch.concat)
+def cat(op: Op, tensors, dim: int = 0, *, axis: int | None = None) -> Value:
+    """Along channels the axes are added; along any other dim the channels are unified."""
+    dim = (dim if axis is None else axis) % len(op.out.shape)
+    axes = list(tensors[0].axes)
+    for d in range(len(axes)):
+        for t in tensors[1:]:
+            if d != dim:
+                axes[d] = op.unify(axes[d], t.axes[d]) if axes[d] is not None or t.axes[d] is not None else None
+    if any(t.axes[dim] is not None for t in tensors):
+        joined = [t.axes[dim] if t.axes[dim] is not None else Axis.of(op.window(t, dim)) for t in tensors]
+        axes[dim] = Axis(*(term for a in joined for term in a.terms))
+    return op.result(axes, laws.linear, *tensors)
+
+
+@rule(torch.chunk, "chunk")
+def chunk(op: Op, x: Value, chunks: int, dim: int = 0) -> tuple[Value, ...]:
+    """By count, so that pieces of equal size in the global network have to be of equal size in each part."""
+    pieces = _pieces(op, x, dim)
+    if x.axes[dim] is not None:
+        op.same_size([p.axes[dim] for p in pieces])
+    return pieces
+
+
+@rule(torch.split, "split")
+def split(op: Op, x: Value, split_size_or_sections, dim: int = 0) -> tuple[Value, ...]:
+    pieces = _pieces(op, x, dim)
+    if x.axes[dim] is None:
+        return pieces
+    where = op.argument(1, "split_size_or_sections" if op.node.op == "call_function" else "split_size")
+    axes = [p.axes[dim] for p in pieces]
+    op.arg(*where, value=lambda k: [op.planner.part_size(a, k) for a in axes])
+    return pieces
+
+
+def _pieces(op: Op, x: Value, dim: int) -> tuple[Value, ...]:
+    rest, values = x.axes[dim], []
+    for i, piece in enumerate(op.out):
+        axes = list(x.axes)
+        if rest is not None:
+            if i + 1 < len(op.out):
+                axes[dim], rest = split_axis(rest, piece.shape[dim])
+            else:
+                axes[dim] = rest
+        values.append(op.result(axes, laws.linear, x))
+    return tuple(values)
+
+
+@rule(operator.getitem)
+def getitem(op: Op, x, index) -> Value:
+    if not isinstance(x, Value):
+        return x[index]
+    items = list(index) if isinstance(index, tuple) else [index]
+    axes, dim = [], 0
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        missing = len(x.axes) - sum(i is not None and i is not Ellipsis for i in items)
+        items[at : at + 1] = [builtins.slice(None)] * missing
+    for position, item in enumerate(items):
+        if item is None:
+            axes.append(None)
+            continue
+        axis, size, dim = x.axes[dim], x.shape[dim], dim + 1
+        if isinstance(item, int):
+            if axis is not None:
+                make_whole(axis)
+        elif isinstance(item, builtins.slice):
+            if axis is not None and item != builtins.slice(None):
+                axis = _slice(op, axis, item, size, ("args", 1, position) if isinstance(index, tuple) else ("args", 1))
+            axes.append(axis)
+        else:
+            raise op.refuse(f"indexes with {type(item).__name__}, which is not known")
+    return op.result(axes + list(x.axes[dim:]), laws.linear, x)
+
+
+def _slice(op: Op, axis: Axis, item: slice, size: int, where: tuple) -> Axis:
+    start, stop, step = item.indices(size)
+    if step != 1 or Ellipsis in (op.node.args[1] if isinstance(op.node.args[1], tuple) else ()):
+        make_whole(axis)
+        return Axis.of(len(range(start, stop, step)))
+    before = None
+    if start:
+        before, axis = split_axis(axis, start)
+        op.arg(*where, "start", value=before)
+    if stop < size:
+        kept, _ = split_axis(axis, stop - start)
+        axis = kept
+        op.arg(*where, "stop", value=kept if before is None else before + kept)
+    return axis
+
+
+@rule(torch.stack)
+def stack(op: Op, tensors, dim: int = 0) -> Value:
+    axes = list(tensors[0].axes)
+    for d in range(len(axes)):
+        for t in tensors[1:]:
+            if axes[d] is not None or t.axes[d] is not None:
+                axes[d] = op.unify(axes[d], t.axes[d])
+    axes.insert(dim % len(op.out.shape), None)
+    return op.result(axes, laws.linear, *tensors)
+
+
+# ---- reductions
+
+
+@rule("mean", torch.mean, "sum", torch.sum)
+def mean(op: Op, x: Value, dim=None, keepdim: bool = False, **kwargs) -> Value:
+    return _reduce(op, x, dim, keepdim, laws.linear)
+
+
+@rule("amax", torch.amax, "amin", torch.amin, "var", torch.var, "std", torch.std, "norm")
+def amax(op: Op, x: Value, *args, dim=None, keepdim: bool = False, **kwargs) -> Value:
+    dim = dim if dim is not None else next((a for a in args if isinstance(a, (int, tuple, list)) and op.name != "norm"), None)
+    return _reduce(op, x, dim, keepdim, laws.pointwise)
+
+
+@rule(F.softmax, torch.softmax, "softmax")
+def softmax(op: Op, x: Value, dim: int | None = None, *args, **kwargs) -> Value:
+    law = laws.mixing(x.axes[dim], "a softmax over channels: each part normalises over its own", laws.pointwise)
+    return op.result(x.axes, law, x)
+
+
+@rule(nn.Softmax)
+def softmax_module(op: Op, x: Value) -> Value:
+    return softmax(op, x, op.module.dim)
+
+
+def _reduce(op: Op, x: Value, dim, keepdim: bool, law) -> Value:
+    dims = range(len(x.axes)) if dim is None else [dim] if isinstance(dim, int) else dim
+    dims = {d % len(x.axes) for d in dims}
+    for d in dims:
+        law = laws.mixing(x.axes[d], f"{op.name} over channels: each part sees only its own", law)
+    axes = [None if d in dims else a for d, a in enumerate(x.axes) if keepdim or d not in dims]
+    return op.result(axes, law, x)

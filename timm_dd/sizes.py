@@ -1,0 +1,103 @@
+"""The shapes of every node at several input sizes: the image, each box of the domain, and probes.
+
+A part's convolutions see smaller maps than the global network's. Where such a map reaches a parameter (the first
+fully connected layer, (2.13)), the part has a `Window` of it: the positions of its box. How many follow from the
+shapes at the box's size; where they begin, from the stride of the map, and that from a probe, a far larger image:
+its extra pixels over the map's extra positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Callable, Sequence, Union
+
+import torch
+from torch import fx
+
+from .domain import Box
+from .errors import SplitError
+from .trace import evaluate
+from .widths import Window
+
+PROBE = 5040  # divisible by every stride up to 10 and by 16
+UNKNOWN = object()
+
+
+class Sizes:
+    """Meta tensors of the nodes visited so far, at each input size.
+
+    Args:
+        gm: a traced `skeleton`.
+        shape: the input without its batch, (C, *size).
+        boxes: one for each part, in the coordinates of `size`.
+    """
+
+    def __init__(self, gm: fx.GraphModule, shape: Sequence[int], boxes: Sequence[Box]):
+        channels, *size = shape
+        self.gm, self.boxes = gm, boxes
+        extents = [e for e in dict.fromkeys(b.extent for b in boxes) if e != tuple(size)]
+        self.boxed = len(extents)
+        self.of_part = [1 + extents.index(b.extent) if b.extent in extents else 0 for b in boxes]
+        probes = [[n + PROBE * (i == axis) for i, n in enumerate(size)] for axis in range(len(size))] if extents else []
+        self.inputs = [(2, channels, *s) for s in (size, *extents, *probes)]
+        self.envs: list[dict[fx.Node, Any]] = [{} for _ in self.inputs]
+
+    def first(self, node: fx.Node, dtype: torch.dtype) -> Any:
+        """Visit `node` at the global size; the value of a placeholder is the input."""
+        if node.op == "placeholder":
+            for env, shape in zip(self.envs, self.inputs):
+                env[node] = torch.empty(shape, device="meta", dtype=dtype)
+        else:
+            self.envs[0][node] = evaluate(self.gm, node, self.envs[0])
+        return self.envs[0][node]
+
+    def others(self, node: fx.Node, resize: Callable | None, where: str) -> None:
+        """Visit `node` at the other sizes; `resize` stands in for an operation that cannot run there with the
+        global parameters."""
+        for i, env in enumerate(self.envs[1:], start=1):
+            if node in env:
+                continue
+            if any(env[n] is UNKNOWN for n in node.all_input_nodes):
+                env[node] = UNKNOWN
+                continue
+            try:
+                if resize is None:
+                    env[node] = evaluate(self.gm, node, env)
+                else:
+                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n, e=env: e[n])
+                    env[node] = resize(*args, **kwargs)
+            except Exception as e:  # any operation may refuse a size in its own way
+                if i <= self.boxed:
+                    box = "×".join(map(str, self.inputs[i][2:]))
+                    raise SplitError(
+                        f"{where} does not work on a part's box of {box} pixels ({str(e).splitlines()[0]}); "
+                        "use larger boxes (fewer parts along an axis, more overlap) or larger images"
+                    ) from e
+                env[node] = UNKNOWN
+
+    def at(self, node: fx.Node) -> list[Any]:
+        return [env[node] for env in self.envs]
+
+    def window(self, value, dim: int) -> Union[int, Window]:
+        """The positions along a dim without channels: a number if all parts see as many, else a `Window`."""
+        size = value.at[0].shape[dim]
+        extent = tuple(value.at[i].shape[dim] for i in self.of_part)
+        if set(extent) == {size}:
+            return size
+        axis, stride = self._stride(value, dim)
+        start = (math.floor(b.start[axis] / stride + 0.5) for b in self.boxes)
+        return Window(size, tuple(max(0, min(s, size - e)) for s, e in zip(start, extent)), extent)
+
+    def _stride(self, value, dim: int) -> tuple[int, float]:
+        """The input axis that a dim belongs to, and the pixels from one position to the next."""
+        size = value.at[0].shape[dim]
+        for axis, probe in enumerate(value.at[1 + self.boxed :]):
+            if probe is not UNKNOWN and probe.shape[dim] != size:
+                return axis, PROBE / (probe.shape[dim] - size)
+        raise SplitError(
+            f"{value.op.where()}: cannot tell which pixels the {size} positions of dim {dim} belong to; use Domain.full({len(self.boxes)})"
+        )
+
+    def extent(self, value, dim: int) -> Callable[[int], int]:
+        """The size of a dim without channels in part k."""
+        return lambda k: value.at[self.of_part[k]].shape[dim]

@@ -1,0 +1,203 @@
+"""Restriction: a model and a plan become K narrow graphs, each with the global model's keys.
+
+`split` is the public verb; `narrow` carries out a plan for one part and knows no operation.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Iterable, Mapping, Sequence
+
+import torch
+from torch import fx, nn
+
+from . import files, models
+from .domain import Domain, default_domain
+from .errors import SplitError
+from .plan import Plan, TensorPlan, make_plan
+from .rules import has_rule
+from .trace import skeleton, trace
+
+
+class Parts(nn.ModuleList):
+    """K trainable `torch.fx.GraphModule`, the parts of one model, and the plan that made them.
+
+    A list of modules: ``len(parts)``, ``parts[2]``, iteration, ``parts.to(device)``; each part's state dict has the
+    global model's keys.
+    """
+
+    def __init__(self, modules: Sequence[fx.GraphModule], plan: Plan, module: nn.Module | None = None):
+        super().__init__(modules)
+        self.plan = plan
+        # The user's own module, from which merge makes a copy; in a tuple, so that it is no submodule.
+        self._origin = (module,)
+
+    @property
+    def origin(self) -> nn.Module | None:
+        """The module that was split, where it was not a timm name."""
+        return self._origin[0]
+
+    def crops(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """K views of the batch ``x`` (B, C, *size), one for each box.
+
+        Raises:
+            SplitError: a batch of another image size.
+        """
+        if tuple(x.shape[1:]) != self.plan.input_size:
+            raise SplitError(f"expected images of {self.plan.input_size}, got a batch of shape {tuple(x.shape)}")
+        return tuple(box.crop(x) for box in self.plan.boxes())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of the parts, each on its own box: (K, B, classes); their sum over K is (2.16)."""
+        return torch.stack([part(crop) for part, crop in zip(self, self.crops(x))])
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``part-0000k-of-0000K.safetensors`` and ``plan.json``.
+
+        Raises:
+            MergeError: the folder cannot be written.
+        """
+        files.save_parts(folder, self.plan, [part.state_dict() for part in self])
+
+    @classmethod
+    def load(cls, folder: str | Path, model: nn.Module | None = None) -> Parts:
+        """The parts that `save` wrote. `model` is the module that was split, where it was not a timm name.
+
+        Raises:
+            MergeError: a part is missing or damaged, or belongs to another split.
+        """
+        plan = files.load_plan(folder)
+        source = plan_model(plan, model)
+        graph = trace(skeleton(source), has_rule)
+        states = [files.load_part(folder, plan, k) | _slices(plan, k, source, plan.constants) for k in range(plan.parts)]
+        return cls([narrow(graph, plan, k, state) for k, state in enumerate(states)], plan, model)
+
+
+def split(
+    model: str | nn.Module,
+    parts: int,
+    *,
+    domain: Domain | None = None,
+    example_input: torch.Tensor | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    pretrained: bool = False,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> Parts:
+    """Cut a network's width into K parts and its input into K boxes.
+
+    Args:
+        model: a timm name, or a module of one's own, whose weights are sliced as they are.
+        parts: K, from 1 up; need not divide the widths.
+        domain: K boxes; by default the most square grid without overlap.
+        example_input: (B, C, *size), for a module of one's own; only its shape counts.
+        img_size: pixels, for a timm name; by default the model's own.
+        pretrained: slice timm's pretrained weights; otherwise fresh weights, re-scaled to their smaller fans.
+        seed: of the fresh weights; by default torch's global generator decides.
+        **kwargs: for `timm.create_model`.
+
+    Raises:
+        SplitError: what came cannot be split, with the node, the size and what to do.
+
+    Source: gu2022 section 2.1.2.
+    """
+    if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
+        raise SplitError(f"K, the number of parts, is a whole number from 1 up, got {parts!r}")
+    named = isinstance(model, str)
+    if named:
+        args = models.arguments(model, img_size=img_size, **kwargs)
+        source = models.create(model, pretrained=pretrained, seed=seed, **args)
+        size = models.input_size(source, img_size)
+    else:
+        if kwargs or pretrained or img_size is not None:
+            given = [*kwargs, *(["pretrained"] if pretrained else []), *(["img_size"] if img_size is not None else [])]
+            raise SplitError(f"{', '.join(given)}: only for a timm name; a module is split as it is")
+        if example_input is None:
+            raise SplitError("a module needs example_input, a tensor (B, C, *size), to know the image's size")
+        args, source, size = {}, model, tuple(example_input.shape[1:])
+    domain = domain or default_domain(parts, len(size) - 1)
+    if domain.parts != parts:
+        raise SplitError(f"expected {parts} boxes, one for each part, but {domain} has {domain.parts}; use as many boxes as parts")
+    graph = trace(skeleton(source), has_rule)
+    plan = make_plan(graph, parts, domain, size, model if named else None, args)
+    names = [*plan.tensors, *plan.constants]
+    slices = (_slices(plan, k, source, names, fresh=named and not pretrained) for k in range(parts))
+    modules = [narrow(graph, plan, k, tensors, source.training) for k, tensors in enumerate(slices)]
+    return Parts(modules, plan, None if named else model)
+
+
+def plan_model(plan: Plan, model: nn.Module | None) -> nn.Module:
+    """The global model's structure: timm's, on the meta device if nothing in it is computed, or the module that was split."""
+    if plan.model is not None:
+        create = models.create if plan.constants else models.create_empty
+        return create(plan.model, **plan.model_args)
+    if model is None:
+        raise files.MergeError("these parts come from a module, not from a timm name; pass that module as `model`")
+    return model
+
+
+def narrow(graph: fx.GraphModule, plan: Plan, k: int, tensors: Mapping[str, torch.Tensor], training: bool = True) -> fx.GraphModule:
+    """Part k: a copy of the traced `graph` with the plan's edits and `tensors`, part k's by name."""
+    part = copy.deepcopy(graph)
+    nodes = {n.name: n for n in part.graph.nodes}
+    for edit in plan.edits:
+        if edit.module is None:
+            node, (side, *where) = nodes[edit.node], edit.where
+            setattr(node, side, _replace(getattr(node, side), where, edit.values[k]))
+        else:
+            *path, attr = edit.where
+            owner = part.get_submodule(".".join((nodes[edit.node].target, *path)))
+            value = edit.values[k]
+            setattr(owner, attr, tuple(value) if isinstance(value, (list, tuple)) else value)
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        owner = part.get_submodule(path)
+        old = getattr(owner, leaf)
+        if isinstance(old, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        setattr(owner, leaf, tensor)
+    part.recompile()
+    return part.train(training)
+
+
+def _replace(argument: Any, where: Sequence, value: Any) -> Any:
+    """`argument` with `value` at `where`, a path through tuples, lists, dicts and slices."""
+    if not where:
+        return list(value) if isinstance(value, tuple) else value
+    step, *rest = where
+    if isinstance(argument, slice):
+        bounds = {"start": argument.start, "stop": argument.stop, "step": argument.step, step: value}
+        return slice(bounds["start"], bounds["stop"], bounds["step"])
+    if isinstance(argument, Mapping):
+        return {**argument, step: _replace(argument[step], rest, value)}
+    return type(argument)(_replace(a, rest, value) if i == step else a for i, a in enumerate(argument))
+
+
+def _slices(plan: Plan, k: int, model: nn.Module, names: Iterable[str], fresh: bool = False) -> dict[str, torch.Tensor]:
+    """Part k's slices of a model's tensors; those of a fresh model's weights re-scaled."""
+    slices = {}
+    for name in names:
+        t = plan.constants.get(name) or plan.tensors[name]
+        slices[name] = restrict(_attribute(model, name).detach(), t, k, plan.parts)
+        if fresh and t.scale:
+            slices[name].mul_(t.scale[k])
+    return slices
+
+
+def _attribute(model: nn.Module, name: str) -> torch.Tensor:
+    for step in name.split("."):
+        model = getattr(model, step)
+    return model
+
+
+def restrict(tensor: torch.Tensor, t: TensorPlan, k: int, parts: int) -> torch.Tensor:
+    """Part k's block of a global tensor, a copy. A summed bias is shared out: b/K to each part, and to the last
+    what is left, so that the sum is b again."""
+    for dim, index in enumerate(t.index(k, parts)):
+        if index is not None:
+            tensor = tensor.index_select(dim, index.to(tensor.device))
+    if t.reduce == "sum":
+        share = tensor / parts
+        return share if k < parts - 1 else tensor - sum(share for _ in range(parts - 1))
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,154 @@
+"""A model as an fx graph with shapes, on the meta device: no weights in memory, no arithmetic.
+
+`skeleton` copies a model's structure without its tensors, `trace` records its graph in eval mode, and
+`evaluate` runs one node on meta tensors, so that shapes can be had at any input size.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import get_notrace_functions, get_notrace_modules
+from torch import fx, nn
+
+from .errors import SplitError
+
+MAKERS = {torch.arange, torch.zeros, torch.ones, torch.empty, torch.full, torch.linspace, torch.tensor, torch.eye}
+DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
+
+
+class Tracer(fx.Tracer):
+    """fx tracing under timm's leaf policy, with the modules that have a rule as leaves too."""
+
+    def __init__(self, is_leaf: Callable[[nn.Module], bool]):
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self._is_leaf = is_leaf
+        self._notrace = tuple(get_notrace_modules())
+
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        return type(m) in self._notrace or self._is_leaf(m) or super().is_leaf_module(m, qualified_name)
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose parameters and buffers are on the meta device; `model`'s are not copied."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor):  # a plain attribute, not a parameter
+                memo[id(value)] = value.to("meta")
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = b.detach().to("meta")
+    return copy.deepcopy(model, memo)
+
+
+def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.GraphModule:
+    """The graph of a `skeleton`, in eval mode; its state dict has the model's keys, all of them.
+
+    Dropout that was called as a function becomes a module again, so that a part drops while it trains.
+
+    Raises:
+        SplitError: fx cannot trace the model.
+    """
+    model.eval()
+    names = list(inspect.signature(model.forward).parameters.values())[1:]
+    defaults = {p.name: p.default for p in names if p.default is not p.empty}
+    try:
+        graph = Tracer(is_leaf).trace(model, concrete_args=defaults or None)
+    except Exception as e:  # any code of the model runs here and may fail in its own way
+        raise SplitError(
+            f"torch.fx cannot trace {type(model).__name__}: {type(e).__name__}: {str(e).splitlines()[0]}; "
+            "its forward must not branch on the values or the sizes of tensors"
+        ) from e
+    _drop_defaults(graph)
+    gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    _dropout_as_modules(gm)
+    _keep_state(gm, model)
+    return gm
+
+
+def _drop_defaults(graph: fx.Graph) -> None:
+    """Arguments that were fixed to their defaults leave placeholders and assertions behind."""
+    for node in reversed(list(graph.nodes)):
+        asserts = node.op == "call_function" and getattr(node.target, "__name__", "") == "_assert_is_none"
+        unused = node.op == "placeholder" and not node.users and node is not next(iter(graph.nodes))
+        if asserts or unused:
+            graph.erase_node(node)
+
+
+def _dropout_as_modules(gm: fx.GraphModule) -> None:
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target in DROPOUTS:
+            p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+            gm.add_submodule(f"_{node.name}", DROPOUTS[node.target](p))
+            with gm.graph.inserting_before(node):
+                new = gm.graph.call_module(f"_{node.name}", (node.args[0] if node.args else node.kwargs["input"],))
+            node.replace_all_uses_with(new)
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _keep_state(gm: fx.GraphModule, model: nn.Module) -> None:
+    """Give `gm` the model's state dict keys: fx drops what no node uses and makes buffers persistent."""
+    keys = set(model.state_dict())
+    tensors = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+    own = {**dict(gm.named_buffers(remove_duplicate=False)), **dict(gm.named_parameters(remove_duplicate=False))}
+    for name in own.keys() - keys:
+        owner, _, leaf = name.rpartition(".")
+        gm.get_submodule(owner)._non_persistent_buffers_set.add(leaf)
+    for name in sorted(keys & tensors.keys() - own.keys()):
+        path, _, leaf = name.rpartition(".")
+        owner = _submodule(gm, path)
+        if isinstance(tensors[name], nn.Parameter):
+            owner.register_parameter(leaf, tensors[name])
+        else:
+            owner.register_buffer(leaf, tensors[name])
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module:
+    for name in filter(None, path.split(".")):
+        if not hasattr(root, name):
+            root.add_module(name, nn.Module())
+        root = getattr(root, name)
+    return root
+
+
+def evaluate(gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    """The node's value on meta tensors, its inputs taken from `env`."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+    if node.op == "get_attr":
+        value = gm
+        for name in node.target.split("."):
+            value = getattr(value, name)
+        return value
+    if node.op == "call_module":
+        return gm.get_submodule(node.target)(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
+    if node.op == "output":
+        return args[0]
+    if node.target in MAKERS:
+        kwargs = {**kwargs, "device": "meta"}
+    return node.target(*args, **kwargs)
+
+
+def shape_of(value: Any) -> Any:
+    """Tensors of a nested value as shapes, the rest as it is; for messages and plans."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if isinstance(value, (tuple, list)):
+        return [shape_of(v) for v in value]
+    return value
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that the node was recorded in; empty at the top."""
+    if node.op in ("call_module", "get_attr"):
+        return node.target
+    stack: Sequence = list(node.meta.get("nn_module_stack", {}).values())
+    return stack[-1][0] if stack else ""
