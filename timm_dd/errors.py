@@ -11,3 +11,7 @@ class MergeError(ValueError):
 
 class WidthError(Exception):
     """Two axes that the algebra cannot make equal; the planner adds the node and raises SplitError."""
+
+
+class TrainError(ValueError):
+    """A training run that cannot start or cannot go on: data, options, or a loss that is not finite."""

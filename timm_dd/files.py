@@ -120,16 +120,23 @@ def _metadata(plan: Plan, k: int) -> dict[str, str]:
     }
 
 
-def save_composed(folder: str | Path, model: nn.Module, plan: Plan, specs: Mapping, tensors: Iterable) -> None:
-    """Write `tensors` (name, value), whose `specs` (shape, dtype) are known beforehand, and timm's config."""
-    with output_folder(folder) as out:
-        with contextlib.ExitStack() as stack:
-            weights = stack.enter_context(replacing(out / "model.safetensors"))
-            write_safetensors(weights, specs, tensors)
-            if plan.model is not None:
-                config = stack.enter_context(replacing(out / "config.json"))
-                data = {"input_size": tuple(plan.input_size)}
-                save_config_for_hf(model, str(config), model_config={"pretrained_cfg": data})
+def save_model(folder: str | Path, model: nn.Module, data: Mapping | None = None) -> None:
+    """Write a model in timm's form; `data` is the configuration of its images."""
+    state = model.state_dict()
+    specs = {name: (t.shape, t.dtype) for name, t in state.items()}
+    save_composed(folder, model, specs, ((name, t.detach().cpu()) for name, t in state.items()), data)
+
+
+def save_composed(folder: str | Path, model: nn.Module, specs: Mapping, tensors: Iterable, data: Mapping | None = None) -> None:
+    """Write `tensors` (name, value), whose `specs` (shape, dtype) are known beforehand, and, for a timm model, its config
+    with what `data` says of its images (input_size, mean, std, interpolation, crop_pct)."""
+    with output_folder(folder) as out, contextlib.ExitStack() as stack:
+        write_safetensors(stack.enter_context(replacing(out / "model.safetensors")), specs, tensors)
+        if hasattr(model, "pretrained_cfg"):
+            config = stack.enter_context(replacing(out / "config.json"))
+            known = ("input_size", "mean", "std", "interpolation", "crop_pct")
+            data = {k: v for k, v in (data or {}).items() if k in known}
+            save_config_for_hf(model, str(config), model_config={"pretrained_cfg": data})
 
 
 def write_safetensors(path: Path, specs: Mapping[str, tuple], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -215,10 +222,12 @@ def open_parts(folder: str | Path, plan: Plan) -> Iterator[Callable[[int, str], 
 
 
 def _part_path(folder: str | Path, plan: Plan, k: int) -> Path:
-    path = Path(folder) / part_name(k, plan.parts)
-    if not path.is_file():
-        found = sorted(p.name for p in Path(folder).glob("part-*.safetensors"))
-        raise MergeError(f"{path.name} is missing in {folder}, which has {len(found)} of {plan.parts} parts; train or copy it")
+    """Part k's file, in the folder itself or, as a training run leaves it, in a folder of its own."""
+    name = part_name(k, plan.parts)
+    path = next((p for p in (Path(folder) / name, Path(folder) / str(k) / name) if p.is_file()), None)
+    if path is None:
+        found = [p for pattern in ("part-*.safetensors", "*/part-*.safetensors") for p in Path(folder).glob(pattern)]
+        raise MergeError(f"{name} is missing in {folder}, which has {len(found)} of {plan.parts} parts; train or copy it")
     return path
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -50,8 +50,14 @@ def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | No
     return merged
 
 
-def merge_files(folder: str | Path, output: str | Path, *, head: str = "sum", model: nn.Module | None = None) -> None:
+def merge_files(
+    folder: str | Path, output: str | Path, *, head: str = "sum", model: nn.Module | None = None, data: Mapping | None = None
+) -> None:
     """Merge parts on disk into ``model.safetensors`` and timm's ``config.json``, one tensor in memory at a time.
+
+    Args:
+        head, model: as for `merge`.
+        data: of the images, for the config: mean, std, interpolation, crop_pct.
 
     Raises:
         MergeError: as `merge`; the output folder is left as it was.
@@ -61,7 +67,7 @@ def merge_files(folder: str | Path, output: str | Path, *, head: str = "sum", mo
     with files.open_parts(folder, plan) as read:
         empty = plan_model(plan, model)
         specs = {name: (t.shape, read(0, name).dtype) for name, t in plan.tensors.items() if name in empty.state_dict()}
-        files.save_composed(output, empty, plan, specs, merge_tensors(plan, specs, read, head))
+        files.save_composed(output, empty, specs, merge_tensors(plan, specs, read, head), {"input_size": plan.input_size, **(data or {})})
 
 
 def check_head(head: str) -> None:

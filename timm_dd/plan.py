@@ -22,7 +22,8 @@ from .errors import SplitError, WidthError
 from .rules.laws import COPY, Kind, Relation
 from .rules.registry import RULES, Edit, Op, Param, Value, bind, module_rule
 from .sizes import Sizes
-from .trace import module_path, shape_of
+from .table import table
+from .trace import module_path
 from .widths import Axis, FrozenAxis, Width, freeze, make_whole, unify
 
 FORMAT = 1
@@ -35,6 +36,7 @@ class TensorPlan:
     Attributes:
         shape: in the global model.
         axes: one for each dim; None for a dim that every part has whole.
+        trained: a parameter; otherwise a buffer.
         reduce: how merge makes the parts' tensors one: ``place`` each into its block, (2.11)–(2.14), ``sum`` or ``mean``.
         scale: factor of a freshly initialised slice in part k, see `fresh_scale`; 1 where empty.
     """
@@ -42,6 +44,7 @@ class TensorPlan:
     shape: tuple[int, ...]
     axes: tuple[FrozenAxis | None, ...]
     reduce: str
+    trained: bool = True
     scale: tuple[float, ...] = ()
 
     def index(self, k: int, parts: int) -> tuple[torch.Tensor | None, ...]:
@@ -103,8 +106,8 @@ class Plan:
         return not self.approximations
 
     def params(self, k: int | None = None) -> int:
-        """Elements of all tensors of part `k`, or of the global model."""
-        shapes = (t.shape if k is None else t.part_shape(k, self.parts) for t in self.tensors.values())
+        """The number of parameters of part `k`, or of the global model."""
+        shapes = (t.shape if k is None else t.part_shape(k, self.parts) for t in self.tensors.values() if t.trained)
         return sum(map(math.prod, shapes))
 
     def boxes(self):
@@ -149,16 +152,14 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [("layer", "operation", "global", "part" if self._alike() else "part 0"), *map(_row, self.layers)]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
         boxes = ", ".join(map(str, dict.fromkeys("×".join(map(str, b.extent)) for b in self.boxes())))
         largest = max(self.params(k) for k in range(self.parts))
         size = "×".join(map(str, self.input_size[1:]))
         head = f"{self.model or 'module'} in {self.parts} parts; {self.domain}: {boxes} of {size} pixels"
         verdict = ["exact: the merged model is the sum of its parts"] if self.exact else ["approximate:"]
         verdict += [f"  {path or node}: {reason}" for node, path, reason in self.approximations]
-        total = f"{self.params():,} numbers in the model, {largest:,} in a part, {self.params() / largest:.1f} to 1"
-        return "\n".join([head, "", *lines, "", total, *verdict])
+        total = f"{self.params():,} parameters in the model, {largest:,} in a part, {self.params() / max(largest, 1):.1f} to 1"
+        return "\n".join([head, "", table(rows), "", total, *verdict])
 
     def _alike(self) -> bool:
         return all(len(set(r.part_shapes)) == 1 for r in self.layers)
@@ -169,13 +170,13 @@ def _row(layer: Layer) -> tuple[str, str, str, str]:
 
 
 def _tensor_to_json(t: TensorPlan) -> dict:
-    d: dict[str, Any] = {"shape": list(t.shape), "axes": [a and a.to_json() for a in t.axes], "reduce": t.reduce}
+    d: dict[str, Any] = {"shape": list(t.shape), "axes": [a and a.to_json() for a in t.axes], "reduce": t.reduce, "trained": t.trained}
     return {**d, "scale": list(t.scale)} if t.scale else d
 
 
 def _tensor_from_json(d: dict) -> TensorPlan:
     axes = tuple(a and FrozenAxis.from_json(a) for a in d["axes"])
-    return TensorPlan(tuple(d["shape"]), axes, d["reduce"], tuple(d.get("scale", ())))
+    return TensorPlan(tuple(d["shape"]), axes, d["reduce"], d["trained"], tuple(d.get("scale", ())))
 
 
 def make_plan(
@@ -413,7 +414,8 @@ class Planner:
             ratios = [[self._ratio(fan, k) for k in range(self.parts)] for fan in param.fans]
             scale = tuple(fresh_scale(i, o) for i, o in zip(*ratios))
         reduce = "sum" if name in self.summed else "place" if cut else "mean"
-        return TensorPlan(shape, axes, reduce, () if set(scale) == {1.0} else scale)
+        trained = isinstance(tensor, torch.nn.Parameter)
+        return TensorPlan(shape, axes, reduce, trained, () if set(scale) == {1.0} else scale)
 
     def _ratio(self, fan: Sequence[Axis], k: int) -> float:
         return math.prod(a.size / self.part_size(a, k) for a in fan)
@@ -446,5 +448,3 @@ def _flat(value: Any) -> list:
 def _tensors(value: Any) -> bool:
     return any(isinstance(v, torch.Tensor) for v in _flat(value))
 
-
-__all__ = ["Plan", "TensorPlan", "make_plan", "shape_of"]

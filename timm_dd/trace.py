@@ -137,15 +137,6 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     return node.target(*args, **kwargs)
 
 
-def shape_of(value: Any) -> Any:
-    """Tensors of a nested value as shapes, the rest as it is; for messages and plans."""
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape)
-    if isinstance(value, (tuple, list)):
-        return [shape_of(v) for v in value]
-    return value
-
-
 def module_path(node: fx.Node) -> str:
     """The path of the innermost module that the node was recorded in; empty at the top."""
     if node.op in ("call_module", "get_attr"):

@@ -1,0 +1,204 @@
+"""Data: timm's datasets and loaders, scikit-learn's digits, and the order of images, the same on every rank.
+
+In the part stage every rank reads all images in one order, given by the seed and the epoch alone, so that a part
+does not depend on how many ranks there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tarfile
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_loader, resolve_data_config
+from torch.utils.data import Dataset, Subset
+from torchvision import transforms
+
+from ..errors import TrainError
+
+SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "valid", "eval", "test")}
+
+
+class Digits(Dataset):
+    """scikit-learn's handwritten digits (UCI Optical Recognition, 1,797 scans of 8×8, 10 classes), shown at 32×32 RGB.
+
+    Every fifth scan is for validation.
+    """
+
+    classes = 10
+
+    def __init__(self, train: bool):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        chosen = [i for i in range(len(digits.target)) if (i % 5 != 0) == train]
+        self.images = (digits.images[chosen] * (255 / 16)).astype(np.uint8)
+        self.targets = digits.target[chosen]
+        self.transform = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int):
+        image = Image.fromarray(self.images[i]).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
+        return (self.transform(image) if self.transform else image), int(self.targets[i])
+
+
+class First(Subset):
+    """The first n images of a fixed shuffle; timm sets `transform` on it."""
+
+    def __init__(self, dataset: Dataset, n: int, seed: int):
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+        super().__init__(dataset, order[:n].tolist())
+
+    @property
+    def transform(self):
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, value):
+        self.dataset.transform = value
+
+
+def datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset, int | None]:
+    """(train, validation, number of classes or None).
+
+    Raises:
+        TrainError: no such folder, or no images in it.
+    """
+    if args.dataset == "digits":
+        try:
+            sets = Digits(train=True), Digits(train=False)
+        except ImportError as e:
+            raise TrainError("--dataset digits comes with scikit-learn: pip install 'timm_dd[demo]'") from e
+        classes: int | None = Digits.classes
+    else:
+        sets = tuple(_dataset(args, which) for which in ("train", "validation"))
+        classes = _classes(*sets)
+    train, val = sets
+    if args.train_num_samples:
+        train = First(train, args.train_num_samples, args.seed)
+    return train, val, classes
+
+
+def _dataset(args: argparse.Namespace, which: str) -> Dataset:
+    split = args.train_split if which == "train" else args.val_split
+    try:
+        if args.dataset:
+            return create_dataset(args.dataset, root=args.data_dir, split=split, download=args.dataset_download)
+        return _images(Path(args.data_dir), split, which)
+    except (AssertionError, RuntimeError, OSError, ValueError, ImportError, tarfile.TarError) as e:
+        if isinstance(e, TrainError):
+            raise
+        what = args.data_dir if not args.dataset else f"{args.dataset} in {args.data_dir}"
+        raise TrainError(f"no {split} images in {what}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+
+
+def _images(root: Path, split: str, which: str) -> Dataset:
+    """A folder with folders or tars for each split, or one tar with folders for each."""
+    names = (split, *SPLITS[which])
+    if not root.exists():
+        raise TrainError(f"no data folder {root}; expected a folder or a tar with train and val")
+    if root.is_file():
+        return _inside_tar(root, names)
+    for name in names:
+        for path in (root / name, root / f"{name}.tar"):
+            if path.exists():
+                return create_dataset("", root=str(path), search_split=False)
+    raise TrainError(f"{root} has no {names[0]} images: expected one of {', '.join(dict.fromkeys(names))}, as a folder or a .tar of class folders")
+
+
+def _inside_tar(path: Path, names: Sequence[str]) -> Dataset:
+    dataset = create_dataset("", root=str(path))
+    reader = dataset.reader
+    folders = [Path(s[0].path).parts for s in reader.samples]
+    keep = [i for i, p in enumerate(folders) if any(n in p[:-2] for n in names)]
+    if not keep:
+        raise TrainError(f"{path} has no folder {names[0]}; expected {names[0]}/class/image")
+    reader.samples, reader.targets = reader.samples[keep], reader.targets[keep]
+    return dataset
+
+
+def _classes(train: Dataset, val: Dataset) -> int | None:
+    maps = [getattr(getattr(d, "reader", None), "class_to_idx", None) or getattr(getattr(d, "reader", None), "class_name_to_idx", None) for d in (train, val)]
+    if all(maps) and maps[0] != maps[1]:
+        odd = sorted(set(maps[0]) ^ set(maps[1]))
+        raise TrainError(f"train and validation have different classes, such as {', '.join(map(str, odd[:3]))}; both need the same class folders")
+    return len(maps[0]) if maps[0] else len(getattr(train, "classes", ())) or None
+
+
+def data_config(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, Any]:
+    """Input size, mean, std, interpolation and crop: the options', else the model's."""
+    given = vars(args).copy()
+    if args.dataset == "digits" and args.img_size is None and args.input_size is None:
+        given["img_size"] = 32
+    config = resolve_data_config(given, model=model, verbose=False)
+    if config["input_size"][1] <= 64:
+        config["crop_pct"] = args.crop_pct or 1.0  # a small image is not worth cutting
+    return config
+
+
+def loaders(args: argparse.Namespace, config: dict, train: Dataset, val: Dataset, device: torch.device, distributed: bool):
+    """timm's loaders for training and validation."""
+    common = dict(
+        input_size=config["input_size"],
+        mean=config["mean"],
+        std=config["std"],
+        num_workers=args.workers,
+        distributed=distributed,
+        pin_memory=args.pin_mem,
+        device=device,
+        persistent_workers=False,  # workers are seeded anew every epoch, see seed_epoch
+    )
+    if len(train) < args.batch_size:
+        raise TrainError(f"{len(train)} training images make no batch of {args.batch_size}; use a smaller --batch-size")
+    train_loader = create_loader(
+        train,
+        batch_size=args.batch_size,
+        is_training=True,
+        no_aug=args.no_aug,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        re_prob=args.reprob,
+        interpolation="random",
+        **common,
+    )
+    if args.no_aug or args.shift:
+        train.transform = _plain(args, config, train.transform)
+    val_loader = create_loader(
+        val,
+        batch_size=args.validation_batch_size or args.batch_size,
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        **common,
+    )
+    return train_loader, val_loader
+
+
+def _plain(args: argparse.Namespace, config: dict, transform):
+    """Flips and small shifts instead of timm's crops, as the CIFAR networks are trained; ends as timm's transform does."""
+    _, height, width = config["input_size"]
+    steps = [transforms.Resize((height, width))]
+    if args.shift:
+        steps.append(transforms.RandomCrop((height, width), padding=args.shift, padding_mode="edge"))
+    if args.hflip and not args.no_aug:
+        steps.append(transforms.RandomHorizontalFlip(args.hflip))
+    return transforms.Compose([*steps, transform.transforms[-1]])
+
+
+def seed_epoch(seed: int, epoch: int) -> None:
+    """The order and augmentation of an epoch's images follow from these two numbers alone."""
+    value = seed * 1_000_003 + epoch
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)

@@ -1,0 +1,212 @@
+"""The command line of a training run: timm's flag names and meaning, and what splitting adds.
+
+A flag may have a value of its own for the parts (``--part-lr``) and for the baseline (``--baseline-lr``); `stage` gives
+the options as one of the three stages sees them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from importlib import resources
+from pathlib import Path
+from typing import Sequence
+
+import yaml
+from timm.utils import ParseKwargs
+
+from ..domain import Domain, default_domain
+from ..errors import TrainError
+
+STAGED = {
+    "epochs": dict(type=int, metavar="N", help="epochs"),
+    "lr": dict(type=float, metavar="LR", help="learning rate, overrides --lr-base"),
+    "warmup_epochs": dict(type=int, metavar="N", help="epochs of warm-up"),
+    "decay_milestones": dict(type=int, nargs="+", metavar="EPOCH", help="epochs at which multistep decays"),
+    "decay_rates": dict(type=float, nargs="+", metavar="RATE", help="one factor for each milestone"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="timm-dd train",
+        description="Train K parts of a timm model on K sub-images, compose them, fine-tune the composed model.",
+        epilog="example: torchrun --nproc-per-node 4 -m timm_dd.train --model resnet50 --parts 4 --grid 2x2 --overlap 28 "
+        "--data-dir DATA --part-epochs 100 --epochs 100 -b 128 --output runs/",
+    )
+    p.add_argument("-c", "--config", metavar="YAML", help="defaults for these options: a file, or one that comes with the package")
+    _data(p.add_argument_group("data"))
+    _model(p.add_argument_group("model and parts"))
+    _optimizer(p.add_argument_group("optimizer and schedule (all stages; --part-X and --baseline-X for one)"))
+    _run(p.add_argument_group("run"))
+    return p
+
+
+def _data(g) -> None:
+    g.add_argument("--data-dir", metavar="DIR", help="image folder with train and val, or tars of that name, or one tar with both")
+    g.add_argument("--dataset", default="", metavar="NAME", help="digits (comes with scikit-learn), or a timm dataset: torch/cifar10 …")
+    g.add_argument("--train-split", default="train", metavar="NAME")
+    g.add_argument("--val-split", default="validation", metavar="NAME")
+    g.add_argument("--train-num-samples", type=int, metavar="N", help="use the first N training images of a fixed shuffle")
+    g.add_argument("--dataset-download", action="store_true", help="let timm download the data set")
+    g.add_argument("--img-size", type=int, metavar="PX")
+    g.add_argument("--input-size", type=int, nargs=3, metavar="N", help="channels, height, width")
+    g.add_argument("--crop-pct", type=float, metavar="PCT", help="centre crop of validation images")
+    g.add_argument("--mean", type=float, nargs="+")
+    g.add_argument("--std", type=float, nargs="+")
+    g.add_argument("--interpolation", default="", metavar="NAME")
+    g.add_argument("--no-aug", action="store_true", help="no augmentation")
+    g.add_argument("--train-crop-mode", choices=["rrc", "rkrc", "rkrr"])
+    g.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of a random resized crop")
+    g.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3])
+    g.add_argument("--hflip", type=float, default=0.5)
+    g.add_argument("--vflip", type=float, default=0.0)
+    g.add_argument("--color-jitter", type=float, default=0.4)
+    g.add_argument("--aa", metavar="NAME", help="AutoAugment policy")
+    g.add_argument("--reprob", type=float, default=0.0, help="random erasing")
+    g.add_argument("--shift", type=int, default=0, metavar="PX", help="random shift by up to PX pixels, as for CIFAR (goes with --no-aug or not)")
+    g.add_argument("-b", "--batch-size", type=int, default=128, metavar="N", help="a part's, and a rank's in the second stage")
+    g.add_argument("-vb", "--validation-batch-size", type=int, metavar="N")
+    g.add_argument("-j", "--workers", type=int, default=4, metavar="N")
+    g.add_argument("--pin-mem", action="store_true")
+
+
+def _model(g) -> None:
+    g.add_argument("--model", default="resnet50", metavar="NAME", help="a timm model")
+    g.add_argument("--pretrained", action="store_true")
+    g.add_argument("--num-classes", type=int, metavar="N", help="by default the data set's")
+    g.add_argument("--drop", type=float, metavar="P")
+    g.add_argument("--drop-path", type=float, metavar="P")
+    g.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
+    g.add_argument("--parts", type=int, default=4, metavar="K")
+    g.add_argument("--grid", type=grid, metavar="RxC", help="boxes of the parts, by default the most square grid; full: the whole image")
+    g.add_argument("--overlap", type=int, default=0, metavar="PX", help="by how much a box is longer than its cell")
+    g.add_argument("--margin", type=int, default=0, metavar="PX", help="pixels cropped from the borders beforehand")
+
+
+def _optimizer(g) -> None:
+    g.add_argument("--opt", default="sgd", metavar="NAME")
+    g.add_argument("--opt-eps", type=float)
+    g.add_argument("--opt-betas", type=float, nargs="+")
+    g.add_argument("--momentum", type=float, default=0.9)
+    g.add_argument("--weight-decay", type=float, default=2e-5)
+    g.add_argument("--clip-grad", type=float, metavar="NORM")
+    g.add_argument("--clip-mode", default="norm", choices=["norm", "value", "agc"])
+    g.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    g.add_argument("--lr-base", type=float, default=0.1, metavar="LR", help="for a batch of 256, scaled with the batch")
+    g.add_argument("--sched", default="cosine", metavar="NAME")
+    g.add_argument("--warmup-lr", type=float, default=1e-5, metavar="LR")
+    g.add_argument("--warmup-prefix", action="store_true")
+    g.add_argument("--min-lr", type=float, default=0.0, metavar="LR")
+    g.add_argument("--decay-rate", type=float, default=0.1)
+    g.add_argument("--decay-epochs", type=float, default=90)
+    g.add_argument("--plateau-epochs", type=int, metavar="N", help="divide the rate by √10 after N epochs without a better accuracy")
+    defaults = {"epochs": 300, "warmup_epochs": 5}
+    for name, kind in STAGED.items():
+        g.add_argument(_flag(name), default=defaults.get(name), **kind)
+    for stage in ("part", "baseline"):
+        for name, kind in STAGED.items():
+            g.add_argument(_flag(f"{stage}_{name}"), **{**kind, "help": argparse.SUPPRESS if name != "epochs" else f"{stage}: {kind['help']}"})
+
+
+def _run(g) -> None:
+    g.add_argument("--output", default="runs", metavar="DIR")
+    g.add_argument("--experiment", default="", metavar="NAME", help="the run's folder in --output, by default model and number")
+    g.add_argument("--baseline", action="store_true", help="also train the model from a random start for as many epochs")
+    g.add_argument("--seed", type=int, default=42)
+    g.add_argument("--amp", action="store_true", help="mixed precision")
+    g.add_argument("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    g.add_argument("--channels-last", action="store_true")
+    g.add_argument("--device", metavar="NAME", help="cuda or cpu, by default cuda where there is one")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def grid(text: str) -> tuple[int, ...]:
+    """``2x2`` as (2, 2), ``full`` as ()."""
+    if text == "full":
+        return ()
+    try:
+        return tuple(int(n) for n in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected rows x columns, like 2x2, or full, got {text!r}") from None
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options from YAML (``-c``), then the command line. Errors exit with status 2."""
+    p = parser()
+    known, _ = p.parse_known_args(argv) if _asks_for_config(argv) else (None, None)
+    if known is not None:
+        p.set_defaults(**_config(p, known.config))
+    args = p.parse_args(argv)
+    if args.parts < 1:
+        p.error(f"--parts is a whole number from 1 up, got {args.parts}")
+    if not args.dataset and not args.data_dir:
+        p.error("nothing to train on: give --data-dir DIR, or --dataset digits")
+    for stage in (None, "part", "baseline"):
+        s = globals()["stage"](args, stage)
+        if s.decay_rates and len(s.decay_rates) != len(s.decay_milestones or ()):
+            p.error(f"{len(s.decay_rates)} decay rates for {len(s.decay_milestones or ())} milestones; give as many")
+    return args
+
+
+def _asks_for_config(argv) -> bool:
+    import sys
+
+    return any(a in ("-c", "--config") or a.startswith("--config=") for a in (sys.argv[1:] if argv is None else argv))
+
+
+def _config(p: argparse.ArgumentParser, name: str) -> dict:
+    path = Path(name)
+    if not path.is_file():
+        path = resources.files(__package__) / "configs" / name
+    if not path.is_file():
+        have = ", ".join(sorted(f.name for f in (resources.files(__package__) / "configs").iterdir() if f.name.endswith(".yaml")))
+        p.error(f"no config {name!r}; expected a YAML file, or one of {have}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as e:
+        p.error(f"{name} is not YAML: {str(e).splitlines()[0]}")
+    if not isinstance(values, dict):
+        p.error(f"{name}: expected options and values, got {type(values).__name__}")
+    options = {a.dest: a for a in p._actions}
+    unknown = sorted(set(values) - options.keys())
+    if unknown:
+        p.error(f"{name} has options that do not exist: {', '.join(unknown)}")
+    return {k: options[k].type(v) if isinstance(v, str) and options[k].type else v for k, v in values.items()}
+
+
+def stage(args: argparse.Namespace, name: str | None) -> argparse.Namespace:
+    """The options as a stage sees them: ``part``, ``baseline``, or None for the composed model. By default the parts train
+    as many epochs as the composed model, and the baseline as many as both."""
+    own = copy.copy(args)
+    if name is None:
+        return own
+    for option in STAGED:
+        value = getattr(args, f"{name}_{option}")
+        if value is not None:
+            setattr(own, option, value)
+    if name == "baseline" and args.baseline_epochs is None:
+        own.epochs = stage(args, "part").epochs + args.epochs
+    return own
+
+
+def domain(args: argparse.Namespace, axes: int = 2) -> Domain:
+    if args.grid is None:
+        shape = default_domain(args.parts, axes).grid_shape
+    elif not args.grid:
+        return Domain.full(args.parts)
+    else:
+        shape = args.grid
+    return Domain.grid(*shape, overlap=args.overlap, margin=args.margin)
+
+
+def model_arguments(args: argparse.Namespace, classes: int | None) -> dict:
+    """Keyword arguments for `timm.create_model`."""
+    classes = args.num_classes or classes
+    if classes is None:
+        raise TrainError("the number of classes is not known from the data; give --num-classes")
+    own = {"num_classes": classes, "drop_rate": args.drop, "drop_path_rate": args.drop_path, **args.model_kwargs}
+    return {k: v for k, v in own.items() if v is not None}

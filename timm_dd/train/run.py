@@ -1,0 +1,241 @@
+"""A run: stage 1 trains the parts, each rank its own and no word between them; stage 2 composes and fine-tunes.
+
+Ranks meet once, when their parts are done: the process group is made then, rank 0 merges the parts' files, and
+DistributedDataParallel hands its weights to the others. So ranks need one output folder that all of them see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import files, models
+from ..merge import merge, merge_files
+from ..split import Parts, split
+from ..table import table
+from . import data, options
+from .engines import Learner
+from .loop import evaluate, fit
+
+WAIT = datetime.timedelta(days=7)  # the first rank to finish its parts waits for the last
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among those that torchrun started."""
+
+    rank: int
+    local_rank: int
+    world: int
+    local_world: int
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        names = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
+        return cls(*(int(os.environ.get(name, default)) for name, default in names))
+
+    @property
+    def primary(self) -> bool:
+        return self.rank == 0
+
+    def device(self, name: str | None) -> torch.device:
+        if name == "cpu" or (name is None and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        index = self.local_rank % max(torch.cuda.device_count(), 1)
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+
+
+class Run:
+    """One training run; `go` carries it out and returns its summary."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.ranks = args, Ranks.from_environment()
+        self.device = self.ranks.device(args.device)
+        self.train_set, self.val_set, classes = data.datasets(args)
+        self.model_args = options.model_arguments(args, classes)
+        self.data_config = data.data_config(args, models.create_empty(args.model, **self.model_args))
+        size = tuple(self.data_config["input_size"][1:])
+        self.folder = self._folder()
+        self.parts_folder = self.folder / "parts"
+        self.parts: Parts = split(
+            args.model, args.parts, domain=options.domain(args), img_size=size, pretrained=args.pretrained, seed=args.seed, **self.model_args
+        )
+
+    def _folder(self) -> Path:
+        """A new folder, made by the first rank; the others take the name that torchrun's run gives it."""
+        name = self.args.experiment or f"{self.args.model}-{self.args.parts}"
+        base = Path(self.args.output)
+        if self.ranks.world > 1:
+            return base / name  # all ranks must agree without a word
+        return next(p for p in (base / name, *(base / f"{name}-{i}" for i in range(1, 10**6))) if not p.exists())
+
+    # ---- stage 1
+
+    def train_parts(self) -> float:
+        """Train part k on rank k mod world size; returns the seconds."""
+        start = time.perf_counter()
+        own = [k for k in range(self.args.parts) if k % self.ranks.world == self.ranks.rank]
+        if own:
+            args = options.stage(self.args, "part")
+            _threads(self.args.parts)
+            loaders = data.loaders(args, self.data_config, self.train_set, self.val_set, self.device, distributed=False)
+            boxes = self.parts.plan.boxes()
+            learners = [self._learner(f"part {k}", self.parts[k], boxes[k].crop, args, len(loaders[0]), args.batch_size, k) for k in own]
+            folders = [self.parts_folder / str(k) for k in own]
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+            accuracies = fit(learners, loaders, args.epochs, args.seed, "parts", folders)
+            for k, folder, learner, accuracy in zip(own, folders, learners, accuracies):
+                files.save_part(folder, self.parts.plan, k, learner.model.state_dict())
+                files.write_json(folder / "summary.json", {"part": k, "top1": accuracy, "epochs": args.epochs, "updates": learner.updates})
+        return time.perf_counter() - start
+
+    def _learner(self, name, model, crop, args, updates, batch, stream) -> Learner:
+        model = model.to(self.device, memory_format=torch.channels_last) if args.channels_last else model.to(self.device)
+        return Learner(name, model, crop, args, self.device, updates, batch, self.args.seed * 1000 + stream)
+
+    # ---- stage 2
+
+    def meet(self) -> None:
+        """Wait until every rank has trained its parts."""
+        if self.ranks.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=WAIT)
+            dist.barrier()
+
+    def tune(self) -> tuple[float, float, float, float]:
+        """Compose and fine-tune; returns the accuracies of the parts together, composed, and tuned, and the seconds."""
+        start = time.perf_counter()
+        composed = self.folder / "composed"
+        if self.ranks.primary:
+            merge_files(self.parts_folder, composed, data=self.data_config)
+        if self.ranks.world > 1:
+            dist.barrier()
+        model = merge(self.parts_folder)
+        args = options.stage(self.args, None)
+        loaders = self._loaders(args)
+        together = self._together(loaders[1])
+        learner = self._global("composed model", model, args, len(loaders[0]))
+        before = evaluate([learner], loaders[1])[0]
+        after = self._fit(learner, loaders, args.epochs, "fine-tuning", self.folder / "global", model)
+        return together, before, after, time.perf_counter() - start
+
+    def baseline(self) -> tuple[float, float]:
+        """Train the model from a random start (GNet-R); returns accuracy and seconds."""
+        start = time.perf_counter()
+        args = options.stage(self.args, "baseline")
+        model = models.create(self.args.model, pretrained=self.args.pretrained, seed=self.args.seed, **self.model_args)
+        loaders = self._loaders(args)
+        learner = self._global("baseline", model, args, len(loaders[0]))
+        accuracy = self._fit(learner, loaders, args.epochs, "baseline", self.folder / "baseline", model)
+        return accuracy, time.perf_counter() - start
+
+    def _loaders(self, args) -> tuple:
+        _threads(self.ranks.local_world)
+        return data.loaders(args, self.data_config, self.train_set, self.val_set, self.device, distributed=self.ranks.world > 1)
+
+    def _together(self, loader) -> float:
+        """The accuracy of the sum of the parts' logits, each part on its own box."""
+        parts = Parts.load(self.parts_folder)
+        args = options.stage(self.args, "part")
+        learners = [
+            self._learner(f"part {k}", part, box.crop, args, 1, args.batch_size, k) for k, (part, box) in enumerate(zip(parts, parts.plan.boxes()))
+        ]
+        return evaluate(learners, loader, together=True)[-1]
+
+    def _global(self, name: str, model: nn.Module, args, updates: int) -> Learner:
+        model = model.to(self.device)
+        wrapped: nn.Module = model
+        if self.ranks.world > 1:
+            wrapped = DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        return self._learner(name, wrapped, lambda x: x, args, updates, args.batch_size * self.ranks.world, 999 - self.ranks.rank)
+
+    def _fit(self, learner: Learner, loaders, epochs: int, title: str, folder: Path, model: nn.Module) -> float:
+        """Train the global model, keeping the last epoch's weights and the best."""
+        best = -1.0
+
+        def keep(epoch: int, accuracies: list[float]) -> None:
+            nonlocal best
+            if self.ranks.primary:
+                files.save_model(folder / "last", model, self.data_config)
+                if accuracies[0] > best:
+                    files.save_model(folder / "best", model, self.data_config)
+            best = max(best, accuracies[0])
+
+        if self.ranks.primary:
+            folder.mkdir(parents=True, exist_ok=True)
+        last = fit([learner], loaders, epochs, self.args.seed, title, [folder], keep, self.ranks.primary)[0]
+        if epochs == 0:
+            keep(0, [last])
+        return last
+
+    # ---- all of it
+
+    def go(self) -> dict:
+        """Both stages, and the baseline if asked for; writes and prints the summary on the first rank."""
+        if self.ranks.primary:
+            self._open()
+        begun = time.perf_counter()
+        self.train_parts()
+        self.meet()
+        first = time.perf_counter() - begun
+        together, before, after, second = self.tune()
+        summary = {"parts": [], "together": together, "composed": before, "tuned": after, "seconds": {"parts": first, "composed": second}}
+        if self.args.baseline:
+            summary["baseline"], summary["seconds"]["baseline"] = self.baseline()
+        if self.ranks.primary:
+            summary["parts"] = [json.loads((self.parts_folder / str(k) / "summary.json").read_text())["top1"] for k in range(self.args.parts)]
+            files.write_json(self.folder / "summary.json", summary)
+            print(f"\n{self.report(summary)}\n\n{self.folder}: composed/ as it was put together, global/best after fine-tuning", flush=True)
+        if self.ranks.world > 1:
+            dist.destroy_process_group()
+        return summary
+
+    def _open(self) -> None:
+        with files.output_folder(self.parts_folder):
+            (self.folder / "args.yaml").write_text(yaml.safe_dump(vars(self.args), default_flow_style=None))
+            files.save_plan(self.parts_folder, self.parts.plan)
+            files.save_plan(self.folder, self.parts.plan)
+        plan = self.parts.plan
+        print(
+            f"{self.args.model} in {plan.parts} parts, {plan.domain}; {plan.params():,} parameters, {plan.params(0):,} in part 0; "
+            f"{'exact' if plan.exact else f'approximate in {len(plan.approximations)} places'}\n"
+            f"{len(self.train_set):,} images to train on, {len(self.val_set):,} to validate; {self.ranks.world} rank(s) on {self.device.type}; "
+            f"{self.folder}",
+            flush=True,
+        )
+
+    def report(self, summary: dict) -> str:
+        """The table that ends a run."""
+        epochs = options.stage(self.args, "part").epochs
+        seconds = summary["seconds"]
+        rows = [["", "top-1 %", "epochs", "seconds"]]
+        for k, accuracy in enumerate(summary["parts"]):
+            rows.append([f"part {k}, its own box", f"{accuracy:.2f}", str(epochs), f"{seconds['parts']:.1f} for all" if k == 0 else ""])
+        rows.append(["sum of the parts, own boxes", f"{summary['together']:.2f}", "", ""])
+        rows.append(["composed, before fine-tuning", f"{summary['composed']:.2f}", "0", ""])
+        rows.append(["composed, after fine-tuning", f"{summary['tuned']:.2f}", str(self.args.epochs), f"{seconds['composed']:.1f}"])
+        if "baseline" in summary:
+            total = options.stage(self.args, "baseline").epochs
+            rows.append(["baseline, random start", f"{summary['baseline']:.2f}", str(total), f"{seconds['baseline']:.1f}"])
+        return table(rows)
+
+
+def _threads(share: int) -> None:
+    """CPU threads of this process, as if `share` processes shared the machine. In the part stage that is the number of
+    parts, whatever the number of ranks: sums over more threads are rounded otherwise, and a part would differ."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // max(share, 1)))
+
+

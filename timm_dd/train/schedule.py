@@ -1,0 +1,55 @@
+"""The learning rate: timm's schedules, and gu2022's, whose steps have rates of their own (section 3.1.1)."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Sequence
+
+import torch
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
+
+
+class Steps(Scheduler):
+    """The rate times ``rates[i]`` from epoch ``milestones[i]`` on, after `warmup` epochs that rise linearly."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, milestones: Sequence[int], rates: Sequence[float], warmup: int, warmup_lr: float):
+        super().__init__(optimizer, "lr")
+        self.steps, self.warmup, self.warmup_lr = list(zip(milestones, rates)), warmup, warmup_lr
+        self.update_groups(self._get_lr(0))
+
+    def _get_lr(self, t: int) -> list[float]:
+        if t < self.warmup:
+            return [self.warmup_lr + t * (v - self.warmup_lr) / self.warmup for v in self.base_values]
+        factor = math.prod(rate for milestone, rate in self.steps if t >= milestone)
+        return [v * factor for v in self.base_values]
+
+
+class Plateau:
+    """Divides what a schedule says by √10 each time `patience` epochs brought no better accuracy (section 3.1.1)."""
+
+    def __init__(self, schedule: Scheduler, patience: int):
+        self.schedule, self.patience = schedule, patience
+        self.best, self.waited, self.factor = -math.inf, 0, 1.0
+
+    def step(self, epoch: int, metric: float) -> None:
+        self.waited = 0 if metric > self.best else self.waited + 1
+        self.best = max(self.best, metric)
+        if self.waited >= self.patience:
+            self.waited, self.factor = 0, self.factor / math.sqrt(10)
+        self.schedule.step(epoch, metric)
+        for group in self.schedule.optimizer.param_groups:
+            group["lr"] *= self.factor
+
+    def step_update(self, updates: int) -> None:
+        self.schedule.step_update(updates)
+
+
+def create(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
+    """The schedule of a stage; `step` after every epoch, `step_update` after every update."""
+    if args.decay_rates:
+        schedule: Scheduler = Steps(optimizer, args.decay_milestones, args.decay_rates, args.warmup_epochs, args.warmup_lr)
+    else:
+        schedule, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
+    return Plateau(schedule, args.plateau_epochs) if args.plateau_epochs else schedule
