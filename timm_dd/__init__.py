@@ -1,7 +1,7 @@
 """Split a timm network's width into K parts, train them without a word between them, merge them back.
 
-    parts = timm_dd.split("resnet50", 4)
-    model = timm_dd.merge(parts)
+parts = timm_dd.split("resnet50", 4)
+model = timm_dd.merge(parts)
 """
 
 from . import models as models  # registers the papers' networks with timm
@@ -9,8 +9,20 @@ from .domain import Box, Domain
 from .errors import MergeError, SplitError
 from .merge import merge, merge_files
 from .plan import Plan
-from .split import Parts, split
+from .split import Parts, plan, split
 
 __version__ = "0.1.0"
 
-__all__ = ["Box", "Domain", "MergeError", "Parts", "Plan", "SplitError", "__version__", "merge", "merge_files", "split"]
+__all__ = [
+    "Box",
+    "Domain",
+    "MergeError",
+    "Parts",
+    "Plan",
+    "SplitError",
+    "__version__",
+    "merge",
+    "merge_files",
+    "plan",
+    "split",
+]

@@ -13,8 +13,8 @@ import os
 import shutil
 import struct
 import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -127,7 +127,9 @@ def save_model(folder: str | Path, model: nn.Module, data: Mapping | None = None
     save_composed(folder, model, specs, ((name, t.detach().cpu()) for name, t in state.items()), data)
 
 
-def save_composed(folder: str | Path, model: nn.Module, specs: Mapping, tensors: Iterable, data: Mapping | None = None) -> None:
+def save_composed(
+    folder: str | Path, model: nn.Module, specs: Mapping, tensors: Iterable, data: Mapping | None = None
+) -> None:
     """Write `tensors` (name, value), whose `specs` (shape, dtype) are known beforehand, and, for a timm model, its config
     with what `data` says of its images (input_size, mean, std, interpolation, crop_pct)."""
     with output_folder(folder) as out, contextlib.ExitStack() as stack:
@@ -171,16 +173,22 @@ def load_plan(folder: str | Path) -> Plan:
     try:
         d = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise MergeError(f"no {PLAN} in {folder} ({e.strerror}); expected a folder written by Parts.save or timm-dd split") from e
+        raise MergeError(
+            f"no {PLAN} in {folder} ({e.strerror}); expected a folder written by Parts.save or timm-dd split"
+        ) from e
     except (ValueError, RecursionError) as e:
         raise MergeError(f"{path} is not JSON ({e}); it is damaged, write the parts again") from e
     if not isinstance(d, dict) or d.get("format") != FORMAT:
         found = d.get("format") if isinstance(d, dict) else type(d).__name__
-        raise MergeError(f"{path} has format {found!r}, this version reads format {FORMAT}; use the version that wrote it")
+        raise MergeError(
+            f"{path} has format {found!r}, this version reads format {FORMAT}; use the version that wrote it"
+        )
     try:
         return Plan.from_json(d)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise MergeError(f"{path} is not a whole plan ({type(e).__name__}: {e}); it is damaged, write the parts again") from e
+        raise MergeError(
+            f"{path} is not a whole plan ({type(e).__name__}: {e}); it is damaged, write the parts again"
+        ) from e
 
 
 def load_part(folder: str | Path, plan: Plan, k: int) -> dict[str, torch.Tensor]:
@@ -227,7 +235,9 @@ def _part_path(folder: str | Path, plan: Plan, k: int) -> Path:
     path = next((p for p in (Path(folder) / name, Path(folder) / str(k) / name) if p.is_file()), None)
     if path is None:
         found = [p for pattern in ("part-*.safetensors", "*/part-*.safetensors") for p in Path(folder).glob(pattern)]
-        raise MergeError(f"{name} is missing in {folder}, which has {len(found)} of {plan.parts} parts; train or copy it")
+        raise MergeError(
+            f"{name} is missing in {folder}, which has {len(found)} of {plan.parts} parts; train or copy it"
+        )
     return path
 
 
@@ -273,7 +283,9 @@ def _check_names(plan: Plan, names: set[str], where: str) -> None:
 def _check_tensor(plan: Plan, k: int, name: str, tensor: torch.Tensor, where: str) -> None:
     expected = plan.tensors[name].part_shape(k, plan.parts)
     if tuple(tensor.shape) != expected:
-        raise MergeError(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {expected}; it is a part of another split")
+        raise MergeError(
+            f"{where}: {name} has shape {tuple(tensor.shape)}, expected {expected}; it is a part of another split"
+        )
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise MergeError(f"{where}: {name} is not finite; train this part again with a smaller learning rate")
 

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -41,7 +41,11 @@ def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | No
         plan = files.load_plan(parts)
         states = [files.load_part(parts, plan, k) for k in range(plan.parts)]
         read = lambda k, name: states[k][name]  # noqa: E731
-    merged = models.create(plan.model, **plan.model_args) if plan.model is not None else copy.deepcopy(plan_model(plan, model))
+    merged = (
+        models.create(plan.model, **plan.model_args)
+        if plan.model is not None
+        else copy.deepcopy(plan_model(plan, model))
+    )
     keys = merged.state_dict().keys()
     state = dict(merge_tensors(plan, keys, read, head))
     first = next(t for t in state.values() if t.is_floating_point())
@@ -51,7 +55,12 @@ def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | No
 
 
 def merge_files(
-    folder: str | Path, output: str | Path, *, head: str = "sum", model: nn.Module | None = None, data: Mapping | None = None
+    folder: str | Path,
+    output: str | Path,
+    *,
+    head: str = "sum",
+    model: nn.Module | None = None,
+    data: Mapping | None = None,
 ) -> None:
     """Merge parts on disk into ``model.safetensors`` and timm's ``config.json``, one tensor in memory at a time.
 
@@ -67,7 +76,13 @@ def merge_files(
     with files.open_parts(folder, plan) as read:
         empty = plan_model(plan, model)
         specs = {name: (t.shape, read(0, name).dtype) for name, t in plan.tensors.items() if name in empty.state_dict()}
-        files.save_composed(output, empty, specs, merge_tensors(plan, specs, read, head), {"input_size": plan.input_size, **(data or {})})
+        files.save_composed(
+            output,
+            empty,
+            specs,
+            merge_tensors(plan, specs, read, head),
+            {"input_size": plan.input_size, **(data or {})},
+        )
 
 
 def check_head(head: str) -> None:
@@ -75,7 +90,9 @@ def check_head(head: str) -> None:
         raise MergeError(f"head is 'sum' (classification) or 'mean' (regression), got {head!r}")
 
 
-def merge_tensors(plan: Plan, names, read: Callable[[int, str], torch.Tensor], head: str) -> Iterator[tuple[str, torch.Tensor]]:
+def merge_tensors(
+    plan: Plan, names, read: Callable[[int, str], torch.Tensor], head: str
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The global tensors, one after another; ``read(k, name)`` gives part k's."""
     for name in names:
         t = plan.tensors[name]

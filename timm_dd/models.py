@@ -74,7 +74,9 @@ class CifarResNet(nn.Module):
     parameters of Table 3.1.
     """
 
-    def __init__(self, depth: int, widths=(64, 128, 256), num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0):
+    def __init__(
+        self, depth: int, widths=(64, 128, 256), num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0
+    ):
         super().__init__()
         self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, widths[-1]
         self.conv1 = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -170,7 +171,12 @@ def _row(layer: Layer) -> tuple[str, str, str, str]:
 
 
 def _tensor_to_json(t: TensorPlan) -> dict:
-    d: dict[str, Any] = {"shape": list(t.shape), "axes": [a and a.to_json() for a in t.axes], "reduce": t.reduce, "trained": t.trained}
+    d: dict[str, Any] = {
+        "shape": list(t.shape),
+        "axes": [a and a.to_json() for a in t.axes],
+        "reduce": t.reduce,
+        "trained": t.trained,
+    }
     return {**d, "scale": list(t.scale)} if t.scale else d
 
 
@@ -238,7 +244,10 @@ class Planner:
     def __init__(self, gm: fx.GraphModule, parts: int, domain: Domain, input_size: Sequence[int]):
         self.gm, self.parts, self.domain, self.input_size = gm, parts, domain, tuple(input_size)
         self.sizes = Sizes(gm, input_size, domain.boxes(input_size[1:]))
-        self.tensors = {**dict(gm.named_buffers(remove_duplicate=False)), **dict(gm.named_parameters(remove_duplicate=False))}
+        self.tensors = {
+            **dict(gm.named_buffers(remove_duplicate=False)),
+            **dict(gm.named_parameters(remove_duplicate=False)),
+        }
         self.params: dict[str, Param] = {}
         self.values: list[Value] = []
         self.edits: list[Edit] = []
@@ -372,7 +381,9 @@ class Planner:
         for op, axes in self.checks:
             sizes = [{self.part_size(a, k) for a in axes} for k in range(self.parts)]
             if any(len(s) > 1 for s in sizes):
-                raise op.refuse(f"its pieces have different sizes in a part ({sorted(max(sizes, key=len))}); use another K")
+                raise op.refuse(
+                    f"its pieces have different sizes in a part ({sorted(max(sizes, key=len))}); use another K"
+                )
         stored = self.gm.state_dict().keys()
         return Plan(
             model=model,
@@ -430,7 +441,9 @@ class Planner:
         for op, value in self.ops:
             own = op.module is not None and any(n.startswith(f"{op.node.target}.") for n in self.params)
             if isinstance(value, Value) and (own or op.node.name in named):
-                yield Layer(op.path, op.name, value.shape[1:], tuple(self._part_shape(value, k)[1:] for k in range(self.parts)))
+                yield Layer(
+                    op.path, op.name, value.shape[1:], tuple(self._part_shape(value, k)[1:] for k in range(self.parts))
+                )
 
     def _part_shape(self, value: Value, k: int) -> tuple[int, ...]:
         at = value.at[self.sizes.of_part[k]].shape
@@ -447,4 +460,3 @@ def _flat(value: Any) -> list:
 
 def _tensors(value: Any) -> bool:
     return any(isinstance(v, torch.Tensor) for v in _flat(value))
-

@@ -9,7 +9,8 @@ its extra pixels over the map's extra positions.
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Sequence, Union
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -78,7 +79,7 @@ class Sizes:
     def at(self, node: fx.Node) -> list[Any]:
         return [env[node] for env in self.envs]
 
-    def window(self, value, dim: int) -> Union[int, Window]:
+    def window(self, value, dim: int) -> int | Window:
         """The positions along a dim without channels: a number if all parts see as many, else a `Window`."""
         size = value.at[0].shape[dim]
         extent = tuple(value.at[i].shape[dim] for i in self.of_part)

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -70,7 +71,9 @@ class Parts(nn.ModuleList):
         plan = files.load_plan(folder)
         source = plan_model(plan, model)
         graph = trace(skeleton(source), has_rule)
-        states = [files.load_part(folder, plan, k) | _slices(plan, k, source, plan.constants) for k in range(plan.parts)]
+        states = [
+            files.load_part(folder, plan, k) | _slices(plan, k, source, plan.constants) for k in range(plan.parts)
+        ]
         return cls([narrow(graph, plan, k, state) for k, state in enumerate(states)], plan, model)
 
 
@@ -102,29 +105,57 @@ def split(
 
     Source: gu2022 section 2.1.2.
     """
-    if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
-        raise SplitError(f"K, the number of parts, is a whole number from 1 up, got {parts!r}")
-    named = isinstance(model, str)
-    if named:
+    check_parts(parts)
+    if isinstance(model, str):
         args = models.arguments(model, img_size=img_size, **kwargs)
         source = models.create(model, pretrained=pretrained, seed=seed, **args)
-        size = models.input_size(source, img_size)
+        size, named, origin = models.input_size(source, img_size), (model, args), None
     else:
-        if kwargs or pretrained or img_size is not None:
-            given = [*kwargs, *(["pretrained"] if pretrained else []), *(["img_size"] if img_size is not None else [])]
+        given = [
+            *kwargs,
+            *(name for name, value in (("pretrained", pretrained), ("img_size", img_size), ("seed", seed)) if value),
+        ]
+        if given:
             raise SplitError(f"{', '.join(given)}: only for a timm name; a module is split as it is")
         if example_input is None:
             raise SplitError("a module needs example_input, a tensor (B, C, *size), to know the image's size")
-        args, source, size = {}, model, tuple(example_input.shape[1:])
+        source, size, named, origin = model, tuple(example_input.shape[1:]), (None, {}), model
+    graph, plan = _plan(skeleton(source), parts, domain, size, *named)
+    names, fresh = [*plan.tensors, *plan.constants], origin is None and not pretrained
+    slices = (_slices(plan, k, source, names, fresh) for k in range(parts))
+    return Parts([narrow(graph, plan, k, tensors, source.training) for k, tensors in enumerate(slices)], plan, origin)
+
+
+def plan(
+    model: str,
+    parts: int,
+    *,
+    domain: Domain | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """The plan of `split` for a timm name, without any weights in memory; arguments and errors as there."""
+    check_parts(parts)
+    args = models.arguments(model, img_size=img_size, **kwargs)
+    empty = models.create_empty(model, **args)
+    return _plan(skeleton(empty), parts, domain, models.input_size(empty, img_size), model, args)[1]
+
+
+def check_parts(parts: Any) -> None:
+    if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
+        raise SplitError(f"K, the number of parts, is a whole number from 1 up, got {parts!r}")
+
+
+def _plan(
+    blank: nn.Module, parts: int, domain: Domain | None, size: tuple[int, ...], name: str | None, args: dict
+) -> tuple[fx.GraphModule, Plan]:
     domain = domain or default_domain(parts, len(size) - 1)
     if domain.parts != parts:
-        raise SplitError(f"expected {parts} boxes, one for each part, but {domain} has {domain.parts}; use as many boxes as parts")
-    graph = trace(skeleton(source), has_rule)
-    plan = make_plan(graph, parts, domain, size, model if named else None, args)
-    names = [*plan.tensors, *plan.constants]
-    slices = (_slices(plan, k, source, names, fresh=named and not pretrained) for k in range(parts))
-    modules = [narrow(graph, plan, k, tensors, source.training) for k, tensors in enumerate(slices)]
-    return Parts(modules, plan, None if named else model)
+        raise SplitError(
+            f"expected {parts} boxes, one for each part, but {domain} has {domain.parts}; use as many boxes as parts"
+        )
+    graph = trace(blank, has_rule)
+    return graph, make_plan(graph, parts, domain, size, name, args)
 
 
 def plan_model(plan: Plan, model: nn.Module | None) -> nn.Module:
@@ -137,7 +168,9 @@ def plan_model(plan: Plan, model: nn.Module | None) -> nn.Module:
     return model
 
 
-def narrow(graph: fx.GraphModule, plan: Plan, k: int, tensors: Mapping[str, torch.Tensor], training: bool = True) -> fx.GraphModule:
+def narrow(
+    graph: fx.GraphModule, plan: Plan, k: int, tensors: Mapping[str, torch.Tensor], training: bool = True
+) -> fx.GraphModule:
     """Part k: a copy of the traced `graph` with the plan's edits and `tensors`, part k's by name."""
     part = copy.deepcopy(graph)
     nodes = {n.name: n for n in part.graph.nodes}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,10 @@ def _dropout_as_modules(gm: fx.GraphModule) -> None:
 def _keep_state(gm: fx.GraphModule, model: nn.Module) -> None:
     """Give `gm` the model's state dict keys: fx drops what no node uses and makes buffers persistent."""
     keys = set(model.state_dict())
-    tensors = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+    tensors = {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
     own = {**dict(gm.named_buffers(remove_duplicate=False)), **dict(gm.named_parameters(remove_duplicate=False))}
     for name in own.keys() - keys:
         owner, _, leaf = name.rpartition(".")

@@ -17,8 +17,9 @@ that knows K and gives the indices of every part.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator, Union
+from typing import Union
 
 import torch
 
@@ -306,7 +307,7 @@ class Cut:
 class FrozenAxis:
     """An axis as plain data: terms of ints, `Cut` and `Window`; part k's indices follow from K alone."""
 
-    terms: tuple[tuple[Union[int, Cut, Window], ...], ...]
+    terms: tuple[tuple[int | Cut | Window, ...], ...]
 
     @property
     def size(self) -> int:
@@ -345,7 +346,7 @@ class FrozenAxis:
         return cls(tuple(tuple(_atom_from_json(a) for a in t) for t in terms))
 
 
-def _run(atom: Union[int, Cut, Window], k: int, parts: int) -> tuple[int, int]:
+def _run(atom: int | Cut | Window, k: int, parts: int) -> tuple[int, int]:
     """(start, length) of part k's run inside one atom."""
     if isinstance(atom, int):
         return 0, atom

@@ -87,7 +87,12 @@ def conv_mlp(op: Op, x: Value) -> Value:
     op.param("fc1.bias", mid)
     op.param("fc2.weight", into, mid, None, None, fans=([mid], [into]))
     op.param("fc2.bias", into)
-    for attr, axis in (("fc1.in_channels", over), ("fc1.out_channels", mid), ("fc2.in_channels", mid), ("fc2.out_channels", into)):
+    for attr, axis in (
+        ("fc1.in_channels", over),
+        ("fc1.out_channels", mid),
+        ("fc2.in_channels", mid),
+        ("fc2.out_channels", into),
+    ):
         op.set(attr, axis)
 
     def part_kernel(k: int) -> list[int]:
@@ -98,7 +103,10 @@ def conv_mlp(op: Op, x: Value) -> Value:
         op.set("input_kernel_size", lambda k: min(part_kernel(k)))
 
     def resize(t):
-        ends = [max(n, size) - size + 1 if isinstance(w, int) else max(n - w.size, 0) + 1 for n, w in zip(t.shape[2:], kernel)]
+        ends = [
+            max(n, size) - size + 1 if isinstance(w, int) else max(n - w.size, 0) + 1
+            for n, w in zip(t.shape[2:], kernel)
+        ]
         return t.new_empty(t.shape[0], into.size, *ends)
 
     op.resize = resize

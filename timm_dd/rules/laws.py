@@ -15,9 +15,10 @@ cut, since whether an axis is cut is only known then.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Callable, Protocol
+from typing import Protocol
 
 from ..widths import Axis
 

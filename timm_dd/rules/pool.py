@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 
-from ..widths import Axis
 from . import laws
 from .registry import Op, Value, rule
 

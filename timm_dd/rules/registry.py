@@ -18,8 +18,9 @@ a rule is a SplitError that names it.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable, Sequence, Union
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -91,7 +92,7 @@ class Edit:
     node: str
     module: str | None
     where: tuple
-    value: Union[Axis, Callable[[int], Any]]
+    value: Axis | Callable[[int], Any]
 
 
 class Op:
@@ -135,7 +136,7 @@ class Op:
         unify(axis, Axis.of(groups, Width(inner, self.where())))
         return Axis.of(groups)
 
-    def window(self, x: Value, dim: int) -> Union[int, Window]:
+    def window(self, x: Value, dim: int) -> int | Window:
         """The positions of `x` along a dim without channels, and those that each part sees."""
         return self.planner.sizes.window(x, dim)
 

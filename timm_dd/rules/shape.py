@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import fx, nn
 
-from ..widths import Axis, Width, Window, make_whole, split_axis, unify
+from ..widths import Axis, Width, make_whole, split_axis, unify
 from . import laws
 from .registry import Op, Value, rule
 
@@ -296,7 +296,11 @@ def mean(op: Op, x: Value, dim=None, keepdim: bool = False, **kwargs) -> Value:
 
 @rule("amax", torch.amax, "amin", torch.amin, "var", torch.var, "std", torch.std, "norm")
 def amax(op: Op, x: Value, *args, dim=None, keepdim: bool = False, **kwargs) -> Value:
-    dim = dim if dim is not None else next((a for a in args if isinstance(a, (int, tuple, list)) and op.name != "norm"), None)
+    dim = (
+        dim
+        if dim is not None
+        else next((a for a in args if isinstance(a, (int, tuple, list)) and op.name != "norm"), None)
+    )
     return _reduce(op, x, dim, keepdim, laws.pointwise)
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import random
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,9 @@ def _dataset(args: argparse.Namespace, which: str) -> Dataset:
         if isinstance(e, TrainError):
             raise
         what = args.data_dir if not args.dataset else f"{args.dataset} in {args.data_dir}"
-        raise TrainError(f"no {split} images in {what}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+        raise TrainError(
+            f"no {split} images in {what}: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
+        ) from e
 
 
 def _images(root: Path, split: str, which: str) -> Dataset:
@@ -110,7 +113,9 @@ def _images(root: Path, split: str, which: str) -> Dataset:
         for path in (root / name, root / f"{name}.tar"):
             if path.exists():
                 return create_dataset("", root=str(path), search_split=False)
-    raise TrainError(f"{root} has no {names[0]} images: expected one of {', '.join(dict.fromkeys(names))}, as a folder or a .tar of class folders")
+    raise TrainError(
+        f"{root} has no {names[0]} images: expected one of {', '.join(dict.fromkeys(names))}, as a folder or a .tar of class folders"
+    )
 
 
 def _inside_tar(path: Path, names: Sequence[str]) -> Dataset:
@@ -125,10 +130,16 @@ def _inside_tar(path: Path, names: Sequence[str]) -> Dataset:
 
 
 def _classes(train: Dataset, val: Dataset) -> int | None:
-    maps = [getattr(getattr(d, "reader", None), "class_to_idx", None) or getattr(getattr(d, "reader", None), "class_name_to_idx", None) for d in (train, val)]
+    maps = [
+        getattr(getattr(d, "reader", None), "class_to_idx", None)
+        or getattr(getattr(d, "reader", None), "class_name_to_idx", None)
+        for d in (train, val)
+    ]
     if all(maps) and maps[0] != maps[1]:
         odd = sorted(set(maps[0]) ^ set(maps[1]))
-        raise TrainError(f"train and validation have different classes, such as {', '.join(map(str, odd[:3]))}; both need the same class folders")
+        raise TrainError(
+            f"train and validation have different classes, such as {', '.join(map(str, odd[:3]))}; both need the same class folders"
+        )
     return len(maps[0]) if maps[0] else len(getattr(train, "classes", ())) or None
 
 
@@ -143,7 +154,9 @@ def data_config(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, A
     return config
 
 
-def loaders(args: argparse.Namespace, config: dict, train: Dataset, val: Dataset, device: torch.device, distributed: bool):
+def loaders(
+    args: argparse.Namespace, config: dict, train: Dataset, val: Dataset, device: torch.device, distributed: bool
+):
     """timm's loaders for training and validation."""
     common = dict(
         input_size=config["input_size"],

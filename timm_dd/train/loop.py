@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -35,11 +35,11 @@ def fit(
         primary: whether this process reports and writes.
     """
     train, val = loaders
-    accuracies = evaluate([*learners], val) if epochs == 0 else []
+    accuracies = evaluate(learners, val) if epochs == 0 else []
     for epoch in range(epochs):
         start = time.perf_counter()
         losses = _epoch(learners, train, epoch, seed, f"{title} {epoch + 1}/{epochs}", primary)
-        accuracies = evaluate([*learners], val)
+        accuracies = evaluate(learners, val)
         for learner, loss, accuracy, folder in zip(learners, losses, accuracies, folders):
             check_finite(learner.name, loss)
             if primary:
@@ -48,7 +48,9 @@ def fit(
         if after_epoch is not None:
             after_epoch(epoch, accuracies)
         if primary:
-            rates = " ".join(f"{n.name}: loss {loss:.3f}, {a:.2f} %;" for n, loss, a in zip(learners, losses, accuracies))
+            rates = " ".join(
+                f"{n.name}: loss {loss:.3f}, {a:.2f} %;" for n, loss, a in zip(learners, losses, accuracies)
+            )
             left = (time.perf_counter() - start) * (epochs - epoch - 1)
             tqdm.write(f"{title} {epoch + 1}/{epochs}  {rates} {left:.0f} s left", file=sys.stdout)
             sys.stdout.flush()

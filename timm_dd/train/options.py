@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Sequence
 
 import yaml
 from timm.utils import ParseKwargs
@@ -34,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
         epilog="example: torchrun --nproc-per-node 4 -m timm_dd.train --model resnet50 --parts 4 --grid 2x2 --overlap 28 "
         "--data-dir DATA --part-epochs 100 --epochs 100 -b 128 --output runs/",
     )
-    p.add_argument("-c", "--config", metavar="YAML", help="defaults for these options: a file, or one that comes with the package")
+    p.add_argument(
+        "-c", "--config", metavar="YAML", help="defaults for these options: a file, or one that comes with the package"
+    )
     _data(p.add_argument_group("data"))
     _model(p.add_argument_group("model and parts"))
     _optimizer(p.add_argument_group("optimizer and schedule (all stages; --part-X and --baseline-X for one)"))
@@ -43,11 +45,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _data(g) -> None:
-    g.add_argument("--data-dir", metavar="DIR", help="image folder with train and val, or tars of that name, or one tar with both")
-    g.add_argument("--dataset", default="", metavar="NAME", help="digits (comes with scikit-learn), or a timm dataset: torch/cifar10 …")
+    g.add_argument(
+        "--data-dir", metavar="DIR", help="image folder with train and val, or tars of that name, or one tar with both"
+    )
+    g.add_argument(
+        "--dataset",
+        default="",
+        metavar="NAME",
+        help="digits (comes with scikit-learn), or a timm dataset: torch/cifar10 …",
+    )
     g.add_argument("--train-split", default="train", metavar="NAME")
     g.add_argument("--val-split", default="validation", metavar="NAME")
-    g.add_argument("--train-num-samples", type=int, metavar="N", help="use the first N training images of a fixed shuffle")
+    g.add_argument(
+        "--train-num-samples", type=int, metavar="N", help="use the first N training images of a fixed shuffle"
+    )
     g.add_argument("--dataset-download", action="store_true", help="let timm download the data set")
     g.add_argument("--img-size", type=int, metavar="PX")
     g.add_argument("--input-size", type=int, nargs=3, metavar="N", help="channels, height, width")
@@ -64,8 +75,16 @@ def _data(g) -> None:
     g.add_argument("--color-jitter", type=float, default=0.4)
     g.add_argument("--aa", metavar="NAME", help="AutoAugment policy")
     g.add_argument("--reprob", type=float, default=0.0, help="random erasing")
-    g.add_argument("--shift", type=int, default=0, metavar="PX", help="random shift by up to PX pixels, as for CIFAR (goes with --no-aug or not)")
-    g.add_argument("-b", "--batch-size", type=int, default=128, metavar="N", help="a part's, and a rank's in the second stage")
+    g.add_argument(
+        "--shift",
+        type=int,
+        default=0,
+        metavar="PX",
+        help="random shift by up to PX pixels, as for CIFAR (goes with --no-aug or not)",
+    )
+    g.add_argument(
+        "-b", "--batch-size", type=int, default=128, metavar="N", help="a part's, and a rank's in the second stage"
+    )
     g.add_argument("-vb", "--validation-batch-size", type=int, metavar="N")
     g.add_argument("-j", "--workers", type=int, default=4, metavar="N")
     g.add_argument("--pin-mem", action="store_true")
@@ -79,7 +98,12 @@ def _model(g) -> None:
     g.add_argument("--drop-path", type=float, metavar="P")
     g.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
     g.add_argument("--parts", type=int, default=4, metavar="K")
-    g.add_argument("--grid", type=grid, metavar="RxC", help="boxes of the parts, by default the most square grid; full: the whole image")
+    g.add_argument(
+        "--grid",
+        type=grid,
+        metavar="RxC",
+        help="boxes of the parts, by default the most square grid; full: the whole image",
+    )
     g.add_argument("--overlap", type=int, default=0, metavar="PX", help="by how much a box is longer than its cell")
     g.add_argument("--margin", type=int, default=0, metavar="PX", help="pixels cropped from the borders beforehand")
 
@@ -100,19 +124,31 @@ def _optimizer(g) -> None:
     g.add_argument("--min-lr", type=float, default=0.0, metavar="LR")
     g.add_argument("--decay-rate", type=float, default=0.1)
     g.add_argument("--decay-epochs", type=float, default=90)
-    g.add_argument("--plateau-epochs", type=int, metavar="N", help="divide the rate by √10 after N epochs without a better accuracy")
+    g.add_argument(
+        "--plateau-epochs",
+        type=int,
+        metavar="N",
+        help="divide the rate by √10 after N epochs without a better accuracy",
+    )
     defaults = {"epochs": 300, "warmup_epochs": 5}
     for name, kind in STAGED.items():
         g.add_argument(_flag(name), default=defaults.get(name), **kind)
     for stage in ("part", "baseline"):
         for name, kind in STAGED.items():
-            g.add_argument(_flag(f"{stage}_{name}"), **{**kind, "help": argparse.SUPPRESS if name != "epochs" else f"{stage}: {kind['help']}"})
+            g.add_argument(
+                _flag(f"{stage}_{name}"),
+                **{**kind, "help": argparse.SUPPRESS if name != "epochs" else f"{stage}: {kind['help']}"},
+            )
 
 
 def _run(g) -> None:
     g.add_argument("--output", default="runs", metavar="DIR")
-    g.add_argument("--experiment", default="", metavar="NAME", help="the run's folder in --output, by default model and number")
-    g.add_argument("--baseline", action="store_true", help="also train the model from a random start for as many epochs")
+    g.add_argument(
+        "--experiment", default="", metavar="NAME", help="the run's folder in --output, by default model and number"
+    )
+    g.add_argument(
+        "--baseline", action="store_true", help="also train the model from a random start for as many epochs"
+    )
     g.add_argument("--seed", type=int, default=42)
     g.add_argument("--amp", action="store_true", help="mixed precision")
     g.add_argument("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"])
@@ -163,7 +199,9 @@ def _config(p: argparse.ArgumentParser, name: str) -> dict:
     if not path.is_file():
         path = resources.files(__package__) / "configs" / name
     if not path.is_file():
-        have = ", ".join(sorted(f.name for f in (resources.files(__package__) / "configs").iterdir() if f.name.endswith(".yaml")))
+        have = ", ".join(
+            sorted(f.name for f in (resources.files(__package__) / "configs").iterdir() if f.name.endswith(".yaml"))
+        )
         p.error(f"no config {name!r}; expected a YAML file, or one of {have}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}

@@ -70,7 +70,13 @@ class Run:
         self.folder = self._folder()
         self.parts_folder = self.folder / "parts"
         self.parts: Parts = split(
-            args.model, args.parts, domain=options.domain(args), img_size=size, pretrained=args.pretrained, seed=args.seed, **self.model_args
+            args.model,
+            args.parts,
+            domain=options.domain(args),
+            img_size=size,
+            pretrained=args.pretrained,
+            seed=args.seed,
+            **self.model_args,
         )
 
     def _folder(self) -> Path:
@@ -92,18 +98,26 @@ class Run:
             _threads(self.args.parts)
             loaders = data.loaders(args, self.data_config, self.train_set, self.val_set, self.device, distributed=False)
             boxes = self.parts.plan.boxes()
-            learners = [self._learner(f"part {k}", self.parts[k], boxes[k].crop, args, len(loaders[0]), args.batch_size, k) for k in own]
+            learners = [
+                self._learner(f"part {k}", self.parts[k], boxes[k].crop, args, len(loaders[0]), args.batch_size, k)
+                for k in own
+            ]
             folders = [self.parts_folder / str(k) for k in own]
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
             accuracies = fit(learners, loaders, args.epochs, args.seed, "parts", folders)
             for k, folder, learner, accuracy in zip(own, folders, learners, accuracies):
                 files.save_part(folder, self.parts.plan, k, learner.model.state_dict())
-                files.write_json(folder / "summary.json", {"part": k, "top1": accuracy, "epochs": args.epochs, "updates": learner.updates})
+                files.write_json(
+                    folder / "summary.json",
+                    {"part": k, "top1": accuracy, "epochs": args.epochs, "updates": learner.updates},
+                )
         return time.perf_counter() - start
 
     def _learner(self, name, model, crop, args, updates, batch, stream) -> Learner:
-        model = model.to(self.device, memory_format=torch.channels_last) if args.channels_last else model.to(self.device)
+        model = (
+            model.to(self.device, memory_format=torch.channels_last) if args.channels_last else model.to(self.device)
+        )
         return Learner(name, model, crop, args, self.device, updates, batch, self.args.seed * 1000 + stream)
 
     # ---- stage 2
@@ -143,14 +157,17 @@ class Run:
 
     def _loaders(self, args) -> tuple:
         _threads(self.ranks.local_world)
-        return data.loaders(args, self.data_config, self.train_set, self.val_set, self.device, distributed=self.ranks.world > 1)
+        return data.loaders(
+            args, self.data_config, self.train_set, self.val_set, self.device, distributed=self.ranks.world > 1
+        )
 
     def _together(self, loader) -> float:
         """The accuracy of the sum of the parts' logits, each part on its own box."""
         parts = Parts.load(self.parts_folder)
         args = options.stage(self.args, "part")
         learners = [
-            self._learner(f"part {k}", part, box.crop, args, 1, args.batch_size, k) for k, (part, box) in enumerate(zip(parts, parts.plan.boxes()))
+            self._learner(f"part {k}", part, box.crop, args, 1, args.batch_size, k)
+            for k, (part, box) in enumerate(zip(parts, parts.plan.boxes()))
         ]
         return evaluate(learners, loader, together=True)[-1]
 
@@ -158,8 +175,12 @@ class Run:
         model = model.to(self.device)
         wrapped: nn.Module = model
         if self.ranks.world > 1:
-            wrapped = DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
-        return self._learner(name, wrapped, lambda x: x, args, updates, args.batch_size * self.ranks.world, 999 - self.ranks.rank)
+            wrapped = DistributedDataParallel(
+                model, device_ids=[self.device.index] if self.device.type == "cuda" else None
+            )
+        return self._learner(
+            name, wrapped, lambda x: x, args, updates, args.batch_size * self.ranks.world, 999 - self.ranks.rank
+        )
 
     def _fit(self, learner: Learner, loaders, epochs: int, title: str, folder: Path, model: nn.Module) -> float:
         """Train the global model, keeping the last epoch's weights and the best."""
@@ -191,13 +212,25 @@ class Run:
         self.meet()
         first = time.perf_counter() - begun
         together, before, after, second = self.tune()
-        summary = {"parts": [], "together": together, "composed": before, "tuned": after, "seconds": {"parts": first, "composed": second}}
+        summary = {
+            "parts": [],
+            "together": together,
+            "composed": before,
+            "tuned": after,
+            "seconds": {"parts": first, "composed": second},
+        }
         if self.args.baseline:
             summary["baseline"], summary["seconds"]["baseline"] = self.baseline()
         if self.ranks.primary:
-            summary["parts"] = [json.loads((self.parts_folder / str(k) / "summary.json").read_text())["top1"] for k in range(self.args.parts)]
+            summary["parts"] = [
+                json.loads((self.parts_folder / str(k) / "summary.json").read_text())["top1"]
+                for k in range(self.args.parts)
+            ]
             files.write_json(self.folder / "summary.json", summary)
-            print(f"\n{self.report(summary)}\n\n{self.folder}: composed/ as it was put together, global/best after fine-tuning", flush=True)
+            print(
+                f"\n{self.report(summary)}\n\n{self.folder}: composed/ as it was put together, global/best after fine-tuning",
+                flush=True,
+            )
         if self.ranks.world > 1:
             dist.destroy_process_group()
         return summary
@@ -222,13 +255,29 @@ class Run:
         seconds = summary["seconds"]
         rows = [["", "top-1 %", "epochs", "seconds"]]
         for k, accuracy in enumerate(summary["parts"]):
-            rows.append([f"part {k}, its own box", f"{accuracy:.2f}", str(epochs), f"{seconds['parts']:.1f} for all" if k == 0 else ""])
+            rows.append(
+                [
+                    f"part {k}, its own box",
+                    f"{accuracy:.2f}",
+                    str(epochs),
+                    f"{seconds['parts']:.1f} for all" if k == 0 else "",
+                ]
+            )
         rows.append(["sum of the parts, own boxes", f"{summary['together']:.2f}", "", ""])
         rows.append(["composed, before fine-tuning", f"{summary['composed']:.2f}", "0", ""])
-        rows.append(["composed, after fine-tuning", f"{summary['tuned']:.2f}", str(self.args.epochs), f"{seconds['composed']:.1f}"])
+        rows.append(
+            [
+                "composed, after fine-tuning",
+                f"{summary['tuned']:.2f}",
+                str(self.args.epochs),
+                f"{seconds['composed']:.1f}",
+            ]
+        )
         if "baseline" in summary:
             total = options.stage(self.args, "baseline").epochs
-            rows.append(["baseline, random start", f"{summary['baseline']:.2f}", str(total), f"{seconds['baseline']:.1f}"])
+            rows.append(
+                ["baseline, random start", f"{summary['baseline']:.2f}", str(total), f"{seconds['baseline']:.1f}"]
+            )
         return table(rows)
 
 
@@ -237,5 +286,3 @@ def _threads(share: int) -> None:
     parts, whatever the number of ranks: sums over more threads are rounded otherwise, and a part would differ."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // max(share, 1)))
-
-

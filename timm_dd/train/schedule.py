@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -14,7 +14,14 @@ from timm.scheduler.scheduler import Scheduler
 class Steps(Scheduler):
     """The rate times ``rates[i]`` from epoch ``milestones[i]`` on, after `warmup` epochs that rise linearly."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, milestones: Sequence[int], rates: Sequence[float], warmup: int, warmup_lr: float):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        milestones: Sequence[int],
+        rates: Sequence[float],
+        warmup: int,
+        warmup_lr: float,
+    ):
         super().__init__(optimizer, "lr")
         self.steps, self.warmup, self.warmup_lr = list(zip(milestones, rates)), warmup, warmup_lr
         self.update_groups(self._get_lr(0))
@@ -49,7 +56,13 @@ class Plateau:
 def create(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
     """The schedule of a stage; `step` after every epoch, `step_update` after every update."""
     if args.decay_rates:
-        schedule: Scheduler = Steps(optimizer, args.decay_milestones, args.decay_rates, args.warmup_epochs, args.warmup_lr)
+        schedule: Scheduler = Steps(
+            optimizer, args.decay_milestones, args.decay_rates, args.warmup_epochs, args.warmup_lr
+        )
     else:
-        schedule, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            **{**scheduler_kwargs(args), "num_epochs": max(args.epochs, 1)},
+            updates_per_epoch=updates_per_epoch,
+        )
     return Plateau(schedule, args.plateau_epochs) if args.plateau_epochs else schedule

@@ -1,0 +1,124 @@
+"""The command line, ``timm-dd``. Exit status: 0 done, 1 the work failed (one line on stderr), 2 wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from .errors import MergeError, SplitError, TrainError
+
+
+def parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    p = argparse.ArgumentParser(
+        prog="timm-dd", description="Split a timm model's width into K parts, train them apart, merge them back."
+    )
+    p.add_argument("--version", action="version", version=f"timm-dd {__version__}")
+    commands = p.add_subparsers(dest="command", required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="the whole pipeline on scikit-learn's scanned digits, minutes on two cores")
+    demo.add_argument("--output", default="runs", metavar="DIR")
+    demo.add_argument("--seed", type=int, default=42)
+    demo.set_defaults(run=_demo)
+
+    plan = commands.add_parser("plan", help="what each part of a model would be")
+    _split_options(plan)
+    plan.add_argument("--json", action="store_true", help="for machines")
+    plan.set_defaults(run=_plan)
+
+    split = commands.add_parser("split", help="write the parts of a model")
+    _split_options(split)
+    split.add_argument("-o", "--output", required=True, metavar="PARTS")
+    split.add_argument("--pretrained", action="store_true")
+    split.add_argument("--seed", type=int, default=42)
+    split.set_defaults(run=_split)
+
+    merge = commands.add_parser("merge", help="compose the parts in a folder into timm's own form")
+    merge.add_argument("parts", metavar="PARTS")
+    merge.add_argument("-o", "--output", required=True, metavar="COMPOSED")
+    merge.add_argument("--head", choices=["sum", "mean"], default="sum", help="mean for regression")
+    merge.set_defaults(run=_merge)
+
+    commands.add_parser(
+        "train", help="train the parts and the composed model (see timm-dd train --help)", add_help=False
+    )
+    return p
+
+
+def _split_options(p: argparse.ArgumentParser) -> None:
+    from .train.options import grid
+
+    p.add_argument("model", metavar="MODEL")
+    p.add_argument("parts", type=int, metavar="K")
+    p.add_argument(
+        "--grid", type=grid, metavar="RxC", help="boxes, by default the most square grid; full: the whole image"
+    )
+    p.add_argument("--overlap", type=int, default=0, metavar="PX")
+    p.add_argument("--margin", type=int, default=0, metavar="PX")
+    p.add_argument("--img-size", type=int, metavar="PX")
+    p.add_argument("--num-classes", type=int, metavar="N")
+
+
+def _source(args: argparse.Namespace):
+    """(domain, keyword arguments of the model) from the options."""
+    from .train.options import domain
+
+    return domain(args), {} if args.num_classes is None else {"num_classes": args.num_classes}
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from .split import plan
+
+    domain, kwargs = _source(args)
+    result = plan(args.model, args.parts, domain=domain, img_size=args.img_size, **kwargs)
+    print(json.dumps(result.to_json(), indent=1) if args.json else result)
+
+
+def _split(args: argparse.Namespace) -> None:
+    from .split import split
+
+    domain, kwargs = _source(args)
+    parts = split(
+        args.model,
+        args.parts,
+        domain=domain,
+        img_size=args.img_size,
+        pretrained=args.pretrained,
+        seed=args.seed,
+        **kwargs,
+    )
+    parts.save(args.output)
+    print(
+        f"{args.output}: {len(parts)} parts of {args.model}, {parts.plan.params(0):,} of {parts.plan.params():,} parameters in part 0"
+    )
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from .merge import merge_files
+
+    merge_files(args.parts, args.output, head=args.head)
+    print(f"{args.output}: timm.create_model('local-dir:{args.output}', pretrained=True)")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .train.demo import demo
+
+    demo(args.output, args.seed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["train"]:
+        from .train.__main__ import main as train
+
+        return train(argv[1:])
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (SplitError, MergeError, TrainError) as e:
+        print(f"timm-dd {args.command}: {e}", file=sys.stderr)
+        return 1
+    return 0
