@@ -91,9 +91,8 @@ def _split(args: argparse.Namespace) -> None:
         **kwargs,
     )
     parts.save(args.output)
-    print(
-        f"{args.output}: {len(parts)} parts of {args.model}, {parts.plan.params(0):,} of {parts.plan.params():,} parameters in part 0"
-    )
+    own, whole = parts.plan.params(0), parts.plan.params()
+    print(f"{args.output}: {len(parts)} parts of {args.model}, {own:,} of {whole:,} parameters in part 0")
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -118,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         args.run(args)
-    except (SplitError, MergeError, TrainError) as e:
+    except (SplitError, MergeError, TrainError, OSError) as e:
         print(f"timm-dd {args.command}: {e}", file=sys.stderr)
         return 1
     return 0

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
@@ -98,20 +98,21 @@ def save_plan(folder: Path, plan: Plan) -> None:
 
 
 def save_part(folder: Path, plan: Plan, k: int, state: Mapping[str, torch.Tensor]) -> None:
-    """Write part k; its tensors are the values of a part's state dict."""
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
-    save_tensors(folder / part_name(k, plan.parts), tensors, _metadata(plan, k))
+    """Write part k; `state` is its state dict. The same tensors give the same bytes."""
+    with replacing(folder / part_name(k, plan.parts)) as temporary:
+        write_safetensors(temporary, _specs(state), _on_cpu(state), _metadata(plan, k))
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """One safetensors file, written aside and renamed."""
-    with replacing(path) as temporary:
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
+def _specs(state: Mapping[str, torch.Tensor]) -> dict[str, tuple]:
+    return {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
+
+
+def _on_cpu(state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, t.detach().cpu()) for name, t in state.items())
 
 
 def _metadata(plan: Plan, k: int) -> dict[str, str]:
     return {
-        "format": "pt",
         "timm_dd": str(FORMAT),
         "model": plan.model or "",
         "part": str(k),
@@ -123,15 +124,14 @@ def _metadata(plan: Plan, k: int) -> dict[str, str]:
 def save_model(folder: str | Path, model: nn.Module, data: Mapping | None = None) -> None:
     """Write a model in timm's form; `data` is the configuration of its images."""
     state = model.state_dict()
-    specs = {name: (t.shape, t.dtype) for name, t in state.items()}
-    save_composed(folder, model, specs, ((name, t.detach().cpu()) for name, t in state.items()), data)
+    save_composed(folder, model, _specs(state), _on_cpu(state), data)
 
 
 def save_composed(
     folder: str | Path, model: nn.Module, specs: Mapping, tensors: Iterable, data: Mapping | None = None
 ) -> None:
-    """Write `tensors` (name, value), whose `specs` (shape, dtype) are known beforehand, and, for a timm model, its config
-    with what `data` says of its images (input_size, mean, std, interpolation, crop_pct)."""
+    """Write `tensors` (name, value), whose `specs` (shape, dtype) are known beforehand, and, for a timm model, its
+    config with what `data` says of its images (input_size, mean, std, interpolation, crop_pct)."""
     with output_folder(folder) as out, contextlib.ExitStack() as stack:
         write_safetensors(stack.enter_context(replacing(out / "model.safetensors")), specs, tensors)
         if hasattr(model, "pretrained_cfg"):
@@ -141,10 +141,15 @@ def save_composed(
             save_config_for_hf(model, str(config), model_config={"pretrained_cfg": data})
 
 
-def write_safetensors(path: Path, specs: Mapping[str, tuple], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """A safetensors file written as its tensors come, in the order of `specs`; the library's own writer wants all
-    of them in memory at once."""
-    header: dict = {"__metadata__": {"format": "pt"}}
+def write_safetensors(
+    path: Path,
+    specs: Mapping[str, tuple],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """A safetensors file written as its tensors come, in the order of `specs`; the library's own writer wants all of
+    them in memory at once, and orders metadata at random."""
+    header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, (shape, dtype) in specs.items():
         end = offset + math.prod(shape) * dtype.itemsize
@@ -255,7 +260,8 @@ def _check_metadata(path: Path, plan: Plan, k: int, found: Mapping[str, str]) ->
     for key, expected in _metadata(plan, k).items():
         if found.get(key) != expected:
             raise MergeError(
-                f"{path} belongs to another split: its {key} is {found.get(key)!r}, expected {expected!r}; use the parts that go with {PLAN}"
+                f"{path} belongs to another split: its {key} is {found.get(key)!r}, expected {expected!r}; "
+                f"use the parts that go with {PLAN}"
             )
 
 

@@ -121,7 +121,8 @@ def _shortcut(width: int, out: int, stride: int) -> nn.Module | None:
 
 _CFG = dict(
     url="", num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, interpolation="bilinear",
-    mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), first_conv="conv1", classifier="fc", license="apache-2.0",
+    mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), first_conv="conv1", classifier="fc",
+    license="apache-2.0",
 )  # fmt: skip
 
 default_cfgs = generate_default_cfgs({f"dd_resnet{depth}.untrained": _CFG for depth in (32, 56, 110)})

@@ -38,7 +38,8 @@ class TensorPlan:
         shape: in the global model.
         axes: one for each dim; None for a dim that every part has whole.
         trained: a parameter; otherwise a buffer.
-        reduce: how merge makes the parts' tensors one: ``place`` each into its block, (2.11)–(2.14), ``sum`` or ``mean``.
+        reduce: how merge makes the parts' tensors one: ``place`` each into its block, (2.11)–(2.14), their ``sum``
+            or their ``mean``.
         scale: factor of a freshly initialised slice in part k, see `fresh_scale`; 1 where empty.
     """
 
@@ -159,7 +160,8 @@ class Plan:
         head = f"{self.model or 'module'} in {self.parts} parts; {self.domain}: {boxes} of {size} pixels"
         verdict = ["exact: the merged model is the sum of its parts"] if self.exact else ["approximate:"]
         verdict += [f"  {path or node}: {reason}" for node, path, reason in self.approximations]
-        total = f"{self.params():,} parameters in the model, {largest:,} in a part, {self.params() / max(largest, 1):.1f} to 1"
+        ratio = self.params() / max(largest, 1)
+        total = f"{self.params():,} parameters in the model, {largest:,} in a part, {ratio:.1f} to 1"
         return "\n".join([head, "", table(rows), "", total, *verdict])
 
     def _alike(self) -> bool:

@@ -96,7 +96,8 @@ class Sizes:
             if probe is not UNKNOWN and probe.shape[dim] != size:
                 return axis, PROBE / (probe.shape[dim] - size)
         raise SplitError(
-            f"{value.op.where()}: cannot tell which pixels the {size} positions of dim {dim} belong to; use Domain.full({len(self.boxes)})"
+            f"{value.op.where()}: cannot tell which pixels the {size} positions of dim {dim} belong to; "
+            f"use Domain.full({len(self.boxes)})"
         )
 
     def extent(self, value, dim: int) -> Callable[[int], int]:

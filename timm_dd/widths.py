@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Union
 
 import torch
 
@@ -56,7 +55,7 @@ class Window:
         return f"window({self.size})"
 
 
-Atom = Union[int, Width, Window]
+Atom = int | Width | Window
 Term = tuple  # of Atom
 
 

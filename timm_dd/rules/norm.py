@@ -13,8 +13,8 @@ from .registry import Op, Value, rule
 
 
 @rule(
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
-    FrozenBatchNorm2d, BatchNormAct2d, FrozenBatchNormAct2d,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d,
+    nn.InstanceNorm3d, FrozenBatchNorm2d, BatchNormAct2d, FrozenBatchNormAct2d,
 )  # fmt: skip
 def batch_norm(op: Op, x: Value) -> Value:
     """Weight, bias and running statistics (C,); timm's BatchNormAct2d adds its activation."""

@@ -15,18 +15,18 @@ from . import laws
 from .registry import Op, Value, rule
 
 ACTIVATIONS = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid, nn.Tanh,
-    nn.Softplus, nn.Softsign, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.RReLU, nn.Threshold, nn.Tanhshrink, nn.Hardshrink,
-    nn.Softshrink, ta.Swish, ta.Mish, ta.Sigmoid, ta.Tanh, ta.HardSwish, ta.HardSigmoid, ta.HardMish, ta.GELU, ta.GELUTanh,
-    ta.QuickGELU,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid,
+    nn.Tanh, nn.Softplus, nn.Softsign, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.RReLU, nn.Threshold,
+    nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, ta.Swish, ta.Mish, ta.Sigmoid, ta.Tanh, ta.HardSwish, ta.HardSigmoid,
+    ta.HardMish, ta.GELU, ta.GELUTanh, ta.QuickGELU,
 )  # fmt: skip
 
 FUNCTIONS = (
     F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus, F.softsign, F.hardswish,
-    F.hardsigmoid, F.hardtanh, F.logsigmoid, F.sigmoid, F.tanh, F.rrelu, F.threshold, F.tanhshrink, F.hardshrink, F.softshrink,
-    torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.log, torch.sqrt, torch.rsqrt, torch.square, torch.abs, torch.clamp,
-    operator.pow, torch.pow, "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "log", "sqrt", "rsqrt", "square", "abs",
-    "clamp", "clamp_", "pow",
+    F.hardsigmoid, F.hardtanh, F.logsigmoid, F.sigmoid, F.tanh, F.rrelu, F.threshold, F.tanhshrink, F.hardshrink,
+    F.softshrink, torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.log, torch.sqrt, torch.rsqrt, torch.square,
+    torch.abs, torch.clamp, operator.pow, torch.pow, "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "log",
+    "sqrt", "rsqrt", "square", "abs", "clamp", "clamp_", "pow",
 )  # fmt: skip
 
 SUMS = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub", "sub_")

@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = options.parse(argv)
     try:
         Run(args).go()
-    except (SplitError, MergeError, TrainError) as e:
+    except (SplitError, MergeError, TrainError, OSError) as e:
         print(f"timm-dd train: {e}", file=sys.stderr)
         return 1
     return 0

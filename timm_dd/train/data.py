@@ -26,7 +26,7 @@ SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "v
 
 
 class Digits(Dataset):
-    """scikit-learn's handwritten digits (UCI Optical Recognition, 1,797 scans of 8×8, 10 classes), shown at 32×32 RGB.
+    """scikit-learn's digits (UCI Optical Recognition, 1,797 handwritten scans of 8×8, 10 classes), shown at 32×32 RGB.
 
     Every fifth scan is for validation.
     """
@@ -113,9 +113,8 @@ def _images(root: Path, split: str, which: str) -> Dataset:
         for path in (root / name, root / f"{name}.tar"):
             if path.exists():
                 return create_dataset("", root=str(path), search_split=False)
-    raise TrainError(
-        f"{root} has no {names[0]} images: expected one of {', '.join(dict.fromkeys(names))}, as a folder or a .tar of class folders"
-    )
+    expected = ", ".join(dict.fromkeys(names))
+    raise TrainError(f"{root} has no {which} images: expected one of {expected}, as a folder or a tar of class folders")
 
 
 def _inside_tar(path: Path, names: Sequence[str]) -> Dataset:
@@ -130,17 +129,19 @@ def _inside_tar(path: Path, names: Sequence[str]) -> Dataset:
 
 
 def _classes(train: Dataset, val: Dataset) -> int | None:
-    maps = [
-        getattr(getattr(d, "reader", None), "class_to_idx", None)
-        or getattr(getattr(d, "reader", None), "class_name_to_idx", None)
-        for d in (train, val)
-    ]
+    """The number of classes, the same in both sets; None where the data set does not tell."""
+    maps = [_class_map(getattr(d, "reader", None)) for d in (train, val)]
     if all(maps) and maps[0] != maps[1]:
-        odd = sorted(set(maps[0]) ^ set(maps[1]))
+        odd = ", ".join(map(str, sorted(set(maps[0]) ^ set(maps[1]))[:3]))
         raise TrainError(
-            f"train and validation have different classes, such as {', '.join(map(str, odd[:3]))}; both need the same class folders"
+            f"train and validation have different classes, such as {odd}; both need the same class folders"
         )
-    return len(maps[0]) if maps[0] else len(getattr(train, "classes", ())) or None
+    return len(maps[0]) or len(getattr(train, "classes", ())) or None
+
+
+def _class_map(reader) -> dict:
+    """timm's folder reader and its tar reader name it differently."""
+    return getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
 
 
 def data_config(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def loaders(
 
 
 def _plain(args: argparse.Namespace, config: dict, transform):
-    """Flips and small shifts instead of timm's crops, as the CIFAR networks are trained; ends as timm's transform does."""
+    """Flips and shifts instead of timm's crops, as the CIFAR networks are trained; ends as timm's transform does."""
     _, height, width = config["input_size"]
     steps = [transforms.Resize((height, width))]
     if args.shift:

@@ -31,8 +31,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="timm-dd train",
         description="Train K parts of a timm model on K sub-images, compose them, fine-tune the composed model.",
-        epilog="example: torchrun --nproc-per-node 4 -m timm_dd.train --model resnet50 --parts 4 --grid 2x2 --overlap 28 "
-        "--data-dir DATA --part-epochs 100 --epochs 100 -b 128 --output runs/",
+        epilog="example: torchrun --nproc-per-node 4 -m timm_dd.train --model resnet50 --parts 4 --grid 2x2 "
+        "--overlap 28 --data-dir DATA --part-epochs 100 --epochs 100 -b 128 --output runs/",
     )
     p.add_argument(
         "-c", "--config", metavar="YAML", help="defaults for these options: a file, or one that comes with the package"
@@ -217,8 +217,8 @@ def _config(p: argparse.ArgumentParser, name: str) -> dict:
 
 
 def stage(args: argparse.Namespace, name: str | None) -> argparse.Namespace:
-    """The options as a stage sees them: ``part``, ``baseline``, or None for the composed model. By default the parts train
-    as many epochs as the composed model, and the baseline as many as both."""
+    """The options as a stage sees them: ``part``, ``baseline``, or None for the composed model. By default the parts
+    train as many epochs as the composed model, and the baseline as many as both."""
     own = copy.copy(args)
     if name is None:
         return own

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import time
@@ -21,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import files, models
+from ..errors import TrainError
 from ..merge import merge, merge_files
 from ..split import Parts, split
 from ..table import table
@@ -80,12 +82,13 @@ class Run:
         )
 
     def _folder(self) -> Path:
-        """A new folder, made by the first rank; the others take the name that torchrun's run gives it."""
-        name = self.args.experiment or f"{self.args.model}-{self.args.parts}"
-        base = Path(self.args.output)
+        """``--experiment`` in ``--output``; by default a new name, on which all ranks agree without a word."""
+        base, name = Path(self.args.output), f"{self.args.model}-{self.args.parts}"
+        if self.args.experiment:
+            return base / self.args.experiment
         if self.ranks.world > 1:
-            return base / name  # all ranks must agree without a word
-        return next(p for p in (base / name, *(base / f"{name}-{i}" for i in range(1, 10**6))) if not p.exists())
+            return base / f"{name}-{os.environ.get('TORCHELASTIC_RUN_ID', 'run')[:8]}"
+        return next(p for i in itertools.count() if not (p := base / (f"{name}-{i}" if i else name)).exists())
 
     # ---- stage 1
 
@@ -228,7 +231,7 @@ class Run:
             ]
             files.write_json(self.folder / "summary.json", summary)
             print(
-                f"\n{self.report(summary)}\n\n{self.folder}: composed/ as it was put together, global/best after fine-tuning",
+                f"\n{self.report(summary)}\n\n{self.folder}: composed/ before fine-tuning, global/best after",
                 flush=True,
             )
         if self.ranks.world > 1:
@@ -236,16 +239,19 @@ class Run:
         return summary
 
     def _open(self) -> None:
+        if (self.folder / "args.yaml").exists():
+            raise TrainError(f"{self.folder} holds a run already; choose another --experiment or remove that folder")
         with files.output_folder(self.parts_folder):
             (self.folder / "args.yaml").write_text(yaml.safe_dump(vars(self.args), default_flow_style=None))
             files.save_plan(self.parts_folder, self.parts.plan)
             files.save_plan(self.folder, self.parts.plan)
         plan = self.parts.plan
+        verdict = "exact" if plan.exact else f"approximate in {len(plan.approximations)} places"
         print(
-            f"{self.args.model} in {plan.parts} parts, {plan.domain}; {plan.params():,} parameters, {plan.params(0):,} in part 0; "
-            f"{'exact' if plan.exact else f'approximate in {len(plan.approximations)} places'}\n"
-            f"{len(self.train_set):,} images to train on, {len(self.val_set):,} to validate; {self.ranks.world} rank(s) on {self.device.type}; "
-            f"{self.folder}",
+            f"{self.args.model} in {plan.parts} parts, {plan.domain}, {verdict}; "
+            f"{plan.params():,} parameters, {plan.params(0):,} in part 0\n"
+            f"{len(self.train_set):,} images to train on, {len(self.val_set):,} to validate; "
+            f"{self.ranks.world} rank(s) on {self.device.type}; {self.folder}",
             flush=True,
         )
 
