@@ -51,7 +51,7 @@ def skeleton(model: nn.Module) -> nn.Module:
 def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.GraphModule:
     """The graph of a `skeleton`, in eval mode; its state dict has the model's keys, all of them.
 
-    Dropout that was called as a function becomes a module again, so that a part drops while it trains.
+    Dropout that is called as a function of `training` becomes a module, so that a part drops while it trains.
 
     Raises:
         SplitError: fx cannot trace the model.
@@ -84,14 +84,18 @@ def _drop_defaults(graph: fx.Graph) -> None:
 
 def _dropout_as_modules(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target in DROPOUTS:
-            p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+        if node.op == "call_function" and node.target in DROPOUTS and not _argument(node, 2, "training", True):
+            p = _argument(node, 1, "p", 0.5)
             gm.add_submodule(f"_{node.name}", DROPOUTS[node.target](p))
             with gm.graph.inserting_before(node):
-                new = gm.graph.call_module(f"_{node.name}", (node.args[0] if node.args else node.kwargs["input"],))
+                new = gm.graph.call_module(f"_{node.name}", (_argument(node, 0, "input", None),))
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
     gm.recompile()
+
+
+def _argument(node: fx.Node, position: int, keyword: str, default: Any) -> Any:
+    return node.kwargs.get(keyword, node.args[position] if len(node.args) > position else default)
 
 
 def _keep_state(gm: fx.GraphModule, model: nn.Module) -> None:

@@ -22,8 +22,8 @@ from .registry import Op, Value, rule
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, DropPath)
 
 
-@rule(*DROPOUTS)
-def dropout(op: Op, x: Value) -> Value:
+@rule(*DROPOUTS, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+def dropout(op: Op, x: Value, *args, **kwargs) -> Value:
     """The identity in eval mode."""
     return op.result(x.axes, laws.linear, x)
 

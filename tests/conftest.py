@@ -1,0 +1,57 @@
+"""What the tests share: shaken weights, and the networks that nobody else has."""
+
+import pytest
+import torch
+from torch import nn
+
+RELATIVE = 1e-9  # in float64: the bar of an exact claim
+
+
+def shake(parts, seed=0):
+    """Random weights and statistics in float64, so that no zero and no unit variance hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in parts:
+        part.double().eval()
+        with torch.no_grad():
+            for p in part.parameters():
+                p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64) * (p.abs() + 0.1))
+            for name, b in part.named_buffers():
+                if name.endswith("running_var"):
+                    b.copy_(1 + torch.rand(b.shape, generator=generator, dtype=torch.float64))
+                elif name.endswith("running_mean"):
+                    b.copy_(0.2 * torch.randn(b.shape, generator=generator, dtype=torch.float64))
+    return parts
+
+
+def images(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def sum_error(parts, merged, x):
+    """|F(x) - sum_k F_k(x)| / |F(x)|, every part seeing all of x: theorem 2.1 (2)."""
+    whole = merged.double().eval()(x)
+    return float((whole - sum(part(x) for part in parts)).norm() / whole.norm())
+
+
+class Plain(nn.Module):
+    """A plain network without BatchNorm: 3×3 convolutions, ReLU, global average pooling, classifier."""
+
+    def __init__(self, width=64, depth=5, num_classes=10, in_chans=3):
+        super().__init__()
+        self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, width
+        widths = [in_chans] + [width] * depth
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in zip(widths, widths[1:]))
+        self.fc = nn.Linear(width, num_classes)
+        for m in self.convs:
+            nn.init.kaiming_normal_(m.weight, mode="fan_in", nonlinearity="relu")
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = torch.relu(conv(x))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
