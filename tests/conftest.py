@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
 RELATIVE = 1e-9  # in float64: the bar of an exact claim
@@ -50,6 +51,17 @@ class Plain(nn.Module):
         for conv in self.convs:
             x = torch.relu(conv(x))
         return self.fc(x.mean((2, 3)))
+
+
+_CFG = dict(
+    input_size=(3, 16, 16), num_classes=10, mean=(0.5,) * 3, std=(0.5,) * 3, first_conv="convs.0", classifier="fc"
+)
+default_cfgs = generate_default_cfgs({"dd_plain.test": _CFG})
+
+
+@register_model
+def dd_plain(pretrained=False, **kwargs):
+    return build_model_with_cfg(Plain, "dd_plain", pretrained, **kwargs)
 
 
 @pytest.fixture(autouse=True)

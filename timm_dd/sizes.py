@@ -20,7 +20,7 @@ from .errors import SplitError
 from .trace import evaluate
 from .widths import Window
 
-PROBE = 5040  # divisible by every stride up to 10 and by 16
+PROBE = 40_320  # 8!: divisible by every stride up to 10 and by 128
 UNKNOWN = object()
 
 

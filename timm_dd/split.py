@@ -225,12 +225,12 @@ def _attribute(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def restrict(tensor: torch.Tensor, t: TensorPlan, k: int, parts: int) -> torch.Tensor:
-    """Part k's block of a global tensor, a copy. A summed bias is shared out: b/K to each part, and to the last
-    what is left, so that the sum is b again."""
+    """Part k's block of a global tensor, a copy. A summed bias is shared out: b/K to each part, and to the last what
+    is left. Shares are multiples of b's last digit, so that they add up to b without rounding."""
     for dim, index in enumerate(t.index(k, parts)):
         if index is not None:
             tensor = tensor.index_select(dim, index.to(tensor.device))
     if t.reduce == "sum":
-        share = tensor / parts
-        return share if k < parts - 1 else tensor - sum(share for _ in range(parts - 1))
+        share = (tensor + tensor / parts) - tensor
+        return share if k < parts - 1 else tensor - (parts - 1) * share
     return tensor.clone(memory_format=torch.contiguous_format)

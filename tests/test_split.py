@@ -1,0 +1,256 @@
+"""Parts of timm's families and of modules of one's own: exactness, counts, variance, options and errors."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from conftest import RELATIVE, Plain, images, shake, sum_error
+from torch import fx, nn
+
+import timm_dd
+from timm_dd import Domain, SplitError
+
+FAMILIES = [
+    "resnet18", "resnet26d", "resnext50_32x4d", "wide_resnet50_2", "seresnet50", "regnetx_004", "regnety_004",
+    "mobilenetv2_050", "mobilenetv3_small_050", "mobilenetv3_large_100", "efficientnet_b0", "tf_efficientnet_b0",
+    "densenet121", "dd_resnet32",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [3, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_merged_families_are_the_sum_of_their_parts(name, parts):
+    """Theorem 2.1 (2), on the whole image, and the round trip bit for bit."""
+    split = shake(timm_dd.split(name, parts, domain=Domain.full(parts), img_size=64, num_classes=7))
+    assert split.plan.exact, split.plan.approximations
+    merged = timm_dd.merge(split)
+    x = images(2, 3, 64, 64)
+    assert sum_error(split, merged, x) <= RELATIVE
+    again = timm_dd.split(merged, parts, domain=Domain.full(parts), example_input=x)
+    for a, b in zip(split, again):
+        for key, tensor in a.state_dict().items():
+            if split.plan.tensors[key].reduce == "place":
+                assert torch.equal(tensor, b.state_dict()[key]), key
+
+
+def test_vgg_on_the_whole_image():
+    split = shake(timm_dd.split("vgg11_bn", 4, domain=Domain.full(4), num_classes=7))
+    assert split.plan.exact
+    assert sum_error(split, timm_dd.merge(split), images(1, 3, 224, 224)) <= RELATIVE
+
+
+@pytest.mark.parametrize(
+    "name, params", [("resnet50", 1_993_976), ("resnet101", 3_190_776), ("vgg16", 4_176_056)]
+)  # Table 2.2: 1.99M, 3.19M, 4.17M
+def test_parameters_of_a_part_in_table_2_2(name, params):
+    plan = timm_dd.plan(name, 4)
+    assert [plan.params(k) for k in range(4)] == [params] * 4
+
+
+def test_parameters_in_table_3_1():
+    """Table 3.1 has 7.44M and 0.47M: it counts BatchNorm's running means and variances too."""
+    plan = timm_dd.plan("dd_resnet32", 4, domain=Domain.grid(2, 2, overlap=4))
+    assert plan.params() == sum(p.numel() for p in timm.create_model("dd_resnet32").parameters()) == 7_427_914
+    statistics = [n for n in plan.tensors if n.endswith(("running_mean", "running_var"))]
+    assert plan.params() + sum(plan.tensors[n].shape[0] for n in statistics) == 7_437_770
+    assert plan.params(0) == 466_906
+
+
+def test_vgg16_has_the_kernels_of_table_2_1():
+    """The first fully connected layer is 3×3×128×1024 in each part, at the corners of the global 7×7."""
+    fc1 = timm_dd.plan("vgg16", 4).tensors["pre_logits.fc1.weight"]
+    assert fc1.shape == (4096, 512, 7, 7)
+    assert [fc1.part_shape(k, 4) for k in range(4)] == [(1024, 128, 3, 3)] * 4
+    corners = [tuple(ix[0].item() for ix in fc1.index(k, 4)[2:]) for k in range(4)]
+    assert corners == [(0, 0), (0, 4), (4, 0), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    "domain", [None, Domain.grid(2, 2, overlap=12), Domain.grid(1, 4), Domain.grid(4, 1, margin=8)]
+)
+def test_parts_train_on_their_crops(domain):
+    parts = timm_dd.split("resnet18", 4, domain=domain, img_size=96, num_classes=5)
+    x = torch.randn(2, 3, 96, 96)
+    logits = parts(x)
+    assert logits.shape == (4, 2, 5)
+    logits.square().sum().backward()
+    assert all(p.grad is not None for p in parts.parameters())
+
+
+# ---- the first fully connected layer, (2.13): exact on sub-images with valid padding and aligned boxes
+
+
+class Flat(nn.Module):
+    def __init__(self, dims, side):
+        super().__init__()
+        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+        self.body = nn.Sequential(conv(2, 8, 2, stride=2), nn.Tanh(), conv(8, 6, 1), nn.Tanh())
+        self.fc1, self.fc2 = nn.Linear(6 * (side // 2) ** dims, 9), nn.Linear(9, 5)
+
+    def forward(self, x):
+        return self.fc2(torch.tanh(self.fc1(self.body(x).flatten(1))))
+
+
+@pytest.mark.parametrize(
+    "dims, grid, overlap", [(1, (3,), 0), (2, (2, 2), 0), (2, (2, 2), 4), (2, (1, 3), 0), (3, (2, 1, 2), 0)]
+)
+def test_sub_images_are_exact_with_valid_padding(dims, grid, overlap):
+    """(2.16) for a network that flattens: F(x) = Σ F_k(box k of x), also where boxes overlap."""
+    x = images(2, 2, *[12] * dims)
+    domain = Domain.grid(*grid, overlap=overlap)
+    parts = shake(timm_dd.split(Flat(dims, 12), domain.parts, domain=domain, example_input=x))
+    merged = timm_dd.merge(parts).double().eval()
+    assert torch.allclose(merged(x), parts(x).sum(0), rtol=RELATIVE, atol=RELATIVE)
+
+
+# ---- fresh parts
+
+
+def variances(model, x):
+    """Variance of each layer's output, and of the gradient of the loss with respect to it; the logits come last."""
+    outputs = []
+    hooks = [
+        m.register_forward_hook(lambda _m, _x, y: outputs.append(y))
+        for m in model.modules()
+        if isinstance(m, (nn.Conv2d, nn.Linear))
+    ]
+    logits = model(x)
+    for y in outputs:
+        y.retain_grad()
+    nn.functional.cross_entropy(logits, torch.arange(len(x)) % logits.shape[1]).backward()
+    for hook in hooks:
+        hook.remove()
+    return torch.tensor([[float(y.detach().var()), float(y.grad.var())] for y in outputs])
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_fresh_parts_keep_the_variance(parts):
+    """Layer by layer within a factor of 2 of the global model, without BatchNorm; averaged over parts and seeds."""
+    x = torch.randn(64, 3, 16, 16)
+    whole, narrow = [], []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        split = timm_dd.split("dd_plain", parts, domain=Domain.full(parts), seed=seed, width=128)
+        whole.append(variances(timm_dd.models.create("dd_plain", seed=seed, width=128), x))
+        narrow += [variances(part, x) for part in split]
+    ratio = torch.stack(narrow).mean(0) / torch.stack(whole).mean(0)
+    assert ratio.min() > 0.5 and ratio.max() < 2, ratio
+
+
+def test_slices_without_rescaling_lose_it():
+    """What the re-scaling is for: without it the variance falls K times a layer."""
+    model, x = Plain(width=128), torch.randn(32, 3, 16, 16)
+    part = timm_dd.split(model, 4, domain=Domain.full(4), example_input=x)[0]
+    ratio = variances(part, x)[:, 0] / variances(model, x)[:, 0]
+    assert ratio[-2] < 0.05
+
+
+# ---- options
+
+
+def test_a_module_is_sliced_as_it_is_and_left_alone():
+    model = Plain(width=8).double().train()
+    model.convs[1].weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    parts = timm_dd.split(model, 2, example_input=torch.empty(1, 3, 16, 16))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert model.training and parts[0].training
+    assert all(p.dtype == torch.float64 for p in parts.parameters())
+    assert not parts[1].convs.get_submodule("1").weight.requires_grad
+    assert torch.equal(parts[1].convs.get_submodule("1").weight, model.convs[1].weight[4:, 4:])
+    assert all(isinstance(p, fx.GraphModule) for p in parts)
+
+
+def test_seed_decides_the_weights_and_spares_the_global_generator():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    a = timm_dd.split("resnet10t", 2, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    b, c = timm_dd.split("resnet10t", 2, seed=1), timm_dd.split("resnet10t", 2, seed=2)
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    assert not torch.equal(a[0].fc.weight, c[0].fc.weight)
+
+
+def test_one_part_is_the_model():
+    model = timm.create_model("resnet10t", num_classes=3).eval()
+    x = torch.randn(1, 3, 64, 64)
+    parts = timm_dd.split(model, 1, example_input=x)
+    assert parts.plan.exact and torch.equal(parts[0](x), model(x))
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in timm_dd.merge(parts).state_dict().items())
+
+
+def test_a_part_drops_while_it_trains():
+    parts = timm_dd.split("resnet10t", 2, drop_rate=0.5, drop_path_rate=0.2, img_size=64)
+    part, x = parts[0], torch.randn(2, 3, 32, 64)
+    part.train()
+    part.apply(lambda m: m.eval() if isinstance(m, nn.modules.batchnorm._BatchNorm) else None)
+    assert not torch.equal(part(x), part(x))
+    part.eval()
+    assert torch.equal(part(x), part(x))
+
+
+def test_plan_reads_like_a_table():
+    text = str(timm_dd.plan("resnet10t", 4, img_size=128))
+    assert "layer1.0.conv1" in text and "64×64×64   16×32×32" in text
+    assert "exact" in text.splitlines()[-1]
+    assert timm_dd.Plan.from_json(timm_dd.plan("resnet10t", 4).to_json()) == timm_dd.plan("resnet10t", 4)
+
+
+# ---- bad input
+
+
+class Unknown(nn.Module):
+    def forward(self, x):
+        return torch.fft.fft(x).real.flatten(1)
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+IMAGE = torch.empty(1, 3, 16, 16)
+VALID = nn.Sequential(nn.Conv2d(3, 8, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: timm_dd.split("resnet5", 4), "did you mean resnet"),
+        (lambda: timm_dd.split("resnet18", 0), "from 1 up, got 0"),
+        (lambda: timm_dd.split("resnet18", -1), "from 1 up"),
+        (lambda: timm_dd.split("resnet18", 2.0), "from 1 up"),
+        (lambda: timm_dd.split("resnet18", 65), "has 64 channels to cut, fewer than 65 parts; .* works here is 64"),
+        (lambda: timm_dd.split("efficientnet_b0", 9), r"se\.conv_reduce has 4 channels .* works here is 4"),
+        (lambda: timm_dd.split("resnet18", 4, domain=Domain.grid(3, 1)), "expected 4 boxes"),
+        (lambda: timm_dd.split("resnet18", 4, domain=Domain.grid(2, 2, overlap=500)), "larger than the image"),
+        (lambda: timm_dd.split("resnet18", 4, colour="red"), "cannot create"),
+        (lambda: timm_dd.split(VALID, 4, domain=Domain.grid(4, 1), example_input=IMAGE), "a part's box of 4×16 pixels"),
+        (lambda: timm_dd.split(Plain(), 2), "needs example_input"),
+        (lambda: timm_dd.split(Plain(), 2, example_input=IMAGE, num_classes=3), "only for a timm name"),
+        (lambda: timm_dd.split(Unknown(), 2, example_input=IMAGE), "has no rule"),
+        (lambda: timm_dd.split(Branches(), 2, example_input=IMAGE), "cannot trace"),
+        (lambda: timm_dd.split("dd_resnet32", 4)(torch.empty(1, 3, 30, 30)), "expected images of"),
+    ],
+)  # fmt: skip
+def test_bad_input(call, message):
+    with pytest.raises(SplitError, match=message) as e:
+        call()
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("groups, width, too_many", [(32, 128, 40), (4, 64, 17), (1, 12, 13)])
+def test_the_largest_k_of_the_message_works(groups, width, too_many):
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 1), nn.Conv2d(width, width, 1, groups=groups), nn.Flatten(), nn.Linear(width, 2)
+    )
+    x = torch.empty(1, 3, 1, 1)
+    with pytest.raises(SplitError, match="largest K") as e:
+        timm_dd.split(model, too_many, domain=Domain.full(too_many), example_input=x)
+    largest = int(str(e.value).rsplit(" ", 1)[1])
+    assert len(timm_dd.split(model, largest, domain=Domain.full(largest), example_input=x)) == largest
+    for k in range(largest + 1, too_many):
+        with pytest.raises(SplitError):
+            timm_dd.split(model, k, domain=Domain.full(k), example_input=x)
