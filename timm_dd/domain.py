@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -122,8 +123,15 @@ class Domain:
         return cls(tuple(map(int, d["grid"])), int(d["parts"]), int(d["overlap"]), int(d["margin"]))
 
 
+def check_parts(parts: Any) -> None:
+    """Raise SplitError unless `parts` is a possible K."""
+    if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
+        raise SplitError(f"K, the number of parts, is a whole number from 1 up, got {parts!r}")
+
+
 def default_domain(parts: int, axes: int) -> Domain:
     """The most square grid of `parts` boxes without overlap: 4 gives 2×2, 8 gives 2×4, 5 gives 1×5."""
+    check_parts(parts)
     shape, left = [], parts
     for axis in range(axes, 1, -1):
         root = round(left ** (1 / axis))

@@ -265,15 +265,15 @@ def _check_metadata(path: Path, plan: Plan, k: int, found: Mapping[str, str]) ->
             )
 
 
-def check_states(plan: Plan, states: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """The parts' state dicts against the plan, and their dtypes against one another."""
+def check_dtypes(states: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Raise MergeError unless every tensor has one dtype in all parts."""
     for k, state in enumerate(states):
-        check_state(plan, k, state, f"part {k}")
         for name, tensor in state.items():
             _check_dtype(name, states[0][name].dtype, tensor.dtype, f"part {k}")
 
 
 def check_state(plan: Plan, k: int, state: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise MergeError unless `state` has part k's tensors, of the plan's shapes and finite."""
     _check_names(plan, set(state), where)
     for name, tensor in state.items():
         _check_tensor(plan, k, name, tensor, where)

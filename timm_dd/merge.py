@@ -34,20 +34,20 @@ def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | No
     check_head(head)
     if isinstance(parts, Parts):
         plan, states = parts.plan, [part.state_dict() for part in parts]
-        read: Callable[[int, str], torch.Tensor] = lambda k, name: states[k][name]  # noqa: E731
         model = parts.origin if model is None else model
-        files.check_states(plan, states)
+        for k, state in enumerate(states):
+            files.check_state(plan, k, state, f"part {k}")
     else:
         plan = files.load_plan(parts)
         states = [files.load_part(parts, plan, k) for k in range(plan.parts)]
-        read = lambda k, name: states[k][name]  # noqa: E731
+    files.check_dtypes(states)
     merged = (
         models.create(plan.model, **plan.model_args)
         if plan.model is not None
         else copy.deepcopy(plan_model(plan, model))
     )
     keys = merged.state_dict().keys()
-    state = dict(merge_tensors(plan, keys, read, head))
+    state = dict(merge_tensors(plan, keys, lambda k, name: states[k][name], head))
     first = next(t for t in state.values() if t.is_floating_point())
     merged = merged.to(first.dtype)
     merged.load_state_dict(state)

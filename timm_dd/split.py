@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from . import files, models
-from .domain import Domain, default_domain
+from .domain import Domain, check_parts, default_domain
 from .errors import SplitError
 from .plan import Plan, TensorPlan, make_plan
 from .rules import has_rule
@@ -139,11 +139,6 @@ def plan(
     args = models.arguments(model, img_size=img_size, **kwargs)
     empty = models.create_empty(model, **args)
     return _plan(skeleton(empty), parts, domain, models.input_size(empty, img_size), model, args)[1]
-
-
-def check_parts(parts: Any) -> None:
-    if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
-        raise SplitError(f"K, the number of parts, is a whole number from 1 up, got {parts!r}")
 
 
 def _plan(

@@ -10,23 +10,25 @@ from timm.models.vgg import ConvMlp
 from torch import nn
 
 from ..widths import Axis, Window
-from .laws import contract, linear, pointwise, product
+from .laws import contract, pointwise
 from .registry import Op, Value, rule
 
 
 def _group_axes(op: Op, x: Axis, groups: int, out: int) -> tuple[Axis, Axis, Axis, Axis, Axis]:
-    """(input, output, groups, input of one group, output of one group)."""
+    """The axes of (input, output, groups, input of one group, output of one group)."""
     if groups == 1:
         y = op.channels(out)
         return x, y, Axis.of(1), x, y
-    g = op.grouped(groups, x)
-    x = x.resolve()
-    if g.is_whole():  # cut inside every group: both sides of a group are cut alike
-        inner = Axis.of(*(x.terms[0][1:] if len(x.terms) == 1 and x.terms[0][0] == groups else (x.size // groups,)))
-        y = op.channels(out // groups) if not inner.is_whole() else Axis.of(out // groups)
-        return x, Axis(*((groups, *t) for t in y.terms)), g, inner, y
-    inner, y = Axis.of(x.size // groups), Axis.of(out // groups)
-    return x, g.times(out // groups), g, inner, y
+    if x.is_whole():  # the image: its groups are whole, what they give is cut inside every group
+        g, group_in, group_out = Axis.of(groups), Axis.of(x.size // groups), op.channels(out // groups)
+    else:
+        g, group_in = op.grouped(groups, x)
+        inside = g.is_whole() and not group_in.is_whole()
+        group_out = op.channels(out // groups) if inside else Axis.of(out // groups)
+    into = (
+        Axis(*((*g.terms[0], *t) for t in group_out.resolve().terms)) if len(g.terms) == 1 else g.times(out // groups)
+    )
+    return x.resolve(), into.resolve(), g, group_in, group_out
 
 
 @rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
@@ -43,7 +45,7 @@ def conv_transpose(op: Op, x: Value, output_size=None) -> Value:
 
 def _layer(op: Op, x: Value, weight_axes) -> Value:
     m = op.module
-    over, into, groups, group_in, group_out = _group_axes(op, x.axes[1], m.groups, m.out_channels)
+    over, into, groups, group_in, group_out = _group_axes(op, op.axis(x, 1), m.groups, m.out_channels)
     kernel = (None,) * len(m.kernel_size)
     op.param("weight", *weight_axes(over, into, group_in, group_out), *kernel, fans=([group_in], [group_out]))
     op.param("bias", into)
@@ -56,18 +58,15 @@ def _layer(op: Op, x: Value, weight_axes) -> Value:
 @rule(F.conv1d, F.conv2d, F.conv3d)
 def functional_conv(op: Op, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Value:
     """A convolution whose weight is a tensor of the graph: a fixed filter, or a parameter of the module around."""
-    over, into, g, group_in, _ = _group_axes(op, x.axes[1], groups, weight.shape[0])
-    into = op.unify(into, weight.axes[0])
-    op.unify(group_in, weight.axes[1])
+    over, into, g, group_in, _ = _group_axes(op, op.axis(x, 1), groups, weight.shape[0])
+    into = op.unify(into, op.axis(weight, 0))
+    op.unify(group_in, op.axis(weight, 1))
     if bias is not None:
-        op.unify(into, bias.axes[0])
+        op.unify(into, op.axis(bias, 0))
     if groups > 1:
         op.arg(*op.argument(6, "groups"), value=g)
-    axes = (x.axes[0], into, *x.axes[2:])
-    trained = op.planner.trained(weight)
-    if trained is None:
-        return op.result(axes, product if bias is None else linear, x, weight, bias)
-    return op.result(axes, contract(into, over, trained, op.planner.trained(bias)), x)
+    law = contract(into, over, op.planner.trained(weight), op.planner.trained(bias))
+    return op.result((x.axes[0], into, *x.axes[2:]), law, x, weight, bias)
 
 
 @rule(ConvMlp)
@@ -79,7 +78,7 @@ def conv_mlp(op: Op, x: Value) -> Value:
     there the kernel stays whole.
     """
     m, size = op.module, op.module.input_kernel_size
-    over, mid, into = x.axes[1], op.channels(m.fc1.out_channels), op.channels(m.fc2.out_channels)
+    over, mid, into = op.axis(x, 1), op.channels(m.fc1.out_channels), op.channels(m.fc2.out_channels)
     kernel = [_kernel_window(op, x, dim, k) for dim, k in zip((2, 3), m.fc1.kernel_size)]
     window = [None if isinstance(k, int) else Axis.of(k) for k in kernel]
     fan = [over, *(Axis.of(k) for k in kernel)]

@@ -29,13 +29,15 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Relation:
-    """`params`: for PARTIAL the weights and biases whose scaling scales the sum, for OWN the parameters."""
+    """`params`: for PARTIAL the weights and biases whose scaling scales the sum (`UNSCALABLE` among them where
+    something else makes part of it), for OWN the parameters."""
 
     kind: Kind
     params: frozenset[str] = field(default=frozenset())
 
 
 SHARD, COPY = Relation(Kind.SHARD), Relation(Kind.COPY)
+UNSCALABLE = ""
 
 
 class Context(Protocol):
@@ -92,40 +94,62 @@ def pointwise(context: Context, *inputs: Relation) -> Relation:
     if Kind.PARTIAL in kinds:
         return context.approximate("not linear on a sum over the parts of which each part has only its own term")
     if Kind.OWN in kinds:
-        return _union(inputs, Kind.OWN) if kinds == {Kind.OWN} else _own_copy(context, inputs)
+        return _own_copy(context, inputs)
     return SHARD if Kind.SHARD in kinds else COPY
 
 
-def per_channel(axis: Axis, *params: str) -> Law:
-    """`pointwise` with trained parameters along `axis`: BatchNorm's weight and bias, PReLU's slope."""
+def per_channel(axis: Axis, *params: str | None) -> Law:
+    """`pointwise` with state of its own along `axis`: BatchNorm's weight and statistics, PReLU's slope."""
+    names = frozenset(filter(None, params))
 
     def law(context: Context, *inputs: Relation) -> Relation:
-        if params and not context.is_cut(axis):
-            return pointwise(context, *inputs, Relation(Kind.OWN, frozenset(params)))
-        return pointwise(context, *inputs)
+        own = [Relation(Kind.OWN, names)] if names and not context.is_cut(axis) else []
+        return pointwise(context, *inputs, *own)
 
     return law
 
 
-def contract(into: Axis, over: Axis, weight: str, bias: str | None) -> Law:
-    """A trained weight takes the channels `over` to the channels `into`: block-diagonal (2.12) where both are
-    cut, (2.11) where `over` is whole, and (2.14), a sum over the parts, where `into` is."""
-    names = frozenset(filter(None, (weight, bias)))
+def contract(into: Axis, over: Axis, weight: str | None, bias: str | None) -> Law:
+    """A weight takes the channels `over` to the channels `into`: block-diagonal (2.12) where both are cut, (2.11)
+    where `over` is whole, and (2.14), a sum over the parts, where `into` is.
 
-    def law(context: Context, x: Relation) -> Relation:
-        if x.kind is Kind.PARTIAL:
+    `weight` and `bias` name trained parameters. Where they are tensors of the graph, their relations follow that of
+    the input.
+    """
+    names = frozenset(n for n in (weight if weight is not None else UNSCALABLE, bias) if n is not None)
+
+    def law(context: Context, x: Relation, w: Relation | None = None, b: Relation | None = None) -> Relation:
+        given = [r for r in (x, w) if r is not None]
+        if any(r.kind is Kind.PARTIAL for r in given):
             return context.approximate("reads a sum over the parts of which each part has only its own term")
         if x.kind is Kind.OWN:
             return _own_copy(context, [x])
         if context.is_cut(into):
             return SHARD
         if not context.is_cut(over):
-            return _own_copy(context, [Relation(Kind.OWN, names)])
+            trained = w is None or w.kind is Kind.OWN
+            return _own_copy(context, [Relation(Kind.OWN, names)]) if trained else product(context, *given)
         if context.is_mixed(over):
             return context.approximate("sums input channels that every part has once for each part")
-        if bias:
+        total = Relation(Kind.PARTIAL, names)
+        if b is not None:
+            return linear(context, total, b)
+        if bias is not None:
             context.sum(bias)
-        return Relation(Kind.PARTIAL, names)
+        return total
+
+    return law
+
+
+def summed(axis: Axis | None, otherwise: Law) -> Law:
+    """A sum along `axis`: over channels that are cut it is a sum over the parts."""
+
+    def law(context: Context, x: Relation) -> Relation:
+        if not context.is_cut(axis):
+            return otherwise(context, x)
+        if x.kind is Kind.SHARD and not context.is_mixed(axis):
+            return Relation(Kind.PARTIAL, frozenset([UNSCALABLE]))
+        return context.approximate("sums channels that every part has once for each part")
 
     return law
 

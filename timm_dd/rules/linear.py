@@ -14,7 +14,7 @@ from .registry import Op, Value, rule
 def linear(op: Op, x: Value) -> Value:
     """Weight (out, in). The first one after a flatten is (2.13): `in` runs over channels and positions."""
     m = op.module
-    over, into = x.axes[-1], op.channels(m.out_features)
+    over, into = op.axis(x, -1), op.channels(m.out_features)
     op.param("weight", into, over, fans=([over], [into]))
     op.param("bias", into)
     op.set("in_features", over)
@@ -26,12 +26,12 @@ def linear(op: Op, x: Value) -> Value:
 @rule(F.linear)
 def functional_linear(op: Op, x: Value, weight: Value, bias: Value | None = None) -> Value:
     """The same with parameters of the module around: timm's own Linear classes, hand-written heads."""
-    over = op.unify(x.axes[-1], weight.axes[1])
-    into = weight.axes[0]
+    over = op.unify(op.axis(x, -1), op.axis(weight, 1))
+    into = op.axis(weight, 0)
     for w in into.widths():
         w.active, w.origin = True, w.origin or op.where()
     if bias is not None:
-        into = op.unify(into, bias.axes[0])
+        into = op.unify(into, op.axis(bias, 0))
     op.resize = lambda t, w, b=None: t.new_empty(*t.shape[:-1], w.shape[0])
-    names = (op.planner.trained(weight), op.planner.trained(bias))
-    return op.result((*x.axes[:-1], into), contract(into, over, *names), x)
+    law = contract(into, over, op.planner.trained(weight), op.planner.trained(bias))
+    return op.result((*x.axes[:-1], into), law, x, weight, bias)

@@ -35,15 +35,17 @@ QUOTIENTS = (operator.truediv, operator.itruediv, torch.div, "div", "div_")
 
 
 @rule(*dict.fromkeys(ACTIVATIONS), *dict.fromkeys(FUNCTIONS))
-def activation(op: Op, x: Value, *args, **kwargs) -> Value:
-    return op.result(x.axes, laws.pointwise, x)
+def activation(op: Op, *args, **kwargs) -> Value:
+    """Of one tensor; a power's exponent or a clamp's bound may be another."""
+    values = (*args, *kwargs.values())
+    return op.result(broadcast(op, *values), laws.pointwise, *values)
 
 
 @rule(nn.PReLU, tl.PReLU)
 def prelu(op: Op, x: Value) -> Value:
     """Slope (C,), or one for all channels, which then is each part's own."""
     shared = op.module.num_parameters == 1 if hasattr(op.module, "num_parameters") else op.module.weight.numel() == 1
-    axis = Axis.of(1) if shared else x.axes[1]
+    axis = Axis.of(1) if shared else op.axis(x, 1)
     op.param("weight", axis)
     op.set("num_parameters", axis)
     return op.result(x.axes, laws.per_channel(axis, *op.names("weight")), x)
@@ -71,7 +73,7 @@ def div(op: Op, a, b) -> Value:
     return op.result(broadcast(op, a, b), laws.pointwise if isinstance(b, Value) else laws.product, a, b)
 
 
-@rule(torch.maximum, torch.minimum, torch.max, torch.min)
+@rule(torch.maximum, torch.minimum)
 def extremum(op: Op, a: Value, b: Value) -> Value:
     return op.result(broadcast(op, a, b), laws.pointwise, a, b)
 

@@ -18,7 +18,7 @@ AVERAGE = (
 )  # fmt: skip
 MAXIMUM = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
-    MaxPool2dSame, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    MaxPool2dSame, F.max_pool1d, F.max_pool2d, F.max_pool3d,
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, torch.max_pool2d,
 )  # fmt: skip
 
@@ -31,6 +31,11 @@ def average(op: Op, x: Value, *args, **kwargs) -> Value:
 @rule(*dict.fromkeys(MAXIMUM))
 def maximum(op: Op, x: Value, *args, **kwargs) -> Value:
     return op.result(x.axes, laws.pointwise, x)
+
+
+@rule(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+def constant_pad(op: Op, x: Value) -> Value:
+    return op.result(x.axes, laws.pointwise if op.module.value else laws.linear, x)
 
 
 @rule(F.pad)

@@ -124,17 +124,22 @@ class Op:
             return axis
         return unify(a, b)
 
-    def grouped(self, groups: int, axis: Axis) -> Axis:
-        """`axis` seen as groups · channels, and the axis of the groups: cut between groups where there are at
-        least K of them, inside every group where there are fewer."""
-        inner = axis.size // groups
+    def axis(self, x: Value, dim: int) -> Axis:
+        """The axis of a dim that the operation reads as channels, whatever it carries."""
+        return x.axes[dim] if x.axes[dim] is not None else Axis.of(self.window(x, dim))
+
+    def grouped(self, groups: int, axis: Axis) -> tuple[Axis, Axis]:
+        """`axis` as groups · channels: the axes of the groups and of the channels in one. The cut runs between groups
+        where there are at least K of them (in each piece of a concatenation), inside every group where there are fewer."""
+        inner, pieces = axis.size // groups, len(axis.resolve().terms)
         self.planner.thresholds.add(groups)
-        if groups >= self.parts or inner == 1:
+        if groups >= self.parts * pieces or inner < self.parts <= groups or inner == 1:
             outer = Axis.of(Width(groups, self.where()))
             unify(axis, outer.times(inner))
-            return outer.resolve()
-        unify(axis, Axis.of(groups, Width(inner, self.where())))
-        return Axis.of(groups)
+            return outer.resolve(), Axis.of(inner)
+        channels = Axis.of(Width(inner, self.where()))
+        unify(axis, Axis.of(groups, *channels.terms[0]))
+        return Axis.of(groups), channels.resolve()
 
     def window(self, x: Value, dim: int) -> int | Window:
         """The positions of `x` along a dim without channels, and those that each part sees."""

@@ -6,7 +6,7 @@ is replaced by the part's own.
 
 from __future__ import annotations
 
-import builtins
+import functools
 import math
 import operator
 
@@ -14,12 +14,23 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import fx, nn
+from torchvision.ops import StochasticDepth
 
 from ..widths import Axis, Width, make_whole, split_axis, unify
 from . import laws
+from .pointwise import extremum
 from .registry import Op, Value, rule
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, DropPath)
+DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    DropPath,
+    StochasticDepth,
+)
 
 
 @rule(*DROPOUTS, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
@@ -49,6 +60,8 @@ def reshape(op: Op, x: Value, *shape, **kwargs) -> Value:
     first = kwargs.get("shape", shape[0] if shape else None)
     packed = isinstance(first, (tuple, list))
     base = (("kwargs", "shape") if "shape" in kwargs else ("args", 1)) if packed else None
+    if packed and isinstance(_at(op.node, base), fx.Node):
+        return value  # another tensor's shape, which is the part's
     for dim, size in enumerate(first if packed else shape):
         if size == -1 or dim == 0 and value.axes[0] is None:
             continue
@@ -171,14 +184,28 @@ def transpose(op: Op, x: Value, dim0: int, dim1: int) -> Value:
     return op.result(axes, laws.linear, x)
 
 
-@rule("expand", "expand_as")
+@rule("expand")
 def expand(op: Op, x: Value, *sizes) -> Value:
-    """Dims of size 1 are repeated; only such dims and those without channels may change."""
-    new = len(op.out.shape) - len(x.axes)
-    axes = [None] * new + list(x.axes)
-    if isinstance(sizes[0], Value):  # expand_as
-        axes = [o if a is None or n == 1 else a for a, o, n in zip(axes, sizes[0].axes, (1,) * new + x.shape)]
+    """A dim of size 1 that is repeated may stand for channels: that is known once it meets them."""
+    packed = isinstance(sizes[0], (tuple, list))
+    before = (1,) * (len(op.out.shape) - len(x.axes)) + x.shape
+    axes = [None] * (len(before) - len(x.axes)) + list(x.axes)
+    for dim, (old, new) in enumerate(zip(before, op.out.shape)):
+        where = ("args", 1, dim) if packed else ("args", 1 + dim)
+        if old == 1 < new and dim and isinstance(_at(op.node, where), int):
+            axes[dim] = Axis.of(Width(new, active=False))
+        if axes[dim] is not None and old != 1 or old == 1 < new and axes[dim] is not None:
+            if _at(op.node, where) != -1:
+                op.arg(*where, value=axes[dim])
     return op.result(axes, laws.linear, x)
+
+
+@rule("expand_as")
+def expand_as(op: Op, x: Value, other: Value) -> Value:
+    """Dims of size 1 take what the other tensor has there."""
+    new = len(other.axes) - len(x.axes)
+    sizes, axes = (1,) * new + x.shape, [None] * new + list(x.axes)
+    return op.result([o if n == 1 else a for a, o, n in zip(axes, other.axes, sizes)], laws.linear, x)
 
 
 # ---- concatenations and pieces
@@ -237,42 +264,43 @@ def getitem(op: Op, x, index) -> Value:
     if not isinstance(x, Value):
         return x[index]
     items = list(index) if isinstance(index, tuple) else [index]
-    axes, dim = [], 0
+    places = [("args", 1, i) for i in range(len(items))] if isinstance(index, tuple) else [("args", 1)]
     if Ellipsis in items:
         at = items.index(Ellipsis)
         missing = len(x.axes) - sum(i is not None and i is not Ellipsis for i in items)
-        items[at : at + 1] = [builtins.slice(None)] * missing
-    for position, item in enumerate(items):
+        items[at : at + 1] = [slice(None)] * missing
+        places[at : at + 1] = [None] * missing
+    axes, dim = [], 0
+    for item, where in zip(items, places):
         if item is None:
             axes.append(None)
             continue
         axis, size, dim = x.axes[dim], x.shape[dim], dim + 1
-        if isinstance(item, int):
-            if axis is not None:
-                make_whole(axis)
-        elif isinstance(item, builtins.slice):
-            if axis is not None and item != builtins.slice(None):
-                axis = _slice(op, axis, item, size, ("args", 1, position) if isinstance(index, tuple) else ("args", 1))
-            axes.append(axis)
-        else:
+        if isinstance(item, slice):
+            axes.append(axis if axis is None or item == slice(None) else _slice(op, axis, item, size, where))
+        elif not isinstance(item, int):
             raise op.refuse(f"indexes with {type(item).__name__}, which is not known")
+        elif axis is not None:
+            make_whole(axis)
     return op.result(axes + list(x.axes[dim:]), laws.linear, x)
 
 
 def _slice(op: Op, axis: Axis, item: slice, size: int, where: tuple) -> Axis:
     start, stop, step = item.indices(size)
-    if step != 1 or Ellipsis in (op.node.args[1] if isinstance(op.node.args[1], tuple) else ()):
-        make_whole(axis)
-        return Axis.of(len(range(start, stop, step)))
-    before = None
-    if start:
-        before, axis = split_axis(axis, start)
-        op.arg(*where, "start", value=before)
-    if stop < size:
-        kept, _ = split_axis(axis, stop - start)
-        axis = kept
-        op.arg(*where, "stop", value=kept if before is None else before + kept)
-    return axis
+    if step == 1:
+        before, rest = split_axis(axis, start) if start else (None, axis)
+        kept, _ = split_axis(rest, stop - start) if stop < size else (rest, None)
+        if before is not None:
+            op.arg(*where, "start", value=before)
+        if stop < size:
+            op.arg(*where, "stop", value=kept if before is None else before + kept)
+        return kept
+    if start < step and stop == size and size % step == 0:  # every step-th channel: one of each `step`
+        kept = Axis.of(Width(size // step, op.where()))
+        unify(axis, kept.times(step))
+        return kept.resolve()
+    make_whole(axis)
+    return Axis.of(len(range(start, stop, step)))
 
 
 @rule(torch.stack)
@@ -289,36 +317,65 @@ def stack(op: Op, tensors, dim: int = 0) -> Value:
 # ---- reductions
 
 
-@rule("mean", torch.mean, "sum", torch.sum)
-def mean(op: Op, x: Value, dim=None, keepdim: bool = False, **kwargs) -> Value:
-    return _reduce(op, x, dim, keepdim, laws.linear)
+@rule("mean", torch.mean)
+def mean(op: Op, x: Value, dim=None, keepdim: bool = False, *, dtype=None) -> Value:
+    return _reduce(op, x, dim, keepdim, _mixing(op, laws.linear))
 
 
-@rule("amax", torch.amax, "amin", torch.amin, "var", torch.var, "std", torch.std, "norm")
-def amax(op: Op, x: Value, *args, dim=None, keepdim: bool = False, **kwargs) -> Value:
-    dim = (
-        dim
-        if dim is not None
-        else next((a for a in args if isinstance(a, (int, tuple, list)) and op.name != "norm"), None)
+@rule("sum", torch.sum)
+def sum_(op: Op, x: Value, dim=None, keepdim: bool = False, *, dtype=None) -> Value:
+    """Over channels it is a sum over the parts."""
+    return _reduce(
+        op, x, dim, keepdim, lambda axes: functools.reduce(lambda law, a: laws.summed(a, law), axes, laws.linear)
     )
-    return _reduce(op, x, dim, keepdim, laws.pointwise)
 
 
-@rule(F.softmax, torch.softmax, "softmax")
+@rule("amax", torch.amax, "amin", torch.amin)
+def amax(op: Op, x: Value, dim=None, keepdim: bool = False) -> Value:
+    return _reduce(op, x, dim, keepdim, _mixing(op, laws.pointwise))
+
+
+@rule("var", torch.var, "std", torch.std)
+def var(op: Op, x: Value, dim=None, unbiased: bool = True, keepdim: bool = False, *, correction=1) -> Value:
+    return _reduce(op, x, dim, keepdim, _mixing(op, laws.pointwise))
+
+
+@rule("norm", torch.norm)
+def norm(op: Op, x: Value, p="fro", dim=None, keepdim: bool = False, dtype=None) -> Value:
+    return _reduce(op, x, dim, keepdim, _mixing(op, laws.pointwise))
+
+
+@rule(torch.max, torch.min, "max", "min")
+def max_(op: Op, x: Value, dim=None, keepdim: bool = False):
+    """Of two tensors, of all numbers, or (values, indices) along a dim."""
+    if isinstance(dim, Value):
+        return extremum(op, x, dim)
+    law = _mixing(op, laws.pointwise)
+    if dim is None:
+        return _reduce(op, x, None, keepdim, law)
+    return tuple(_reduce(op, x, dim, keepdim, law) for _ in op.out)
+
+
+@rule(F.softmax, torch.softmax, "softmax", F.log_softmax, torch.log_softmax, "log_softmax")
 def softmax(op: Op, x: Value, dim: int | None = None, *args, **kwargs) -> Value:
     law = laws.mixing(x.axes[dim], "a softmax over channels: each part normalises over its own", laws.pointwise)
     return op.result(x.axes, law, x)
 
 
-@rule(nn.Softmax)
+@rule(nn.Softmax, nn.LogSoftmax)
 def softmax_module(op: Op, x: Value) -> Value:
     return softmax(op, x, op.module.dim)
 
 
+def _mixing(op: Op, law):
+    """The law of a reduction that mixes the channels along the dims that it reduces."""
+    reason = f"{op.name} over channels: each part sees only its own"
+    return lambda axes: functools.reduce(lambda inner, a: laws.mixing(a, reason, inner), axes, law)
+
+
 def _reduce(op: Op, x: Value, dim, keepdim: bool, law) -> Value:
+    """`law` makes the law from the axes of the dims that are reduced."""
     dims = range(len(x.axes)) if dim is None else [dim] if isinstance(dim, int) else dim
     dims = {d % len(x.axes) for d in dims}
-    for d in dims:
-        law = laws.mixing(x.axes[d], f"{op.name} over channels: each part sees only its own", law)
     axes = [None if d in dims else a for d, a in enumerate(x.axes) if keepdim or d not in dims]
-    return op.result(axes, law, x)
+    return op.result(axes, law([x.axes[d] for d in sorted(dims)]), x)

@@ -84,6 +84,8 @@ def datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset, int | None]:
     train, val = sets
     if args.train_num_samples:
         train = First(train, args.train_num_samples, args.seed)
+    if len(train) < args.batch_size:
+        raise TrainError(f"{len(train)} training images make no batch of {args.batch_size}; use a smaller --batch-size")
     return train, val, classes
 
 
@@ -169,8 +171,6 @@ def loaders(
         device=device,
         persistent_workers=False,  # workers are seeded anew every epoch, see seed_epoch
     )
-    if len(train) < args.batch_size:
-        raise TrainError(f"{len(train)} training images make no batch of {args.batch_size}; use a smaller --batch-size")
     train_loader = create_loader(
         train,
         batch_size=args.batch_size,

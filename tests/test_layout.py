@@ -1,0 +1,75 @@
+"""The house: imports run in one direction, importing is lean, no pickle, one version string."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import tomllib
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "timm_dd"
+# Each imports only from what stands before it.
+ORDER = [
+    "errors", "widths", "domain", "table", "models", "trace", "sizes", "rules.laws", "rules.registry", "rules.conv",
+    "rules.linear", "rules.norm", "rules.pointwise", "rules.pool", "rules.shape", "rules", "plan", "files", "split",
+    "merge", "train", "train.options", "train.data", "train.schedule", "train.engines", "train.loop", "train.run",
+    "train.demo", "train.__main__", "cli", "",
+]  # fmt: skip
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        yield name.removesuffix("__init__").removesuffix("."), path
+
+
+def imported(name, path):
+    """The modules of the package that a module imports while it is itself imported."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package.split(".")[: len(package.split(".")) - (node.level - 1)] if package else []
+            base = [*filter(None, base), *filter(None, (node.module or "").split("."))]
+            for alias in node.names:
+                full = ".".join([*base, alias.name])
+                yield full if full in ORDER else ".".join(base)
+
+
+def test_every_module_has_its_place():
+    assert {name for name, _ in modules()} == set(ORDER)
+
+
+def test_imports_run_in_one_direction():
+    for name, path in modules():
+        for other in imported(name, path):
+            if name == "rules" and other.startswith("rules."):
+                continue
+            assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
+
+
+def test_importing_does_not_bring_the_training_stack():
+    code = "import sys, timm_dd; print([m for m in sys.modules if 'timm_dd.train' in m or 'sklearn' in m])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_pickle():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in {("torch", "save"), ("torch", "load"), ("yaml", "load")}, path
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert "pickle" not in ast.dump(node), path
+
+
+def test_one_version_string():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"]
+    version = [
+        line
+        for path in PACKAGE.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if line.startswith("__version__ =")
+    ]
+    assert len(version) == 1

@@ -1,0 +1,49 @@
+"""Every code block of the README runs, in the order in which a reader meets them, in an empty folder."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+INSTALL = re.compile(r"^pip install '\.\[(\w+)\]' && ")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("readme")
+
+
+def run(language, text, folder):
+    command = [sys.executable, "-W", "error", "-c", text] if language == "python" else ["bash", "-ec", text]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_first_block_installs_and_runs_the_demo(folder):
+    """What it installs is installed; what it runs shows what Table 3.3 shows."""
+    language, text = BLOCKS[0]
+    assert INSTALL.match(text).group(1) == "demo"
+    out = run(language, INSTALL.sub("", text), folder)
+    accuracy = {m[1].strip(): float(m[2]) for m in re.finditer(r"^(\S.*?)  +(\d+\.\d\d)  +\d*", out, re.M)}
+    parts = [v for k, v in accuracy.items() if k.startswith("part ")]
+    assert len(parts) == 4
+    assert accuracy["composed, before fine-tuning"] > max(parts)
+    assert accuracy["composed, after fine-tuning"] >= accuracy["baseline, random start"] - 1
+    loaded = re.search(r"create_model\('local-dir:.*?: (\d+\.\d\d) %", out)
+    assert float(loaded[1]) == accuracy["composed, after fine-tuning"]
+
+
+def test_the_second_block_installs_and_runs_these_tests():
+    language, text = BLOCKS[1]
+    assert language == "bash" and INSTALL.match(text).group(1) == "test"
+    assert INSTALL.sub("", text).strip() == "python -m pytest"
+
+
+@pytest.mark.parametrize("block", range(2, len(BLOCKS)))
+def test_block(block, folder):
+    run(*BLOCKS[block], folder)

@@ -1,0 +1,287 @@
+"""Training: one process and several, data, schedules, bad input; with scikit-learn's digits."""
+
+import argparse
+import csv
+import json
+import math
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import timm_dd
+from timm_dd.cli import main
+from timm_dd.files import part_name
+from timm_dd.train import data, options, schedule
+
+RUN = [
+    "--dataset", "digits", "--model", "test_resnet", "--overlap", "4", "--shift", "2", "--part-epochs", "2",
+    "--epochs", "1", "--warmup-epochs", "0", "--lr", "0.05", "-b", "64", "-j", "0", "--drop-path", "0.2",
+    "--train-num-samples", "256", "--device", "cpu",
+]  # fmt: skip
+
+
+def torchrun(ranks, *arguments):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "timm_dd.train",
+    ]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+
+
+def bytes_of_parts(run, parts):
+    return [(run / "parts" / str(k) / part_name(k, parts)).read_bytes() for k in range(parts)]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A run in one process, with the baseline."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert main(["train", *RUN, "--parts", "4", "--baseline", "--output", str(folder), "--experiment", "one"]) == 0
+    return folder / "one"
+
+
+def test_a_run_leaves_what_the_documentation_says(one):
+    assert {p.name for p in one.iterdir()} == {
+        "args.yaml",
+        "plan.json",
+        "parts",
+        "composed",
+        "global",
+        "baseline",
+        "summary.json",
+    }
+    assert yaml.safe_load((one / "args.yaml").read_text())["overlap"] == 4
+    summary = json.loads((one / "summary.json").read_text())
+    assert len(summary["parts"]) == 4 and {"together", "composed", "tuned", "baseline"} < summary.keys()
+    for folder, epochs in (("parts/0", 2), ("parts/3", 2), ("global", 1), ("baseline", 3)):
+        with open(one / folder / "summary.csv") as f:
+            rows = list(csv.DictReader(f))
+        assert [int(r["epoch"]) for r in rows] == list(range(epochs))
+    assert [p for p in one.rglob("*") if p.suffix in (".pth", ".pt", ".bin", ".pkl")] == []
+
+
+def test_composed_is_the_merge_of_the_parts(one):
+    expected = timm_dd.merge(one / "parts").state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in load_file(one / "composed" / "model.safetensors").items())
+
+
+def test_the_tuned_model_loads_and_has_the_accuracy_of_the_table(one):
+    summary = json.loads((one / "summary.json").read_text())
+    args = options.parse([*RUN, "-c", str(one / "args.yaml")])
+    for folder, key in (("composed", "composed"), ("global/last", "tuned"), ("baseline/last", "baseline")):
+        model = timm.create_model(f"local-dir:{one / folder}", pretrained=True).eval()
+        train, val, _ = data.datasets(args)
+        _, loader = data.loaders(
+            args, data.data_config(args, model), train, val, torch.device("cpu"), distributed=False
+        )
+        with torch.no_grad():
+            right = sum(int((model(x).argmax(1) == y).sum()) for x, y in loader)
+        assert 100 * right / len(val) == summary[key]
+
+
+def test_parts_do_not_depend_on_the_number_of_ranks(one, tmp_path):
+    """Two ranks and one process: the same bytes, dropout and augmentation included; and stage 2 runs under DDP."""
+    done = torchrun(2, *RUN, "--parts", "4", "--output", str(tmp_path), "--experiment", "two")
+    assert done.returncode == 0, done.stderr
+    assert bytes_of_parts(tmp_path / "two", 4) == bytes_of_parts(one, 4)
+    assert (tmp_path / "two" / "composed" / "model.safetensors").read_bytes() == (
+        one / "composed" / "model.safetensors"
+    ).read_bytes()
+    assert "composed, after fine-tuning" in done.stdout
+
+
+def test_more_ranks_than_parts(tmp_path):
+    done = torchrun(3, *RUN, "--parts", "2", "--output", str(tmp_path), "--experiment", "three")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "three" / "summary.json").read_text())["parts"]) == 2
+
+
+def test_ranks_count_every_image_once(one, tmp_path):
+    """360 images on 2 ranks in batches of 64: the sampler's padding is not counted."""
+    arguments = [*RUN, "--parts", "4", "--epochs", "0", "--output", str(tmp_path), "--experiment", "two"]
+    assert torchrun(2, *arguments).returncode == 0
+    expected, found = (json.loads((run / "summary.json").read_text()) for run in (one, tmp_path / "two"))
+    assert found["composed"] == expected["composed"] and found["together"] == expected["together"]
+
+
+# ---- data
+
+
+def picture(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((32, 32, 3), value, np.uint8)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve images of two classes in train and in val."""
+    for split in ("train", "val"):
+        for i in range(12):
+            picture(tmp_path / "data" / split / "ab"[i % 2] / f"{i}.png", 20 * i)
+    return tmp_path / "data"
+
+
+def as_tars(folder):
+    for split in ("train", "val"):
+        with tarfile.open(folder.parent / f"{split}.tar", "w") as tar:
+            for child in sorted((folder / split).iterdir()):
+                tar.add(child, child.name)
+    return folder.parent
+
+
+def as_one_tar(folder):
+    with tarfile.open(folder.parent / "all.tar", "w") as tar:
+        tar.add(folder, "all")
+    return folder.parent / "all.tar"
+
+
+@pytest.mark.parametrize("form", [lambda f: f, as_tars, as_one_tar], ids=["folder", "tars", "one tar"])
+def test_data_dir(form, folder):
+    args = options.parse(["--data-dir", str(form(folder)), "--model", "test_resnet", "-b", "4"])
+    train, val, classes = data.datasets(args)
+    assert (len(train), len(val), classes) == (12, 12, 2)
+    assert sorted(int(val[i][1]) for i in range(12)) == [0] * 6 + [1] * 6
+
+
+def test_digits_are_all_there_once():
+    train, val = data.Digits(True), data.Digits(False)
+    assert (len(train), len(val)) == (1437, 360)
+    assert train[0][0].size == (32, 32) and train[0][0].mode == "RGB"
+    assert np.bincount(val.targets).min() > 25
+
+
+def test_the_order_of_images_follows_from_seed_and_epoch():
+    args = options.parse([*RUN, "--parts", "2"])
+    train, val, _ = data.datasets(args)
+    config = data.data_config(args, timm.create_model("test_resnet", num_classes=10))
+    loader, _ = data.loaders(args, config, train, val, torch.device("cpu"), distributed=False)
+
+    def epoch(seed, number):
+        data.seed_epoch(seed, number)
+        return next(iter(loader))[0]
+
+    assert torch.equal(epoch(1, 0), epoch(1, 0))
+    assert not torch.equal(epoch(1, 0), epoch(1, 1))
+    assert not torch.equal(epoch(1, 0), epoch(2, 0))
+
+
+# ---- the schedule of section 3.1.1
+
+
+def test_the_papers_schedule():
+    args = options.parse(["-c", "cifar10-resnet32.yaml", "--data-dir", "none"])
+    expected = {
+        "part": {0: 1e-3, 59: 1e-3, 60: 1e-4, 80: 1e-5, 100: 1e-6, 119: 1e-6},
+        None: {0: 1e-4, 20: 1e-5, 40: 1e-6, 60: 5e-7, 79: 5e-7},
+        "baseline": {0: 1e-3, 80: 1e-4, 140: 1e-5, 160: 1e-6, 180: 5e-7, 199: 5e-7},
+    }
+    for stage, rates in expected.items():
+        own = options.stage(args, stage)
+        assert own.epochs == max(rates) + 1
+        optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=own.lr)
+        steps = schedule.create(own, optimizer, 100)
+        for epoch in range(own.epochs):
+            if epoch in rates:
+                assert math.isclose(optimizer.param_groups[0]["lr"], rates[epoch], rel_tol=1e-9), (stage, epoch)
+            steps.step(epoch + 1, epoch)  # the accuracy rises all the time
+
+
+def test_the_plateau_divides_by_the_root_of_ten():
+    args = argparse.Namespace(
+        **{**vars(options.parse(["-c", "cifar10-resnet32.yaml", "--data-dir", "none"])), "decay_milestones": [99]}
+    )
+    args.decay_rates = [0.1]
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1.0)
+    steps, rates = schedule.create(args, optimizer, 100), []
+    for epoch in range(12):
+        steps.step(epoch + 1, 50.0)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:5] == [1.0] * 5
+    assert np.allclose(rates[5:10], 10**-0.5) and np.allclose(rates[10:], 0.1)
+
+
+# ---- bad input: one line on stderr, status 1 or 2, nothing left behind
+
+
+def no_images(tmp_path, _):
+    (tmp_path / "none" / "train" / "a").mkdir(parents=True)
+    (tmp_path / "none" / "val" / "a").mkdir(parents=True)
+    return ["--data-dir", str(tmp_path / "none"), "--model", "test_resnet"]
+
+
+def no_val(tmp_path, folder):
+    (folder / "val").rename(folder / "elsewhere")
+    return ["--data-dir", str(folder), "--model", "test_resnet"]
+
+
+def other_classes(tmp_path, folder):
+    (folder / "val" / "a").rename(folder / "val" / "c")
+    return ["--data-dir", str(folder), "--model", "test_resnet"]
+
+
+def broken_tar(tmp_path, folder):
+    (tmp_path / "broken.tar").write_bytes(b"not a tar" * 100)
+    return ["--data-dir", str(tmp_path / "broken.tar"), "--model", "test_resnet"]
+
+
+BAD = [
+    (lambda t, f: ["--data-dir", str(t / "nowhere"), "--model", "test_resnet"], 1, "no data folder"),
+    (no_images, 1, "no train images"),
+    (no_val, 1, "has no validation images"),
+    (other_classes, 1, "different classes"),
+    (broken_tar, 1, "no train images"),
+    (lambda t, f: [*RUN, "--model", "resnet5"], 1, "did you mean"),
+    (lambda t, f: [*RUN, "--parts", "100", "--grid", "full"], 1, "largest K"),
+    (lambda t, f: [*RUN, "--parts", "4", "--grid", "3x1"], 1, "expected 4 boxes"),
+    (lambda t, f: [*RUN, "--overlap", "40"], 1, "larger than the image"),
+    (lambda t, f: [*RUN, "-b", "5000"], 1, "make no batch"),
+    (lambda t, f: [*RUN, "--lr", "1e30", "--opt", "sgd", "--part-epochs", "1"], 1, "the loss is nan"),
+    (lambda t, f: [*RUN, "--output", str(f / "train" / "a" / "0.png")], 1, "cannot write"),
+    (lambda t, f: ["--model", "test_resnet"], 2, "nothing to train on"),
+    (lambda t, f: [*RUN, "--parts", "0"], 2, "from 1 up"),
+    (lambda t, f: [*RUN, "--grid", "two"], 2, "expected rows x columns"),
+    (lambda t, f: [*RUN, "-c", "nothing.yaml"], 2, "no config"),
+    (lambda t, f: [*RUN, "--decay-milestones", "1", "2", "--decay-rates", "0.1"], 2, "give as many"),
+]
+
+
+@pytest.mark.parametrize("make, status, message", BAD, ids=[message for *_, message in BAD])
+def test_bad_input(make, status, message, tmp_path, folder, capsys):
+    output = tmp_path / "runs"
+    arguments = make(tmp_path, folder)
+    try:
+        found = main(["train", "--output", str(output), *arguments])
+    except SystemExit as e:
+        found = e.code
+    errors = capsys.readouterr().err
+    assert found == status and message in errors, errors
+    if status == 1:
+        assert errors.count("\n") == 1
+    if "loss" not in message:  # a run that had begun keeps what it has
+        assert not output.exists()
+
+
+def test_a_run_does_not_overwrite_another(one, capsys):
+    assert main(["train", *RUN, "--output", str(one.parent), "--experiment", "one"]) == 1
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_unknown_options_in_a_config(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("colour: red\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "-c", str(tmp_path / "c.yaml")])
+    assert "colour" in capsys.readouterr().err
