@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import images, shake, sum_error
 from timm.models.vgg import ConvMlp
 from torch import nn
+from torchvision.ops import StochasticDepth
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import timm_dd
@@ -63,6 +64,54 @@ class Parameter(nn.Module):
 class Drop(nn.Module):
     def forward(self, x):
         return F.dropout(x, 0.5, training=self.training)
+
+
+class Mixed(nn.Module):
+    """Operations on a concatenation of 12 channels, which are cut, with the image, which every part has."""
+
+    def __init__(self, *middle):
+        super().__init__()
+        self.stem, self.middle, self.fc = nn.Conv2d(3, 12, 3, padding=1), nn.Sequential(*middle), nn.Linear(15, 5)
+
+    def forward(self, x):
+        return self.fc(self.middle(torch.cat([torch.tanh(self.stem(x)), x], 1)).mean((2, 3)))
+
+
+class Residual(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+class Tied(nn.Module):
+    def __init__(self, share_module):
+        super().__init__()
+        self.stem, self.a, self.fc = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 3), nn.Linear(12, 5)
+        self.b = self.a if share_module else nn.Conv2d(12, 12, 3)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.fc(self.b(torch.relu(self.a(self.stem(x)))).mean((2, 3)))
+
+
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x, return_features=False, mask=None, scale=1.0):
+        assert mask is None
+        if return_features:
+            return x
+        return self.net(x) * scale
+
+
+def asserted(x):
+    torch._assert(x.shape[1] == 12, "twelve channels")
+    return x
 
 
 def shuffle(x, groups=2):
@@ -181,6 +230,64 @@ ROWS = {
     "reshape by constants": row(lambda: net(tail=(fn(lambda x: x.reshape(-1, 12 * 81)), nn.Linear(12 * 81, 5)))),
     "variance over positions": row(lambda: net(fn(lambda x: x / x.std((2, 3), keepdim=True)))),
     "dropout": row(lambda: net(nn.Dropout(0.5), Drop(), tl.DropPath(0.5))),
+    "StochasticDepth": row(lambda: net(StochasticDepth(0.5, "row"))),
+    "LogSoftmax": row(lambda: nn.Sequential(net(), nn.LogSoftmax(1)), "not linear on a sum"),
+    "power by a parameter": row(lambda: net(Parameter(lambda x, p: x.clamp(min=1e-3).pow(p), 1)), N),
+    "power by a parameter per channel": row(lambda: net(Parameter(lambda x, p: x.abs().add(1).pow(p), 12, 1, 1))),
+    "number to the power of features": row(lambda: net(fn(lambda x: 2**x))),
+    "clamp by a parameter": row(lambda: net(Parameter(lambda x, p: torch.clamp(x, max=p), 1)), N),
+    "sum over channels": row(lambda: net(tail=(fn(lambda x: x.sum((1, 2, 3))),))),
+    "scale by the number of channels": row(lambda: net(fn(lambda x: x / x.shape[1] ** 0.5 * x.size(1)))),
+    "BatchNorm of the image": row(lambda: nn.Sequential(nn.BatchNorm2d(3, affine=False), net()), N),
+    "BatchNorm on channels and image": row(lambda: Mixed(nn.BatchNorm2d(15)), N),
+    "classifier on channels and image": row(lambda: Mixed(), N),
+    "residual on channels and image": row(lambda: Mixed(Residual(conv(15, 15, 3, padding=1))), N),
+    "tied convolutions": row(lambda: Tied(share_module=False)),
+    "one module under two names": row(lambda: Tied(share_module=True)),
+    "gate from a fixed filter": row(
+        lambda: net(Parameter(lambda x, p: x * torch.sigmoid(F.conv2d(x, p)), 1, 12, 1, 1, buffer=True)),
+        "not linear on a sum",
+    ),
+    "logits with a fixed bias": row(
+        lambda: nn.Sequential(net(), Parameter(torch.add, 5, buffer=True)), "adds a tensor"
+    ),
+    "logits from computed weights": row(
+        lambda: net(tail=(fn(lambda x: x.mean((2, 3))), Parameter(lambda x, p: F.linear(x, p.abs()), 5, 12)))
+    ),
+    "value head of one channel": row(
+        lambda: net(tail=(conv(12, 1, 1), nn.Flatten(), nn.Linear(81, 7), nn.Tanh(), nn.Linear(7, 5))), "reads a sum"
+    ),
+    "grey image to RGB": row(lambda: nn.Sequential(fn(lambda x: x.mean(1, keepdim=True).expand(-1, 3, -1, -1)), net())),
+    "one channel expanded": row(
+        lambda: net(fn(lambda x, c: x * c(x).expand(-1, 12, -1, -1), conv(12, 1, 1))), "multiplies a sum"
+    ),
+    "grouped on a concatenation": row(
+        lambda: net(fn(lambda x, c: c(torch.cat([x, x.tanh()], 1)), conv(24, 24, 3, groups=2)), out=24)
+    ),
+    "grouped on the image": row(
+        lambda: nn.Sequential(
+            conv(3, 24, 3, groups=3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5)
+        )
+    ),
+    "buffer seen from another side": row(
+        lambda: net(Parameter(lambda x, p: x - p.view(1, -1, 1, 1) + p[None, :, None, None], 12, buffer=True))
+    ),
+    "tensor made on the way": row(
+        lambda: nn.Sequential(fn(lambda x: x - torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)), net())
+    ),
+    "view as another": row(lambda: net(fn(lambda x: x.flatten(1).view(x.shape).reshape(x.size())))),
+    "reductions with positional arguments": row(
+        lambda: net(fn(lambda x: x.amax(2, True) + x.norm(2, 3, True) + x.max(2)[0].unsqueeze(2)))
+    ),
+    "slices behind an ellipsis and by steps": row(
+        lambda: net(fn(lambda x: torch.cat([x[:, 12:, ...], x[:, ::2].tanh()], 1)), width=24)
+    ),
+    "an assertion on the width": row(lambda: net(fn(asserted))),
+    "an optional argument": row(lambda: Optional()),
+    "functional GroupNorm": row(lambda: net(fn(lambda x: F.group_norm(x, 12)))),
+    "functional LayerNorm": row(
+        lambda: net(tail=(fn(lambda x: F.layer_norm(x.mean((2, 3)), (12,))), nn.Linear(12, 5))), C
+    ),
     "identity": row(lambda: net(nn.Identity(), fn(lambda x: -x.contiguous()))),
     "one module twice": row(lambda: net(fn(lambda x, c: c(c(x)), conv(12, 12, 3, padding=1)))),
     "convolutional classifier": row(lambda: net(tail=(conv(12, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()))),

@@ -31,7 +31,6 @@ def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | No
     Raises:
         MergeError: a part is missing, damaged, not finite, or of another split.
     """
-    check_head(head)
     if isinstance(parts, Parts):
         plan, states = parts.plan, [part.state_dict() for part in parts]
         model = parts.origin if model is None else model
@@ -40,18 +39,25 @@ def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | No
     else:
         plan = files.load_plan(parts)
         states = [files.load_part(parts, plan, k) for k in range(plan.parts)]
+    check_head(plan, head)
     files.check_dtypes(states)
     merged = (
         models.create(plan.model, **plan.model_args)
         if plan.model is not None
         else copy.deepcopy(plan_model(plan, model))
     )
-    keys = merged.state_dict().keys()
-    state = dict(merge_tensors(plan, keys, lambda k, name: states[k][name], head))
-    first = next(t for t in state.values() if t.is_floating_point())
-    merged = merged.to(first.dtype)
-    merged.load_state_dict(state)
+    _load(merged, dict(merge_tensors(plan, merged.state_dict(), lambda k, name: states[k][name], head)))
     return merged
+
+
+def _load(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Give `model` the tensors of `state`, each in its own dtype; what was tied stays tied."""
+    dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
+    for name, own in model.named_buffers():
+        if name not in state and own.is_floating_point():
+            own.data = own.data.to(dtype)
+    for name, own in model.state_dict(keep_vars=True).items():
+        own.data = state[name].to(own.device)
 
 
 def merge_files(
@@ -71,8 +77,8 @@ def merge_files(
     Raises:
         MergeError: as `merge`; the output folder is left as it was.
     """
-    check_head(head)
     plan = files.load_plan(folder)
+    check_head(plan, head)
     with files.open_parts(folder, plan) as read:
         empty = plan_model(plan, model)
         specs = {name: (t.shape, read(0, name).dtype) for name, t in plan.tensors.items() if name in empty.state_dict()}
@@ -85,9 +91,11 @@ def merge_files(
         )
 
 
-def check_head(head: str) -> None:
+def check_head(plan: Plan, head: str) -> None:
     if head not in HEADS:
         raise MergeError(f"head is 'sum' (classification) or 'mean' (regression), got {head!r}")
+    if head == "mean" and not plan.head:
+        raise MergeError("the outputs of this model have no weights of their own to divide by K; use head='sum'")
 
 
 def merge_tensors(
@@ -103,21 +111,24 @@ def merge_tensors(
 
 
 def merge_tensor(t: TensorPlan, blocks: Sequence[torch.Tensor], parts: int) -> torch.Tensor:
-    """One global tensor: the blocks in their places, or their sum, or their mean."""
-    if t.reduce == "place":
-        out = blocks[0].new_zeros(t.shape)
-        for k, block in enumerate(blocks):
-            out[_mesh(t, k, parts)] = block
-        return out
-    if not blocks[0].is_floating_point():
+    """One global tensor: the blocks in their places, or their sum, or the mean of those that own an element."""
+    if not blocks[0].is_floating_point() and t.reduce != "place":
         return torch.stack(list(blocks)).amax(0)  # a count of batches
-    if t.reduce == "mean" and all(torch.equal(blocks[0], b) for b in blocks[1:]):
+    if t.reduce == "mean" and all(a is None for a in t.axes) and all(torch.equal(blocks[0], b) for b in blocks[1:]):
         return blocks[0].clone()
-    total = torch.stack([b.double() for b in blocks]).sum(0)
-    return (total / parts if t.reduce == "mean" else total).to(blocks[0].dtype)
+    out = blocks[0].new_zeros(t.shape, dtype=blocks[0].dtype if t.reduce == "place" else torch.float64)
+    owners = torch.zeros(t.shape)
+    for k, block in enumerate(blocks):
+        at = _mesh(t, k, parts)
+        if t.reduce == "place":
+            out[at] = block
+        else:
+            out[at] += block
+            owners[at] += 1
+    return (out / owners.clamp(min=1) if t.reduce == "mean" else out).to(blocks[0].dtype)
 
 
 def _mesh(t: TensorPlan, k: int, parts: int) -> tuple:
     """An index of part k's block, open as in ``numpy.ix_``."""
     index = [torch.arange(n) if ix is None else ix for n, ix in zip(t.shape, t.index(k, parts))]
-    return torch.meshgrid(*index, indexing="ij") if len(index) > 1 else tuple(index)
+    return torch.meshgrid(*index, indexing="ij") if len(index) > 1 else tuple(index) or (...,)

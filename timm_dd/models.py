@@ -62,8 +62,12 @@ def input_size(model: nn.Module, img_size: int | tuple[int, int] | None = None) 
     """(C, H, W) of the images that a timm model takes, `img_size` pixels if given."""
     channels, height, width = timm.data.resolve_model_data_config(model)["input_size"]
     channels = getattr(model, "in_chans", channels)
-    if img_size is not None:
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if isinstance(img_size, int):
+        height, width = img_size, img_size
+    elif isinstance(img_size, (tuple, list)) and len(img_size) == 2 and all(isinstance(n, int) for n in img_size):
+        height, width = img_size
+    elif img_size is not None:
+        raise SplitError(f"img_size: expected pixels, or (height, width), got {img_size!r}")
     return channels, height, width
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from torch import fx
 
 from .domain import Domain
 from .errors import SplitError, WidthError
-from .rules.laws import COPY, Kind, Relation
+from .rules.laws import COPY, UNSCALABLE, Kind, Relation
 from .rules.registry import RULES, Edit, Op, Param, Value, bind, module_rule
 from .sizes import Sizes
 from .table import table
@@ -85,7 +86,7 @@ class Plan:
         model, model_args: timm's name and arguments; None and {} for a module of one's own.
         input_size: (C, *size) of the whole image.
         constants: as `tensors`, for what the model computes and keeps out of its state dict (a fixed filter).
-        head: parameters whose scaling scales the logits, for ``merge(head="mean")`` (2.22).
+        head: parameters whose scaling scales the logits, for ``merge(head="mean")`` (2.22); empty if none do.
         approximations: (node, module path, reason); empty means that with every part seeing the whole image
             F(x) = Σ F_k(x) to rounding, (2.16).
     """
@@ -205,25 +206,36 @@ def make_plan(
         SplitError: an operation without a rule, a layer narrower than `parts`, a box on which the network does not run.
     """
     planner = Planner(gm, parts, domain, input_size)
-    planner.read()
+    try:
+        planner.read()
+    except _Inexpressible as e:
+        raise SplitError(f"{e}; the largest K that works here is {_largest(gm, parts, input_size)}") from e
     narrow = planner.narrowest()
     if narrow.size < parts:
         raise SplitError(
             f"{narrow.origin} has {narrow.size} channels to cut, fewer than {parts} parts; "
-            f"the largest K that works here is {_largest(gm, parts, domain, input_size)}"
+            f"the largest K that works here is {_largest(gm, parts, input_size)}"
         )
     return planner.plan(model, model_args or {})
 
 
-def _largest(gm, parts: int, domain: Domain, input_size) -> int:
-    """The largest K below `parts` for which every Width is wide enough. How Widths arise changes with K only at the
-    numbers of groups that `Op.grouped` met, so one reading serves all K between two of those."""
+class _Inexpressible(SplitError):
+    """An operation ties channels together in a way that no sum of products expresses."""
+
+
+def _largest(gm, parts: int, input_size) -> int:
+    """The largest K below `parts` that works. How Widths arise changes with K only at the numbers of groups that
+    `Op.grouped` met, so one reading serves all K between two of those."""
     while parts > 1:
         planner = Planner(gm, parts, Domain.full(parts), input_size)
-        planner.read()
-        size, below = planner.narrowest().size, max((t for t in planner.thresholds if t < parts), default=1)
-        if size > below:
-            return min(size, parts)
+        below = parts - 1
+        try:
+            planner.read()
+            size, below = planner.narrowest().size, max((t for t in planner.thresholds if t < parts), default=1)
+            if size > below:
+                return min(size, parts)
+        except _Inexpressible:
+            pass
         parts = below
     return 1
 
@@ -250,6 +262,8 @@ class Planner:
             **dict(gm.named_buffers(remove_duplicate=False)),
             **dict(gm.named_parameters(remove_duplicate=False)),
         }
+        first: dict[int, str] = {}
+        self.alias = {name: first.setdefault(id(t), name) for name, t in self.tensors.items()}  # tied parameters
         self.params: dict[str, Param] = {}
         self.values: list[Value] = []
         self.edits: list[Edit] = []
@@ -264,7 +278,8 @@ class Planner:
     # ---- first pass: axes
 
     def read(self) -> None:
-        dtype = next((t.dtype for t in self.tensors.values() if t.is_floating_point()), torch.float32)
+        candidates = [*self.gm.parameters(), *self.tensors.values()]
+        dtype = next((t.dtype for t in candidates if t.is_floating_point()), torch.float32)
         env: dict[fx.Node, Any] = {}
         for node in self.gm.graph.nodes:
             module = self.gm.get_submodule(node.target) if node.op == "call_module" else None
@@ -272,10 +287,11 @@ class Planner:
             try:
                 env[node] = self._value(op, env)
             except WidthError as e:
-                raise op.refuse(f"cannot be cut into {self.parts} parts: {e}") from e
+                raise _Inexpressible(f"{op.where()} cannot be cut into {self.parts} parts: {e}") from e
             self.sizes.others(node, op.resize, op.where())
             self._place(env[node], self.sizes.at(node))
             self.ops.append((op, env[node]))
+        self._give_owners()
 
     def _value(self, op: Op, env: dict) -> Any:
         node = op.node
@@ -287,7 +303,10 @@ class Planner:
         if node.op == "output":
             return self._output(fx.node.map_arg(node.args[0], lambda n: env[n]))
         if not _tensors(op.out):
-            return op.out  # a size, a dtype, an assertion
+            self._pin(op, env)
+            return op.out  # a size, a dtype
+        if self.parts == 1 and not self.sizes.boxed:
+            return self._uncut(op.out, op)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
         if not any(isinstance(v, Value) for v in _flat((args, tuple(kwargs.values())))):
             return op.result([None] * op.out.ndim, lambda context: COPY)  # made from nothing: arange, zeros
@@ -299,11 +318,42 @@ class Planner:
             )
         return bind(found, op, args, kwargs)
 
+    def _uncut(self, out: Any, op: Op) -> Any:
+        """K = 1 needs no algebra: the part is the model."""
+        if isinstance(out, (tuple, list)):
+            return tuple(self._uncut(o, op) for o in out)
+        return op.result([None] * out.ndim, lambda context, *_: COPY)
+
+    def _pin(self, op: Op, env: dict) -> None:
+        """A number of channels in the graph stays the global one: what counts channels in a part is an edit, and all
+        else (a scale by the square root of the width) is the global network's."""
+        node = op.node
+        source, dim = None, None
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            shape = node.args[0]
+            if shape.target is getattr and shape.args[1] == "shape" or shape.target == "size" and len(shape.args) == 1:
+                source, dim = env[shape.args[0]], node.args[1]
+        elif node.op == "call_method" and node.target == "size" and len(node.args) == 2:
+            source, dim = env[node.args[0]], node.args[1]
+        if isinstance(source, Value) and isinstance(dim, int) and source.axes[dim] is not None:
+            self.edits.append(Edit(node.name, None, (), lambda k: op.out))
+
+    def _give_owners(self) -> None:
+        """A parameter of which some elements would have several owners (its channels are in part those of the image,
+        which every part has) is whole in every part."""
+        for param in self.params.values():
+            frozen = [a if a is None else freeze(a) for a in param.axes]
+            if any(a is not None and a.is_cut for a in frozen) and not any(
+                a is not None and a.is_owned for a in frozen
+            ):
+                for axis in filter(None, param.axes):
+                    make_whole(axis)
+
     def _attribute(self, op: Op) -> Any:
         """A parameter in the graph: its axes wait for what they will be unified with."""
-        name = op.node.target
         if not isinstance(op.out, torch.Tensor):
             return op.out
+        name = self.alias.get(op.node.target, op.node.target)
         if name not in self.params:
             self.params[name] = Param(tuple(Axis.of(Width(n, active=False) if n > 1 else 1) for n in op.out.shape))
         trained = name in dict(self.gm.named_parameters(remove_duplicate=False))
@@ -332,11 +382,12 @@ class Planner:
                 self._place(v, [a[i] if isinstance(a, (tuple, list)) else a for a in at])
 
     def add_param(self, name: str, param: Param) -> None:
+        name = self.alias[name]
         known = self.params.get(name)
         if known is None:
             self.params[name] = param
             return
-        for a, b in zip(known.axes, param.axes):  # a module that is called twice
+        for a, b in zip(known.axes, param.axes):  # a module that is called twice, or a tied parameter
             if a is not None and b is not None:
                 unify(a, b)
 
@@ -344,7 +395,7 @@ class Planner:
         """The name of a parameter that is read from the graph, None for anything computed or fixed."""
         if value is None or value.op.node.op != "get_attr":
             return None
-        name = value.op.node.target
+        name = self.alias.get(value.op.node.target)
         return name if isinstance(self.tensors.get(name), torch.nn.Parameter) else None
 
     def narrowest(self) -> Width:
@@ -354,9 +405,6 @@ class Planner:
         return min(free, key=lambda w: w.size, default=Width(self.parts))
 
     # ---- second pass: cuts and laws (this object is the laws' Context)
-
-    def frozen(self, axis: Axis) -> FrozenAxis:
-        return freeze(axis)
 
     def part_size(self, axis: Axis, k: int) -> int:
         return freeze(axis).part_size(k, self.parts)
@@ -369,7 +417,7 @@ class Planner:
         return len({any(not isinstance(a, int) for a in t) for t in freeze(axis).terms}) > 1
 
     def sum(self, param: str) -> None:
-        self.summed.add(param)
+        self.summed.add(self.alias[param])
 
     def approximate(self, reason: str) -> Relation:
         cut = any(self.is_cut(a) for a in self.current.axes)
@@ -379,7 +427,7 @@ class Planner:
         return Relation(Kind.SHARD if cut else Kind.COPY)
 
     def plan(self, model: str | None, model_args: dict) -> Plan:
-        head = self._relate() if self.parts > 1 else {p for p in self.params}
+        head = {self.alias.get(n, n) for n in self._relate()} if self.parts > 1 else set(self.alias.values())
         for op, axes in self.checks:
             sizes = [{self.part_size(a, k) for a in axes} for k in range(self.parts)]
             if any(len(s) > 1 for s in sizes):
@@ -396,7 +444,7 @@ class Planner:
             tensors={name: self._tensor(name, t) for name, t in self.tensors.items() if name in stored},
             constants={name: self._tensor(name, t) for name, t in self.tensors.items() if name not in stored},
             edits=tuple(self._edits()),
-            head=tuple(n for n in self.tensors if n in head),
+            head=() if UNSCALABLE in head else tuple(n for n in self.tensors if self.alias[n] in head),
             approximations=tuple(self.approximations),
             layers=tuple(self._layers()),
         )
@@ -418,10 +466,11 @@ class Planner:
 
     def _tensor(self, name: str, tensor: torch.Tensor) -> TensorPlan:
         shape = tuple(tensor.shape)
+        name = self.alias[name]
         param = self.params.get(name, Param((None,) * len(shape)))
         axes = tuple(None if a is None else freeze(a) for a in param.axes)
         axes = tuple(None if a is None or a.is_whole else a for a in axes)
-        cut = self.parts == 1 or any(a is not None and a.is_cut for a in axes)
+        cut = self.parts == 1 or any(a is not None and a.is_owned for a in axes)
         scale: tuple[float, ...] = ()
         if param.fans:
             ratios = [[self._ratio(fan, k) for k in range(self.parts)] for fan in param.fans]

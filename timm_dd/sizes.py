@@ -49,7 +49,14 @@ class Sizes:
             for env, shape in zip(self.envs, self.inputs):
                 env[node] = torch.empty(shape, device="meta", dtype=dtype)
         else:
-            self.envs[0][node] = evaluate(self.gm, node, self.envs[0])
+            try:
+                self.envs[0][node] = evaluate(self.gm, node, self.envs[0])
+            except Exception as e:  # as in `others`
+                size = "×".join(map(str, self.inputs[0][1:]))
+                raise SplitError(
+                    f"the model does not run on images of {size}: {node.name}: {str(e).splitlines()[0]}; "
+                    "expected channels, height, width as it takes them"
+                ) from e
         return self.envs[0][node]
 
     def others(self, node: fx.Node, resize: Callable | None, where: str) -> None:
@@ -91,14 +98,14 @@ class Sizes:
 
     def _stride(self, value, dim: int) -> tuple[int, float]:
         """The input axis that a dim belongs to, and the pixels from one position to the next."""
-        size = value.at[0].shape[dim]
-        for axis, probe in enumerate(value.at[1 + self.boxed :]):
-            if probe is not UNKNOWN and probe.shape[dim] != size:
-                return axis, PROBE / (probe.shape[dim] - size)
-        raise SplitError(
-            f"{value.op.where()}: cannot tell which pixels the {size} positions of dim {dim} belong to; "
-            f"use Domain.full({len(self.boxes)})"
-        )
+        size, probes = value.at[0].shape[dim], value.at[1 + self.boxed :]
+        grown = [a for a, probe in enumerate(probes) if probe is UNKNOWN or probe.shape[dim] != size]
+        if len(grown) != 1 or probes[grown[0]] is UNKNOWN:
+            raise SplitError(
+                f"{value.op.where()}: cannot tell which pixels the {size} positions of dim {dim} belong to; "
+                f"use Domain.full({len(self.boxes)})"
+            )
+        return grown[0], PROBE / (probes[grown[0]].shape[dim] - size)
 
     def extent(self, value, dim: int) -> Callable[[int], int]:
         """The size of a dim without channels in part k."""

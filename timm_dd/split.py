@@ -71,10 +71,14 @@ class Parts(nn.ModuleList):
         plan = files.load_plan(folder)
         source = plan_model(plan, model)
         graph = trace(skeleton(source), has_rule)
-        states = [
-            files.load_part(folder, plan, k) | _slices(plan, k, source, plan.constants) for k in range(plan.parts)
-        ]
-        return cls([narrow(graph, plan, k, state) for k, state in enumerate(states)], plan, model)
+        modules = []
+        for k in range(plan.parts):
+            state = files.load_part(folder, plan, k)
+            dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
+            for name, t in _slices(plan, k, source, graph, plan.constants).items():
+                state[name] = t.to(dtype) if t.is_floating_point() else t
+            modules.append(narrow(graph, plan, k, state, source.training))
+        return cls(modules, plan, model)
 
 
 def split(
@@ -106,6 +110,7 @@ def split(
     Source: gu2022 section 2.1.2.
     """
     check_parts(parts)
+    _check_type("model", model, (str, nn.Module), "a timm name or a torch module")
     if isinstance(model, str):
         args = models.arguments(model, img_size=img_size, **kwargs)
         source = models.create(model, pretrained=pretrained, seed=seed, **args)
@@ -117,12 +122,12 @@ def split(
         ]
         if given:
             raise SplitError(f"{', '.join(given)}: only for a timm name; a module is split as it is")
-        if example_input is None:
+        if not isinstance(example_input, torch.Tensor) or example_input.ndim < 2:
             raise SplitError("a module needs example_input, a tensor (B, C, *size), to know the image's size")
         source, size, named, origin = model, tuple(example_input.shape[1:]), (None, {}), model
     graph, plan = _plan(skeleton(source), parts, domain, size, *named)
     names, fresh = [*plan.tensors, *plan.constants], origin is None and not pretrained
-    slices = (_slices(plan, k, source, names, fresh) for k in range(parts))
+    slices = (_slices(plan, k, source, graph, names, fresh) for k in range(parts))
     return Parts([narrow(graph, plan, k, tensors, source.training) for k, tensors in enumerate(slices)], plan, origin)
 
 
@@ -141,10 +146,17 @@ def plan(
     return _plan(skeleton(empty), parts, domain, models.input_size(empty, img_size), model, args)[1]
 
 
+def _check_type(name: str, value: Any, types: tuple, expected: str) -> None:
+    if not isinstance(value, types):
+        raise SplitError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
 def _plan(
     blank: nn.Module, parts: int, domain: Domain | None, size: tuple[int, ...], name: str | None, args: dict
 ) -> tuple[fx.GraphModule, Plan]:
-    domain = domain or default_domain(parts, len(size) - 1)
+    if domain is None:
+        domain = default_domain(parts, len(size) - 1) if len(size) > 1 else Domain.full(parts)
+    _check_type("domain", domain, (Domain,), "a timm_dd.Domain")
     if domain.parts != parts:
         raise SplitError(
             f"expected {parts} boxes, one for each part, but {domain} has {domain.parts}; use as many boxes as parts"
@@ -170,7 +182,9 @@ def narrow(
     part = copy.deepcopy(graph)
     nodes = {n.name: n for n in part.graph.nodes}
     for edit in plan.edits:
-        if edit.module is None:
+        if not edit.where:
+            _fix(nodes[edit.node], edit.values[k])
+        elif edit.module is None:
             node, (side, *where) = nodes[edit.node], edit.where
             setattr(node, side, _replace(getattr(node, side), where, edit.values[k]))
         else:
@@ -178,15 +192,24 @@ def narrow(
             owner = part.get_submodule(".".join((nodes[edit.node].target, *path)))
             value = edit.values[k]
             setattr(owner, attr, tuple(value) if isinstance(value, (list, tuple)) else value)
+    new: dict[int, torch.Tensor] = {}  # by the identity of the old: what was tied stays tied
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         owner = part.get_submodule(path)
         old = getattr(owner, leaf)
-        if isinstance(old, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
-        setattr(owner, leaf, tensor)
+        if id(old) not in new:
+            new[id(old)] = (
+                nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+            )
+        setattr(owner, leaf, new[id(old)])
     part.recompile()
     return part.train(training)
+
+
+def _fix(node: fx.Node, value: Any) -> None:
+    """Put a number in the place of a node."""
+    for user in list(node.users):
+        user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), lambda n: value if n is node else n)
 
 
 def _replace(argument: Any, where: Sequence, value: Any) -> Any:
@@ -202,21 +225,25 @@ def _replace(argument: Any, where: Sequence, value: Any) -> Any:
     return type(argument)(_replace(a, rest, value) if i == step else a for i, a in enumerate(argument))
 
 
-def _slices(plan: Plan, k: int, model: nn.Module, names: Iterable[str], fresh: bool = False) -> dict[str, torch.Tensor]:
-    """Part k's slices of a model's tensors; those of a fresh model's weights re-scaled."""
+def _slices(
+    plan: Plan, k: int, model: nn.Module, graph: fx.GraphModule, names: Iterable[str], fresh: bool = False
+) -> dict[str, torch.Tensor]:
+    """Part k's slices of a model's tensors; those of a fresh model's weights re-scaled. A tensor that the model makes
+    while it runs is in the graph alone."""
     slices = {}
     for name in names:
         t = plan.constants.get(name) or plan.tensors[name]
-        slices[name] = restrict(_attribute(model, name).detach(), t, k, plan.parts)
+        tensor = _attribute(model, name)
+        slices[name] = restrict((_attribute(graph, name) if tensor is None else tensor).detach(), t, k, plan.parts)
         if fresh and t.scale:
             slices[name].mul_(t.scale[k])
     return slices
 
 
-def _attribute(model: nn.Module, name: str) -> torch.Tensor:
+def _attribute(module: nn.Module, name: str) -> torch.Tensor | None:
     for step in name.split("."):
-        model = getattr(model, step)
-    return model
+        module = getattr(module, step, None)
+    return module
 
 
 def restrict(tensor: torch.Tensor, t: TensorPlan, k: int, parts: int) -> torch.Tensor:

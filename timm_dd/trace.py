@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import SplitError
 
@@ -23,7 +24,10 @@ DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dr
 
 
 class Tracer(fx.Tracer):
-    """fx tracing under timm's leaf policy, with the modules that have a rule as leaves too."""
+    """fx tracing under timm's leaf policy, with the modules that have a rule as leaves too. What is computed from a
+    buffer is part of the graph, as it is from a parameter."""
+
+    proxy_buffer_attributes = True
 
     def __init__(self, is_leaf: Callable[[nn.Module], bool]):
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
@@ -45,7 +49,12 @@ def skeleton(model: nn.Module) -> nn.Module:
         memo[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
     for b in model.buffers():
         memo[id(b)] = b.detach().to("meta")
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError, AttributeError) as e:
+        raise SplitError(
+            f"{type(model).__name__} cannot be copied ({str(e).splitlines()[0]}); keep plain tensors as buffers"
+        ) from e
 
 
 def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.GraphModule:
@@ -56,6 +65,11 @@ def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.GraphMod
     Raises:
         SplitError: fx cannot trace the model.
     """
+    for path, module in model.named_modules():
+        if is_parametrized(module):
+            raise SplitError(
+                f"{path or type(model).__name__} is parametrized; remove_parametrizations makes plain weights of it"
+            )
     model.eval()
     names = list(inspect.signature(model.forward).parameters.values())[1:]
     defaults = {p.name: p.default for p in names if p.default is not p.empty}
@@ -66,20 +80,31 @@ def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.GraphMod
             f"torch.fx cannot trace {type(model).__name__}: {type(e).__name__}: {str(e).splitlines()[0]}; "
             "its forward must not branch on the values or the sizes of tensors"
         ) from e
-    _drop_defaults(graph)
+    _drop_assertions(graph)
     gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
     _dropout_as_modules(gm)
     _keep_state(gm, model)
     return gm
 
 
-def _drop_defaults(graph: fx.Graph) -> None:
-    """Arguments that were fixed to their defaults leave placeholders and assertions behind."""
+def _drop_assertions(graph: fx.Graph) -> None:
+    """Assertions hold global sizes; with those on arguments that were fixed to their defaults go the placeholders."""
+    first = next(iter(graph.nodes))
     for node in reversed(list(graph.nodes)):
-        asserts = node.op == "call_function" and getattr(node.target, "__name__", "") == "_assert_is_none"
-        unused = node.op == "placeholder" and not node.users and node is not next(iter(graph.nodes))
-        if asserts or unused:
+        if node.op == "call_function" and node.target in (torch._assert, torch.fx._symbolic_trace._assert_is_none):
+            _erase(graph, node)
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and not node.users and node is not first:
             graph.erase_node(node)
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase `node`, and what was computed for it alone."""
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for n in inputs:
+        if not n.users and n.op in ("call_function", "call_method"):
+            _erase(graph, n)
 
 
 def _dropout_as_modules(gm: fx.GraphModule) -> None:
@@ -133,7 +158,7 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         value = gm
         for name in node.target.split("."):
             value = getattr(value, name)
-        return value
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
     if node.op == "call_module":
         return gm.get_submodule(node.target)(*args, **kwargs)
     if node.op == "call_method":

@@ -318,6 +318,11 @@ class FrozenAxis:
         return any(isinstance(a, Cut) for t in self.terms for a in t)
 
     @property
+    def is_owned(self) -> bool:
+        """Whether every index belongs to one part alone."""
+        return all(any(isinstance(a, Cut) for a in t) for t in self.terms)
+
+    @property
     def is_whole(self) -> bool:
         """Whether every part has all of it, spatial windows included."""
         return all(isinstance(a, int) for t in self.terms for a in t)

@@ -130,7 +130,7 @@ class Op:
 
     def grouped(self, groups: int, axis: Axis) -> tuple[Axis, Axis]:
         """`axis` as groups · channels: the axes of the groups and of the channels in one. The cut runs between groups
-        where there are at least K of them (in each piece of a concatenation), inside every group where there are fewer."""
+        where there are at least K of them (in each piece of a concatenation), else inside every group."""
         inner, pieces = axis.size // groups, len(axis.resolve().terms)
         self.planner.thresholds.add(groups)
         if groups >= self.parts * pieces or inner < self.parts <= groups or inner == 1:

@@ -186,17 +186,17 @@ def transpose(op: Op, x: Value, dim0: int, dim1: int) -> Value:
 
 @rule("expand")
 def expand(op: Op, x: Value, *sizes) -> Value:
-    """A dim of size 1 that is repeated may stand for channels: that is known once it meets them."""
+    """A dim of size 1 repeated a fixed number of times may stand for channels: that shows once it meets them."""
     packed = isinstance(sizes[0], (tuple, list))
-    before = (1,) * (len(op.out.shape) - len(x.axes)) + x.shape
-    axes = [None] * (len(before) - len(x.axes)) + list(x.axes)
-    for dim, (old, new) in enumerate(zip(before, op.out.shape)):
+    new = len(op.out.shape) - len(x.axes)
+    axes = [None] * new + list(x.axes)
+    for dim, (old, size) in enumerate(zip((1,) * new + x.shape, op.out.shape)):
         where = ("args", 1, dim) if packed else ("args", 1 + dim)
-        if old == 1 < new and dim and isinstance(_at(op.node, where), int):
-            axes[dim] = Axis.of(Width(new, active=False))
-        if axes[dim] is not None and old != 1 or old == 1 < new and axes[dim] is not None:
-            if _at(op.node, where) != -1:
-                op.arg(*where, value=axes[dim])
+        given = _at(op.node, where)
+        if old == 1 < size and dim and isinstance(given, int):
+            axes[dim] = Axis.of(Width(size, active=False))
+        if axes[dim] is not None and given != -1:
+            op.arg(*where, value=axes[dim])
     return op.result(axes, laws.linear, x)
 
 
