@@ -65,8 +65,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value) -> None:
+    try:
+        text = json.dumps(value, indent=1) + "\n"
+    except TypeError as e:
+        raise MergeError(
+            f"{path.name} takes numbers, texts and lists alone ({e}); give the model other arguments"
+        ) from e
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

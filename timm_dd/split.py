@@ -16,7 +16,8 @@ from torch import fx, nn
 from . import files, models
 from .domain import Domain, check_parts, default_domain
 from .errors import SplitError
-from .plan import Plan, TensorPlan, make_plan
+from .plan import Plan, TensorPlan
+from .planner import make_plan
 from .rules import has_rule
 from .trace import skeleton, trace
 

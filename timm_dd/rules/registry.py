@@ -185,10 +185,13 @@ class Op:
         return value
 
     def where(self) -> str:
-        return f"{self.name} {self.path or self.node.name}"
+        """The operation, its module path and its node, for messages."""
+        return (
+            f"{self.name} {self.path} (node {self.node.name})" if self.path else f"{self.name} (node {self.node.name})"
+        )
 
     def refuse(self, message: str) -> SplitError:
-        return SplitError(f"{self.where()} (node {self.node.name}): {message}")
+        return SplitError(f"{self.where()}: {message}")
 
 
 def bind(fn: Callable, op: Op, args: tuple, kwargs: dict) -> Any:

@@ -1,0 +1,351 @@
+"""The planner: runs the rules over a traced graph and makes its `Plan`.
+
+Two passes. `Planner.read` goes through the graph node by node: each rule names axes and unifies them, so that at the
+end every channel axis is a sum of products of Widths. Then the Widths are cut, and `Planner.plan` evaluates the laws,
+which say how the parts' tensors give the merged network's, where that is not exact, and so how merge treats each
+parameter.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .domain import Domain
+from .errors import SplitError, WidthError
+from .plan import EditPlan, Layer, Plan, TensorPlan
+from .rules.laws import COPY, UNSCALABLE, Kind, Relation
+from .rules.registry import RULES, Edit, Op, Param, Value, bind, module_rule
+from .sizes import Sizes
+from .trace import module_path
+from .widths import Axis, Width, freeze, make_whole, unify
+
+
+def make_plan(
+    gm: fx.GraphModule,
+    parts: int,
+    domain: Domain,
+    input_size: Sequence[int],
+    model: str | None = None,
+    model_args: dict | None = None,
+) -> Plan:
+    """Plan the split of a traced `skeleton`.
+
+    Args:
+        gm: from `trace.trace`.
+        input_size: the whole image, (C, *size).
+
+    Raises:
+        SplitError: an operation without a rule, a layer narrower than `parts`, a box on which the network does not run.
+    """
+    planner = Planner(gm, parts, domain, input_size)
+    try:
+        planner.read()
+    except _Inexpressible as e:
+        raise SplitError(f"{e}; the largest K that works here is {_largest(gm, parts, input_size)}") from e
+    narrow = planner.narrowest()
+    if narrow.size < parts:
+        raise SplitError(
+            f"{narrow.origin} has {narrow.size} channels to cut, fewer than {parts} parts; "
+            f"the largest K that works here is {_largest(gm, parts, input_size)}"
+        )
+    return planner.plan(model, model_args or {})
+
+
+class _Inexpressible(SplitError):
+    """An operation ties channels together in a way that no sum of products expresses."""
+
+
+def _largest(gm, parts: int, input_size) -> int:
+    """The largest K below `parts` that works. How Widths arise changes with K only at the numbers of groups that
+    `Op.grouped` met, so one reading serves all K between two of those."""
+    while parts > 1:
+        planner = Planner(gm, parts, Domain.full(parts), input_size)
+        below = parts - 1
+        try:
+            planner.read()
+            size, below = planner.narrowest().size, max((t for t in planner.thresholds if t < parts), default=1)
+            if size > below:
+                return min(size, parts)
+        except _Inexpressible:
+            pass
+        parts = below
+    return 1
+
+
+def fresh_scale(fan_in: float, fan_out: float) -> float:
+    """Factor on a slice of a fresh weight whose fans are `fan_in` and `fan_out` times smaller in the part.
+
+    A layer whose fans both shrink K times keeps the variance of its outputs and of its gradients with weights of K
+    times the variance. The first layer (2.11) and the last (2.14) have one fan of full size and cannot keep both:
+    with s times the variance in each, features get s, the gradients of features s, the logits s²/K. s = K^(1/3)
+    makes the largest of the three deviations smallest, K^(1/3): below 2 up to K = 7.
+    """
+    small, large = sorted((fan_in, fan_out))
+    return math.sqrt(small ** (2 / 3) * large ** (1 / 3))
+
+
+class Planner:
+    """One reading of the graph: `read` unifies axes node by node, `plan` cuts them and evaluates the laws."""
+
+    def __init__(self, gm: fx.GraphModule, parts: int, domain: Domain, input_size: Sequence[int]):
+        self.gm, self.parts, self.domain, self.input_size = gm, parts, domain, tuple(input_size)
+        self.sizes = Sizes(gm, input_size, domain.boxes(input_size[1:]))
+        self.tensors = {
+            **dict(gm.named_buffers(remove_duplicate=False)),
+            **dict(gm.named_parameters(remove_duplicate=False)),
+        }
+        first: dict[int, str] = {}
+        self.alias = {name: first.setdefault(id(t), name) for name, t in self.tensors.items()}  # tied parameters
+        self.params: dict[str, Param] = {}
+        self.values: list[Value] = []
+        self.edits: list[Edit] = []
+        self.checks: list[tuple[Op, Sequence[Axis]]] = []
+        self.thresholds: set[int] = set()
+        self.outputs: list[Value] = []
+        self.ops: list[tuple[Op, Any]] = []
+        self.summed: set[str] = set()
+        self.approximations: list[tuple[str, str, str]] = []
+        self.current: Value | None = None
+
+    # ---- first pass: axes
+
+    def read(self) -> None:
+        candidates = [*self.gm.parameters(), *self.tensors.values()]
+        dtype = next((t.dtype for t in candidates if t.is_floating_point()), torch.float32)
+        env: dict[fx.Node, Any] = {}
+        for node in self.gm.graph.nodes:
+            module = self.gm.get_submodule(node.target) if node.op == "call_module" else None
+            op = Op(self, node, module, module_path(node), self.sizes.first(node, dtype))
+            try:
+                env[node] = self._value(op, env)
+            except WidthError as e:
+                raise _Inexpressible(f"{op.where()} cannot be cut into {self.parts} parts: {e}") from e
+            self.sizes.others(node, op.resize, op.where())
+            self._place(env[node], self.sizes.at(node))
+            self.ops.append((op, env[node]))
+        self._give_owners()
+
+    def _value(self, op: Op, env: dict) -> Any:
+        node = op.node
+        if node.op == "placeholder":
+            whole = [None, Axis.of(op.out.shape[1]), *[None] * (op.out.ndim - 2)]
+            return op.result(whole, lambda context: COPY)
+        if node.op == "get_attr":
+            return self._attribute(op)
+        if node.op == "output":
+            return self._output(fx.node.map_arg(node.args[0], lambda n: env[n]))
+        if not _tensors(op.out):
+            self._pin(op, env)
+            return op.out  # a size, a dtype
+        if self.parts == 1 and not self.sizes.boxed:
+            return self._uncut(op.out, op)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+        if not any(isinstance(v, Value) for v in _flat((args, tuple(kwargs.values())))):
+            return op.result([None] * op.out.ndim, lambda context: COPY)  # made from nothing: arange, zeros
+        found = module_rule(op.module) if op.module is not None else RULES.get(node.target)
+        if found is None:
+            raise SplitError(
+                f"{op.where()} has no rule, so nothing is known of its channels; "
+                "leave this operation out of the model, or add a rule in timm_dd/rules"
+            )
+        return bind(found, op, args, kwargs)
+
+    def _uncut(self, out: Any, op: Op) -> Any:
+        """K = 1 needs no algebra: the part is the model."""
+        if isinstance(out, (tuple, list)):
+            return tuple(self._uncut(o, op) for o in out)
+        return op.result([None] * out.ndim, lambda context, *_: COPY)
+
+    def _pin(self, op: Op, env: dict) -> None:
+        """A number of channels in the graph stays the global one: what counts channels in a part is an edit, and all
+        else (a scale by the square root of the width) is the global network's."""
+        node = op.node
+        source, dim = None, None
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            shape = node.args[0]
+            if shape.target is getattr and shape.args[1] == "shape" or shape.target == "size" and len(shape.args) == 1:
+                source, dim = env[shape.args[0]], node.args[1]
+        elif node.op == "call_method" and node.target == "size" and len(node.args) == 2:
+            source, dim = env[node.args[0]], node.args[1]
+        if isinstance(source, Value) and isinstance(dim, int) and source.axes[dim] is not None:
+            self.edits.append(Edit(node.name, None, (), lambda k: op.out))
+
+    def _give_owners(self) -> None:
+        """A parameter of which some elements would have several owners (its channels are in part those of the image,
+        which every part has) is whole in every part."""
+        for param in self.params.values():
+            frozen = [a if a is None else freeze(a) for a in param.axes]
+            if any(a is not None and a.is_cut for a in frozen) and not any(
+                a is not None and a.is_owned for a in frozen
+            ):
+                for axis in filter(None, param.axes):
+                    make_whole(axis)
+
+    def _attribute(self, op: Op) -> Any:
+        """A parameter in the graph: its axes wait for what they will be unified with."""
+        if not isinstance(op.out, torch.Tensor):
+            return op.out
+        name = self.alias.get(op.node.target, op.node.target)
+        if name not in self.params:
+            self.params[name] = Param(tuple(Axis.of(Width(n, active=False) if n > 1 else 1) for n in op.out.shape))
+        trained = name in dict(self.gm.named_parameters(remove_duplicate=False))
+        axes = self.params[name].axes
+
+        def law(context):
+            if any(context.is_cut(a) for a in axes):
+                return Relation(Kind.SHARD)
+            return Relation(Kind.OWN, frozenset([name])) if trained else COPY
+
+        return op.result(axes, law)
+
+    def _output(self, out: Any) -> Any:
+        """What leaves the network is whole: every part gives all logits."""
+        self.outputs = [v for v in _flat(out) if isinstance(v, Value)]
+        for v in self.outputs:
+            for axis in filter(None, v.axes):
+                make_whole(axis)
+        return out
+
+    def _place(self, value: Any, at: list) -> None:
+        if isinstance(value, Value):
+            value.at = value.at or at
+        elif isinstance(value, (tuple, list)):
+            for i, v in enumerate(value):
+                self._place(v, [a[i] if isinstance(a, (tuple, list)) else a for a in at])
+
+    def add_param(self, name: str, param: Param) -> None:
+        name = self.alias[name]
+        known = self.params.get(name)
+        if known is None:
+            self.params[name] = param
+            return
+        for a, b in zip(known.axes, param.axes):  # a module that is called twice, or a tied parameter
+            if a is not None and b is not None:
+                unify(a, b)
+
+    def trained(self, value: Value | None) -> str | None:
+        """The name of a parameter that is read from the graph, None for anything computed or fixed."""
+        if value is None or value.op.node.op != "get_attr":
+            return None
+        name = self.alias.get(value.op.node.target)
+        return name if isinstance(self.tensors.get(name), torch.nn.Parameter) else None
+
+    def narrowest(self) -> Width:
+        """The smallest Width that will be cut."""
+        axes = [a for v in self.values for a in v.axes] + [a for p in self.params.values() for a in p.axes]
+        free = [w for a in axes if a is not None for w in a.widths() if w.active]
+        return min(free, key=lambda w: w.size, default=Width(self.parts))
+
+    # ---- second pass: cuts and laws (this object is the laws' Context)
+
+    def part_size(self, axis: Axis, k: int) -> int:
+        return freeze(axis).part_size(k, self.parts)
+
+    def is_cut(self, axis: Axis | None) -> bool:
+        return axis is not None and self.parts > 1 and freeze(axis).is_cut
+
+    def is_mixed(self, axis: Axis) -> bool:
+        """Whether some channels of the axis are cut and others are whole in every part."""
+        return len({any(not isinstance(a, int) for a in t) for t in freeze(axis).terms}) > 1
+
+    def sum(self, param: str) -> None:
+        self.summed.add(self.alias[param])
+
+    def approximate(self, reason: str) -> Relation:
+        cut = any(self.is_cut(a) for a in self.current.axes)
+        row = (self.current.op.node.name, self.current.op.path, reason)
+        if row not in self.approximations:
+            self.approximations.append(row)
+        return Relation(Kind.SHARD if cut else Kind.COPY)
+
+    def plan(self, model: str | None, model_args: dict) -> Plan:
+        head = {self.alias.get(n, n) for n in self._relate()} if self.parts > 1 else set(self.alias.values())
+        for op, axes in self.checks:
+            sizes = [{self.part_size(a, k) for a in axes} for k in range(self.parts)]
+            if any(len(s) > 1 for s in sizes):
+                raise op.refuse(
+                    f"its pieces have different sizes in a part ({sorted(max(sizes, key=len))}); use another K"
+                )
+        stored = self.gm.state_dict().keys()
+        return Plan(
+            model=model,
+            model_args=model_args,
+            parts=self.parts,
+            input_size=self.input_size,
+            domain=self.domain,
+            tensors={name: self._tensor(name, t) for name, t in self.tensors.items() if name in stored},
+            constants={name: self._tensor(name, t) for name, t in self.tensors.items() if name not in stored},
+            edits=tuple(self._edits()),
+            head=() if UNSCALABLE in head else tuple(n for n in self.tensors if self.alias[n] in head),
+            approximations=tuple(self.approximations),
+            layers=tuple(self._layers()),
+        )
+
+    def _relate(self) -> set[str]:
+        """Run the laws in the order of the graph; returns the parameters of the head."""
+        relations: dict[Value, Relation] = {}
+        for value in self.values:
+            self.current = value
+            relations[value] = value.law(self, *(relations[v] for v in value.inputs))
+        head: set[str] = set()
+        for value in self.outputs:
+            self.current = value
+            if relations[value].kind is Kind.PARTIAL:
+                head |= relations[value].params
+            elif not self.approximations:
+                self.approximate("every part gives this output whole, so it is not the sum over the parts")
+        return head
+
+    def _tensor(self, name: str, tensor: torch.Tensor) -> TensorPlan:
+        shape = tuple(tensor.shape)
+        name = self.alias[name]
+        param = self.params.get(name, Param((None,) * len(shape)))
+        axes = tuple(None if a is None else freeze(a) for a in param.axes)
+        axes = tuple(None if a is None or a.is_whole else a for a in axes)
+        cut = self.parts == 1 or any(a is not None and a.is_owned for a in axes)
+        scale: tuple[float, ...] = ()
+        if param.fans:
+            ratios = [[self._ratio(fan, k) for k in range(self.parts)] for fan in param.fans]
+            scale = tuple(fresh_scale(i, o) for i, o in zip(*ratios))
+        reduce = "sum" if name in self.summed else "place" if cut else "mean"
+        trained = isinstance(tensor, torch.nn.Parameter)
+        return TensorPlan(shape, axes, reduce, trained, () if set(scale) == {1.0} else scale)
+
+    def _ratio(self, fan: Sequence[Axis], k: int) -> float:
+        return math.prod(a.size / self.part_size(a, k) for a in fan)
+
+    def _edits(self):
+        for e in self.edits:
+            value = (lambda k, a=freeze(e.value): a.part_size(k, self.parts)) if isinstance(e.value, Axis) else e.value
+            yield EditPlan(e.node, e.module, e.where, tuple(value(k) for k in range(self.parts)))
+
+    def _layers(self):
+        named = {node for node, *_ in self.approximations}
+        for op, value in self.ops:
+            own = op.module is not None and any(n.startswith(f"{op.node.target}.") for n in self.params)
+            if isinstance(value, Value) and (own or op.node.name in named):
+                yield Layer(
+                    op.path, op.name, value.shape[1:], tuple(self._part_shape(value, k)[1:] for k in range(self.parts))
+                )
+
+    def _part_shape(self, value: Value, k: int) -> tuple[int, ...]:
+        at = value.at[self.sizes.of_part[k]].shape
+        return tuple(n if a is None else self.part_size(a, k) for n, a in zip(at, value.axes))
+
+
+def _flat(value: Any) -> list:
+    if isinstance(value, (tuple, list)):
+        return [leaf for v in value for leaf in _flat(v)]
+    if isinstance(value, dict):
+        return _flat(list(value.values()))
+    return [value]
+
+
+def _tensors(value: Any) -> bool:
+    return any(isinstance(v, torch.Tensor) for v in _flat(value))
