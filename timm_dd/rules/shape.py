@@ -188,14 +188,15 @@ def transpose(op: Op, x: Value, dim0: int, dim1: int) -> Value:
 def expand(op: Op, x: Value, *sizes) -> Value:
     """A dim of size 1 repeated a fixed number of times may stand for channels: that shows once it meets them."""
     packed = isinstance(sizes[0], (tuple, list))
+    like = packed and isinstance(op.node.args[1], fx.Node)  # another tensor's shape, which is the part's
     new = len(op.out.shape) - len(x.axes)
     axes = [None] * new + list(x.axes)
     for dim, (old, size) in enumerate(zip((1,) * new + x.shape, op.out.shape)):
         where = ("args", 1, dim) if packed else ("args", 1 + dim)
-        given = _at(op.node, where)
-        if old == 1 < size and dim and isinstance(given, int):
+        given = None if like else _at(op.node, where)
+        if old == 1 < size and dim and (like or isinstance(given, int)):
             axes[dim] = Axis.of(Width(size, active=False))
-        if axes[dim] is not None and given != -1:
+        if axes[dim] is not None and not like and given != -1:
             op.arg(*where, value=axes[dim])
     return op.result(axes, laws.linear, x)
 
