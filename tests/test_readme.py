@@ -1,5 +1,6 @@
 """Every code block of the README runs, in the order in which a reader meets them, in an empty folder."""
 
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,10 @@ def folder(tmp_path_factory):
 
 def run(language, text, folder):
     command = [sys.executable, "-W", "error", "-c", text] if language == "python" else ["bash", "-ec", text]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=600, env={**os.environ, "PATH": path}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

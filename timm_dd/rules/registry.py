@@ -132,7 +132,7 @@ class Op:
         """`axis` as groups · channels: the axes of the groups and of the channels in one. The cut runs between groups
         where there are at least K of them (in each piece of a concatenation), else inside every group."""
         inner, pieces = axis.size // groups, len(axis.resolve().terms)
-        self.planner.thresholds.add(groups)
+        self.planner.thresholds.update((groups, groups // pieces, inner))
         if groups >= self.parts * pieces or inner < self.parts <= groups or inner == 1:
             outer = Axis.of(Width(groups, self.where()))
             unify(axis, outer.times(inner))

@@ -24,6 +24,7 @@ STAGED = {
     "warmup_epochs": dict(type=int, metavar="N", help="epochs of warm-up"),
     "decay_milestones": dict(type=int, nargs="+", metavar="EPOCH", help="epochs at which multistep decays"),
     "decay_rates": dict(type=float, nargs="+", metavar="RATE", help="one factor for each milestone"),
+    "shift": dict(type=int, metavar="PX", help="random shifts by up to PX pixels, as for CIFAR, instead of crops"),
 }
 
 
@@ -39,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
     )
     _data(p.add_argument_group("data"))
     _model(p.add_argument_group("model and parts"))
-    _optimizer(p.add_argument_group("optimizer and schedule (all stages; --part-X and --baseline-X for one)"))
+    _optimizer(p.add_argument_group("optimizer and schedule"))
+    _stages(p.add_argument_group("stages (--part-X and --baseline-X set one for the parts and for the baseline)"))
     _run(p.add_argument_group("run"))
     return p
 
@@ -75,13 +77,6 @@ def _data(g) -> None:
     g.add_argument("--color-jitter", type=float, default=0.4)
     g.add_argument("--aa", metavar="NAME", help="AutoAugment policy")
     g.add_argument("--reprob", type=float, default=0.0, help="random erasing")
-    g.add_argument(
-        "--shift",
-        type=int,
-        default=0,
-        metavar="PX",
-        help="random shift by up to PX pixels, as for CIFAR (goes with --no-aug or not)",
-    )
     g.add_argument(
         "-b", "--batch-size", type=int, default=128, metavar="N", help="a part's, and a rank's in the second stage"
     )
@@ -130,7 +125,10 @@ def _optimizer(g) -> None:
         metavar="N",
         help="divide the rate by √10 after N epochs without a better accuracy",
     )
-    defaults = {"epochs": 300, "warmup_epochs": 5}
+
+
+def _stages(g) -> None:
+    defaults = {"epochs": 300, "warmup_epochs": 5, "shift": 0}
     for name, kind in STAGED.items():
         g.add_argument(_flag(name), default=defaults.get(name), **kind)
     for stage in ("part", "baseline"):
