@@ -121,6 +121,9 @@ def merge_tensor(t: TensorPlan, blocks: Sequence[torch.Tensor], parts: int) -> t
     for k, block in enumerate(blocks):
         at = _mesh(t, k, parts)
         if t.reduce == "place":
+            rows = t.index(k, parts)[0] if t.outside == "mean" else None
+            if rows is not None:
+                out[rows] = block.double().mean(tuple(range(1, block.ndim)), keepdim=True).to(block.dtype)
             out[at] = block
         else:
             out[at] += block

@@ -11,6 +11,8 @@ from typing import Any
 import timm
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import FeatureDictNet, FeatureGetterNet
+from timm.models._features_fx import FeatureGraphNet
 from timm.models.resnet import BasicBlock
 from torch import nn
 
@@ -58,10 +60,12 @@ def arguments(name: str, img_size=None, **kwargs: Any) -> dict:
     return {**kwargs, "img_size": img_size} if cfg is not None and getattr(cfg, "fixed_input_size", False) else kwargs
 
 
-def input_size(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> tuple[int, ...]:
-    """(C, H, W) of the images that a timm model takes, `img_size` pixels if given."""
+def input_size(
+    model: nn.Module, img_size: int | tuple[int, int] | None = None, in_chans: int | None = None
+) -> tuple[int, ...]:
+    """(C, H, W) of the images that a timm model takes, `img_size` pixels and `in_chans` channels if given."""
     channels, height, width = timm.data.resolve_model_data_config(model)["input_size"]
-    channels = getattr(model, "in_chans", channels)
+    channels = in_chans or getattr(model, "in_chans", channels)
     if isinstance(img_size, int):
         height, width = img_size, img_size
     elif isinstance(img_size, (tuple, list)) and len(img_size) == 2 and all(isinstance(n, int) for n in img_size):
@@ -69,6 +73,13 @@ def input_size(model: nn.Module, img_size: int | tuple[int, int] | None = None) 
     elif img_size is not None:
         raise SplitError(f"img_size: expected pixels, or (height, width), got {img_size!r}")
     return channels, height, width
+
+
+def gives_features(model: nn.Module) -> bool:
+    """Whether the outputs are features: a timm model without a classifier, or one of `features_only`."""
+    return isinstance(model, (FeatureDictNet, FeatureGetterNet, FeatureGraphNet)) or (
+        getattr(model, "num_classes", None) == 0
+    )
 
 
 class CifarResNet(nn.Module):

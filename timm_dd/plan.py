@@ -33,6 +33,8 @@ class TensorPlan:
         reduce: how merge makes the parts' tensors one: ``place`` each into its block, (2.11)–(2.14), their ``sum``
             or their ``mean``.
         scale: factor of a freshly initialised slice in part k, see `fresh_scale`; 1 where empty.
+        outside: what the global tensor has outside all blocks, ``zero``, or in each row of the first dim the ``mean``
+            of its block, for weights that are standardised.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +42,7 @@ class TensorPlan:
     reduce: str
     trained: bool = True
     scale: tuple[float, ...] = ()
+    outside: str = "zero"
 
     def index(self, k: int, parts: int) -> tuple[torch.Tensor | None, ...]:
         """Part k's indices along each dim, None where it has all of them."""
@@ -60,6 +63,15 @@ class EditPlan:
 
 
 @dataclass(frozen=True)
+class OutputPlan:
+    """Features that leave the network: a part's channels along `dim` of `node`, in their places among zeros."""
+
+    node: str
+    dim: int
+    axis: FrozenAxis
+
+
+@dataclass(frozen=True)
 class Layer:
     """A row of the printed plan: an operation with parameters, or one that is approximate."""
 
@@ -76,6 +88,7 @@ class Plan:
     Attributes:
         model, model_args: timm's name and arguments; None and {} for a module of one's own.
         input_size: (C, *size) of the whole image.
+        outputs: where a part's outputs are its own channels; empty for logits, of which every part gives all.
         constants: as `tensors`, for what the model computes and keeps out of its state dict (a fixed filter).
         head: parameters whose scaling scales the logits, for ``merge(head="mean")`` (2.22); empty if none do.
         approximations: (node, module path, reason); empty means that with every part seeing the whole image
@@ -90,6 +103,7 @@ class Plan:
     tensors: dict[str, TensorPlan]
     constants: dict[str, TensorPlan]
     edits: tuple[EditPlan, ...]
+    outputs: tuple[OutputPlan, ...]
     head: tuple[str, ...]
     approximations: tuple[tuple[str, str, str], ...]
     layers: tuple[Layer, ...] = field(default=())
@@ -121,6 +135,7 @@ class Plan:
             "tensors": {name: _tensor_to_json(t) for name, t in self.tensors.items()},
             "constants": {name: _tensor_to_json(t) for name, t in self.constants.items()},
             "edits": [[e.node, e.module, list(e.where), list(e.values)] for e in self.edits],
+            "outputs": [[o.node, o.dim, o.axis.to_json()] for o in self.outputs],
             "layers": [[r.path, r.operation, list(r.shape), [list(s) for s in r.part_shapes]] for r in self.layers],
         }
 
@@ -135,6 +150,7 @@ class Plan:
             tensors={name: _tensor_from_json(t) for name, t in d["tensors"].items()},
             constants={name: _tensor_from_json(t) for name, t in d["constants"].items()},
             edits=tuple(EditPlan(n, m, tuple(w), tuple(v)) for n, m, w, v in d["edits"]),
+            outputs=tuple(OutputPlan(n, dim, FrozenAxis.from_json(a)) for n, dim, a in d["outputs"]),
             head=tuple(d["head"]),
             approximations=tuple(tuple(a) for a in d["approximations"]),
             layers=tuple(Layer(p, o, tuple(s), tuple(map(tuple, k))) for p, o, s, k in d["layers"]),
@@ -170,10 +186,13 @@ def _tensor_to_json(t: TensorPlan) -> dict:
         "axes": [a and a.to_json() for a in t.axes],
         "reduce": t.reduce,
         "trained": t.trained,
+        "scale": list(t.scale),
+        "outside": t.outside,
     }
-    return {**d, "scale": list(t.scale)} if t.scale else d
+    return {k: v for k, v in d.items() if v not in ([], "zero") or k in ("shape", "axes")}
 
 
 def _tensor_from_json(d: dict) -> TensorPlan:
     axes = tuple(a and FrozenAxis.from_json(a) for a in d["axes"])
-    return TensorPlan(tuple(d["shape"]), axes, d["reduce"], d["trained"], tuple(d.get("scale", ())))
+    scale, outside = tuple(d.get("scale", ())), d.get("outside", "zero")
+    return TensorPlan(tuple(d["shape"]), axes, d["reduce"], d["trained"], scale, outside)

@@ -18,11 +18,11 @@ from torch import fx
 
 from .domain import Domain
 from .errors import SplitError, WidthError
-from .plan import EditPlan, Layer, Plan, TensorPlan
+from .plan import EditPlan, Layer, OutputPlan, Plan, TensorPlan
 from .rules.laws import COPY, UNSCALABLE, Kind, Relation
 from .rules.registry import RULES, Edit, Op, Param, Value, bind, module_rule
 from .sizes import Sizes
-from .trace import module_path
+from .trace import float_type, module_path
 from .widths import Axis, Width, freeze, make_whole, unify
 
 
@@ -33,26 +33,34 @@ def make_plan(
     input_size: Sequence[int],
     model: str | None = None,
     model_args: dict | None = None,
+    *,
+    features: bool = False,
+    replicate: bool = False,
 ) -> Plan:
     """Plan the split of a traced `skeleton`.
 
     Args:
         gm: from `trace.trace`.
         input_size: the whole image, (C, *size).
+        features: the outputs are features, of which each part gives its own channels; otherwise they are logits, whole
+            in every part.
+        replicate: keep Widths smaller than K whole in every part.
 
     Raises:
         SplitError: an operation without a rule, a layer narrower than `parts`, a box on which the network does not run.
     """
-    planner = Planner(gm, parts, domain, input_size)
+    planner = Planner(gm, parts, domain, input_size, features)
     try:
         planner.read()
     except _Inexpressible as e:
-        raise SplitError(f"{e}; the largest K that works here is {_largest(gm, parts, input_size)}") from e
+        raise SplitError(f"{e}; the largest K that works here is {_largest(planner)}") from e
+    if replicate:
+        planner.replicate()
     narrow = planner.narrowest()
     if narrow.size < parts:
         raise SplitError(
-            f"{narrow.origin} has {narrow.size} channels to cut, fewer than {parts} parts; "
-            f"the largest K that works here is {_largest(gm, parts, input_size)}"
+            f"{narrow.origin} has {narrow.size} channels to cut, fewer than {parts} parts; narrow='replicate' keeps it "
+            f"whole in every part; otherwise the largest K that works here is {_largest(planner)}"
         )
     return planner.plan(model, model_args or {})
 
@@ -61,11 +69,12 @@ class _Inexpressible(SplitError):
     """An operation ties channels together in a way that no sum of products expresses."""
 
 
-def _largest(gm, parts: int, input_size) -> int:
-    """The largest K below `parts` that works. How Widths arise changes with K only at the numbers of groups that
+def _largest(planner: Planner) -> int:
+    """The largest K below the planner's that works. How Widths arise changes with K only at the numbers of groups that
     `Op.grouped` met, so one reading serves all K between two of those."""
+    parts, failed = planner.parts, planner
     while parts > 1:
-        planner = Planner(gm, parts, Domain.full(parts), input_size)
+        planner = Planner(failed.gm, parts, Domain.full(parts), failed.input_size, failed.features)
         below = parts - 1
         try:
             planner.read()
@@ -93,8 +102,11 @@ def fresh_scale(fan_in: float, fan_out: float) -> float:
 class Planner:
     """One reading of the graph: `read` unifies axes node by node, `plan` cuts them and evaluates the laws."""
 
-    def __init__(self, gm: fx.GraphModule, parts: int, domain: Domain, input_size: Sequence[int]):
+    def __init__(
+        self, gm: fx.GraphModule, parts: int, domain: Domain, input_size: Sequence[int], features: bool = False
+    ):
         self.gm, self.parts, self.domain, self.input_size = gm, parts, domain, tuple(input_size)
+        self.features = features
         self.sizes = Sizes(gm, input_size, domain.boxes(input_size[1:]))
         self.tensors = {
             **dict(gm.named_buffers(remove_duplicate=False)),
@@ -106,8 +118,9 @@ class Planner:
         self.values: list[Value] = []
         self.edits: list[Edit] = []
         self.checks: list[tuple[Op, Sequence[Axis]]] = []
+        self.choices: list[Sequence[Axis]] = []
         self.thresholds: set[int] = set()
-        self.outputs: list[Value] = []
+        self.outputs: list[tuple[str, Value]] = []
         self.ops: list[tuple[Op, Any]] = []
         self.summed: set[str] = set()
         self.approximations: list[tuple[str, str, str]] = []
@@ -116,8 +129,7 @@ class Planner:
     # ---- first pass: axes
 
     def read(self) -> None:
-        candidates = [*self.gm.parameters(), *self.tensors.values()]
-        dtype = next((t.dtype for t in candidates if t.is_floating_point()), torch.float32)
+        dtype = float_type(self.gm)
         env: dict[fx.Node, Any] = {}
         for node in self.gm.graph.nodes:
             module = self.gm.get_submodule(node.target) if node.op == "call_module" else None
@@ -129,6 +141,7 @@ class Planner:
             self.sizes.others(node, op.resize, op.where())
             self._place(env[node], self.sizes.at(node))
             self.ops.append((op, env[node]))
+        self._choose()
         self._give_owners()
 
     def _value(self, op: Op, env: dict) -> Any:
@@ -139,7 +152,7 @@ class Planner:
         if node.op == "get_attr":
             return self._attribute(op)
         if node.op == "output":
-            return self._output(fx.node.map_arg(node.args[0], lambda n: env[n]))
+            return self._output(node, env)
         if not _tensors(op.out):
             self._pin(op, env)
             return op.out  # a size, a dtype
@@ -176,6 +189,25 @@ class Planner:
         if isinstance(source, Value) and isinstance(dim, int) and source.axes[dim] is not None:
             self.edits.append(Edit(node.name, None, (), lambda k: op.out))
 
+    def _choose(self) -> None:
+        """Of the factors of an axis (a view of channels as several dims) cut one: one that is cut elsewhere, else the
+        first with at least K entries, preferably one whose entries no operation mixes."""
+        chosen: set[Width] = set()
+        for axes in self.choices:
+            free = [a for a in axes if any(w.active for w in a.widths())]
+            rank = [
+                (
+                    chosen.isdisjoint(a.widths()),
+                    -min(self.parts, *(w.size for w in a.widths())),
+                    any(w.mixed for w in a.widths()),
+                )
+                for a in free
+            ]
+            best = min(range(len(free)), key=rank.__getitem__, default=0)
+            chosen.update(*(a.widths() for a in free[best : best + 1]))
+            for a in free[:best] + free[best + 1 :]:
+                make_whole(a)
+
     def _give_owners(self) -> None:
         """A parameter of which some elements would have several owners (its channels are in part those of the image,
         which every part has) is whole in every part."""
@@ -204,13 +236,13 @@ class Planner:
 
         return op.result(axes, law)
 
-    def _output(self, out: Any) -> Any:
-        """What leaves the network is whole: every part gives all logits."""
-        self.outputs = [v for v in _flat(out) if isinstance(v, Value)]
-        for v in self.outputs:
-            for axis in filter(None, v.axes):
-                make_whole(axis)
-        return out
+    def _output(self, output: fx.Node, env: dict) -> None:
+        """Logits are whole, every part gives all of them; of features it gives its own."""
+        for node in output.all_input_nodes:
+            self.outputs += [(node.name, v) for v in _flat(env[node]) if isinstance(v, Value)]
+            if not (self.features and isinstance(env[node], Value)):
+                for axis in (a for v in _flat(env[node]) if isinstance(v, Value) for a in v.axes if a is not None):
+                    make_whole(axis)
 
     def _place(self, value: Any, at: list) -> None:
         if isinstance(value, Value):
@@ -236,11 +268,21 @@ class Planner:
         name = self.alias.get(value.op.node.target)
         return name if isinstance(self.tensors.get(name), torch.nn.Parameter) else None
 
+    def _cut(self) -> list[Width]:
+        """The Widths that will be cut."""
+        axes = [a for v in self.values for a in v.axes] + [a for p in self.params.values() for a in p.axes]
+        return [w for a in axes if a is not None for w in a.widths() if w.active]
+
     def narrowest(self) -> Width:
         """The smallest Width that will be cut."""
-        axes = [a for v in self.values for a in v.axes] + [a for p in self.params.values() for a in p.axes]
-        free = [w for a in axes if a is not None for w in a.widths() if w.active]
-        return min(free, key=lambda w: w.size, default=Width(self.parts))
+        return min(self._cut(), key=lambda w: w.size, default=Width(self.parts))
+
+    def replicate(self) -> None:
+        """Keep Widths smaller than K whole in every part."""
+        for w in self._cut():
+            if w.size < self.parts:
+                make_whole(Axis.of(w))
+        self._give_owners()
 
     # ---- second pass: cuts and laws (this object is the laws' Context)
 
@@ -282,6 +324,7 @@ class Planner:
             tensors={name: self._tensor(name, t) for name, t in self.tensors.items() if name in stored},
             constants={name: self._tensor(name, t) for name, t in self.tensors.items() if name not in stored},
             edits=tuple(self._edits()),
+            outputs=tuple(dict.fromkeys(self._outputs())),
             head=() if UNSCALABLE in head else tuple(n for n in self.tensors if self.alias[n] in head),
             approximations=tuple(self.approximations),
             layers=tuple(self._layers()),
@@ -294,11 +337,11 @@ class Planner:
             self.current = value
             relations[value] = value.law(self, *(relations[v] for v in value.inputs))
         head: set[str] = set()
-        for value in self.outputs:
+        for _, value in self.outputs:
             self.current = value
             if relations[value].kind is Kind.PARTIAL:
                 head |= relations[value].params
-            elif not self.approximations:
+            elif relations[value].kind is not Kind.SHARD and not self.approximations:
                 self.approximate("every part gives this output whole, so it is not the sum over the parts")
         return head
 
@@ -315,7 +358,7 @@ class Planner:
             scale = tuple(fresh_scale(i, o) for i, o in zip(*ratios))
         reduce = "sum" if name in self.summed else "place" if cut else "mean"
         trained = isinstance(tensor, torch.nn.Parameter)
-        return TensorPlan(shape, axes, reduce, trained, () if set(scale) == {1.0} else scale)
+        return TensorPlan(shape, axes, reduce, trained, () if set(scale) == {1.0} else scale, param.outside)
 
     def _ratio(self, fan: Sequence[Axis], k: int) -> float:
         return math.prod(a.size / self.part_size(a, k) for a in fan)
@@ -324,6 +367,12 @@ class Planner:
         for e in self.edits:
             value = (lambda k, a=freeze(e.value): a.part_size(k, self.parts)) if isinstance(e.value, Axis) else e.value
             yield EditPlan(e.node, e.module, e.where, tuple(value(k) for k in range(self.parts)))
+
+    def _outputs(self):
+        for node, value in self.outputs:
+            for dim, axis in enumerate(value.axes):
+                if self.is_cut(axis):
+                    yield OutputPlan(node, dim, freeze(axis))
 
     def _layers(self):
         named = {node for node, *_ in self.approximations}

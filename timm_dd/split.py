@@ -1,11 +1,12 @@
 """Restriction: a model and a plan become K narrow graphs, each with the global model's keys.
 
-`split` is the public verb; `narrow` carries out a plan for one part and knows no operation.
+`split` is the public verb; `emit` carries out a plan for one part and knows no operation.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,14 @@ class Parts(nn.ModuleList):
         """
         plan = files.load_plan(folder)
         source = plan_model(plan, model)
-        graph = trace(skeleton(source), has_rule)
+        graph = trace(skeleton(source), has_rule, plan.input_size)
         modules = []
         for k in range(plan.parts):
             state = files.load_part(folder, plan, k)
             dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
             for name, t in _slices(plan, k, source, graph, plan.constants).items():
                 state[name] = t.to(dtype) if t.is_floating_point() else t
-            modules.append(narrow(graph, plan, k, state, source.training))
+            modules.append(emit(graph, plan, k, state, source.training))
         return cls(modules, plan, model)
 
 
@@ -87,6 +88,7 @@ def split(
     parts: int,
     *,
     domain: Domain | None = None,
+    narrow: str | None = None,
     example_input: torch.Tensor | None = None,
     img_size: int | tuple[int, int] | None = None,
     pretrained: bool = False,
@@ -99,6 +101,7 @@ def split(
         model: a timm name, or a module of one's own, whose weights are sliced as they are.
         parts: K, from 1 up; need not divide the widths.
         domain: K boxes; by default the most square grid without overlap.
+        narrow: ``replicate`` keeps Widths smaller than K whole in every part; otherwise they are an error.
         example_input: (B, C, *size), for a module of one's own; only its shape counts.
         img_size: pixels, for a timm name; by default the model's own.
         pretrained: slice timm's pretrained weights; otherwise fresh weights, re-scaled to their smaller fans.
@@ -115,7 +118,7 @@ def split(
     if isinstance(model, str):
         args = models.arguments(model, img_size=img_size, **kwargs)
         source = models.create(model, pretrained=pretrained, seed=seed, **args)
-        size, named, origin = models.input_size(source, img_size), (model, args), None
+        size, named, origin = models.input_size(source, img_size, kwargs.get("in_chans")), (model, args), None
     else:
         given = [
             *kwargs,
@@ -126,10 +129,10 @@ def split(
         if not isinstance(example_input, torch.Tensor) or example_input.ndim < 2:
             raise SplitError("a module needs example_input, a tensor (B, C, *size), to know the image's size")
         source, size, named, origin = model, tuple(example_input.shape[1:]), (None, {}), model
-    graph, plan = _plan(skeleton(source), parts, domain, size, *named)
+    graph, plan = _plan(skeleton(source), parts, domain, narrow, size, *named)
     names, fresh = [*plan.tensors, *plan.constants], origin is None and not pretrained
     slices = (_slices(plan, k, source, graph, names, fresh) for k in range(parts))
-    return Parts([narrow(graph, plan, k, tensors, source.training) for k, tensors in enumerate(slices)], plan, origin)
+    return Parts([emit(graph, plan, k, tensors, source.training) for k, tensors in enumerate(slices)], plan, origin)
 
 
 def plan(
@@ -137,6 +140,7 @@ def plan(
     parts: int,
     *,
     domain: Domain | None = None,
+    narrow: str | None = None,
     img_size: int | tuple[int, int] | None = None,
     **kwargs: Any,
 ) -> Plan:
@@ -144,7 +148,9 @@ def plan(
     check_parts(parts)
     args = models.arguments(model, img_size=img_size, **kwargs)
     empty = models.create_empty(model, **args)
-    return _plan(skeleton(empty), parts, domain, models.input_size(empty, img_size), model, args)[1]
+    return _plan(
+        skeleton(empty), parts, domain, narrow, models.input_size(empty, img_size, kwargs.get("in_chans")), model, args
+    )[1]
 
 
 def _check_type(name: str, value: Any, types: tuple, expected: str) -> None:
@@ -153,17 +159,26 @@ def _check_type(name: str, value: Any, types: tuple, expected: str) -> None:
 
 
 def _plan(
-    blank: nn.Module, parts: int, domain: Domain | None, size: tuple[int, ...], name: str | None, args: dict
+    blank: nn.Module,
+    parts: int,
+    domain: Domain | None,
+    narrow: str | None,
+    size: tuple[int, ...],
+    name: str | None,
+    args: dict,
 ) -> tuple[fx.GraphModule, Plan]:
     if domain is None:
         domain = default_domain(parts, len(size) - 1) if len(size) > 1 else Domain.full(parts)
+    if narrow not in (None, "replicate"):
+        raise SplitError(f"narrow is None or 'replicate', got {narrow!r}")
     _check_type("domain", domain, (Domain,), "a timm_dd.Domain")
     if domain.parts != parts:
         raise SplitError(
             f"expected {parts} boxes, one for each part, but {domain} has {domain.parts}; use as many boxes as parts"
         )
-    graph = trace(blank, has_rule)
-    return graph, make_plan(graph, parts, domain, size, name, args)
+    graph = trace(blank, has_rule, size)
+    features = models.gives_features(blank)
+    return graph, make_plan(graph, parts, domain, size, name, args, features=features, replicate=narrow is not None)
 
 
 def plan_model(plan: Plan, model: nn.Module | None) -> nn.Module:
@@ -176,7 +191,7 @@ def plan_model(plan: Plan, model: nn.Module | None) -> nn.Module:
     return model
 
 
-def narrow(
+def emit(
     graph: fx.GraphModule, plan: Plan, k: int, tensors: Mapping[str, torch.Tensor], training: bool = True
 ) -> fx.GraphModule:
     """Part k: a copy of the traced `graph` with the plan's edits and `tensors`, part k's by name."""
@@ -185,14 +200,18 @@ def narrow(
     for edit in plan.edits:
         if not edit.where:
             _fix(nodes[edit.node], edit.values[k])
+        elif edit.where[-1] == "*":
+            _scale(nodes[edit.node], edit.where, edit.values[k])
         elif edit.module is None:
             node, (side, *where) = nodes[edit.node], edit.where
             setattr(node, side, _replace(getattr(node, side), where, edit.values[k]))
         else:
             *path, attr = edit.where
-            owner = part.get_submodule(".".join((nodes[edit.node].target, *path)))
+            owner = part.get_submodule(".".join((edit.module, *path)))
             value = edit.values[k]
             setattr(owner, attr, tuple(value) if isinstance(value, (list, tuple)) else value)
+    for output in plan.outputs:
+        _spread(nodes[output.node], output.dim, output.axis.size, output.axis.index(k, plan.parts))
     new: dict[int, torch.Tensor] = {}  # by the identity of the old: what was tied stays tied
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
@@ -211,6 +230,30 @@ def _fix(node: fx.Node, value: Any) -> None:
     """Put a number in the place of a node."""
     for user in list(node.users):
         user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), lambda n: value if n is node else n)
+
+
+def _scale(node: fx.Node, where: tuple, value: float) -> None:
+    """Multiply an argument of a node by a number."""
+    side, i, _ = where
+    with node.graph.inserting_before(node):
+        scaled = node.graph.call_function(operator.mul, (getattr(node, side)[i], value))
+    setattr(node, side, _replace(getattr(node, side), (i,), scaled))
+
+
+def _spread(node: fx.Node, dim: int, size: int, index: torch.Tensor) -> None:
+    """Put what leaves the network at `node` in its place among zeros: prolongation of features."""
+    graph, name = node.graph, f"_{node.name}_{dim}"
+    graph.owning_module.register_buffer(name, index, persistent=False)
+    output = next(iter(reversed(graph.nodes)))
+    with graph.inserting_before(output):
+        spread = graph.call_function(prolong, (node, dim, size, graph.get_attr(name)))
+    output.args = fx.node.map_arg(output.args, lambda n: spread if n is node else n)
+
+
+def prolong(x: torch.Tensor, dim: int, size: int, index: torch.Tensor) -> torch.Tensor:
+    """`x` at the indices `index` of a dim of `size`, and zeros elsewhere."""
+    shape = [*x.shape[:dim], size, *x.shape[dim + 1 :]]
+    return x.new_zeros(shape).index_copy(dim, index, x)
 
 
 def _replace(argument: Any, where: Sequence, value: Any) -> Any:

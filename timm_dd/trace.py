@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import get_notrace_functions, get_notrace_modules
+from timm.layers import get_notrace_functions
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -24,18 +24,45 @@ DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dr
 
 
 class Tracer(fx.Tracer):
-    """fx tracing under timm's leaf policy, with the modules that have a rule as leaves too. What is computed from a
-    buffer is part of the graph, as it is from a parameter."""
+    """fx tracing with the modules that have a rule as leaves. timm marks modules as leaves too, those that branch on
+    sizes and those that work in place: these are traced through, at the sizes that the image gives. What is computed
+    from a buffer is part of the graph, as it is from a parameter.
+
+    Args:
+        inputs: of the model, by name: the image on the meta device, the defaults of the others.
+    """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, is_leaf: Callable[[nn.Module], bool]):
+    def __init__(self, is_leaf: Callable[[nn.Module], bool], inputs: dict[str, Any]):
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self._is_leaf = is_leaf
-        self._notrace = tuple(get_notrace_modules())
+        self._is_leaf, self._inputs = is_leaf, inputs
+        self._env: dict[fx.Node, Any] = {}
+        self._evaluating = False
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        return type(m) in self._notrace or self._is_leaf(m) or super().is_leaf_module(m, qualified_name)
+        return self._is_leaf(m) or super().is_leaf_module(m, qualified_name)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """A branch on sizes goes the way it goes at the image's size; one on values of a tensor is an error of fx."""
+        self._evaluating = True
+        try:
+            for node in self.graph.nodes:
+                if node not in self._env:
+                    given = node.op == "placeholder"
+                    self._env[node] = self._inputs[node.target] if given else evaluate(self.root, node, self._env)
+            value = self._env[obj.node]
+        except Exception:  # not to be known from sizes
+            return super().to_bool(obj)
+        finally:
+            self._evaluating = False
+        return super().to_bool(obj) if isinstance(value, torch.Tensor) else bool(value)
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        return forward(*args, **kwargs) if self._evaluating else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
+        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -57,8 +84,9 @@ def skeleton(model: nn.Module) -> nn.Module:
         ) from e
 
 
-def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.GraphModule:
-    """The graph of a `skeleton`, in eval mode; its state dict has the model's keys, all of them.
+def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence[int]) -> fx.GraphModule:
+    """The graph of a `skeleton` on images of `size`, (C, *size), in eval mode; its state dict has the model's keys, all
+    of them.
 
     Dropout that is called as a function of `training` becomes a module, so that a part drops while it trains.
 
@@ -71,20 +99,28 @@ def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.GraphMod
                 f"{path or type(model).__name__} is parametrized; remove_parametrizations makes plain weights of it"
             )
     model.eval()
-    names = list(inspect.signature(model.forward).parameters.values())[1:]
-    defaults = {p.name: p.default for p in names if p.default is not p.empty}
+    image, *others = inspect.signature(model.forward).parameters.values()
+    defaults = {p.name: p.default for p in others if p.default is not p.empty}
+    inputs = {image.name: torch.empty(2, *size, device="meta", dtype=float_type(model)), **defaults}
     try:
-        graph = Tracer(is_leaf).trace(model, concrete_args=defaults or None)
+        graph = Tracer(is_leaf, inputs).trace(model, concrete_args=defaults or None)
     except Exception as e:  # any code of the model runs here and may fail in its own way
         raise SplitError(
             f"torch.fx cannot trace {type(model).__name__}: {type(e).__name__}: {str(e).splitlines()[0]}; "
-            "its forward must not branch on the values or the sizes of tensors"
+            "its forward must not branch on the values of tensors"
         ) from e
     _drop_assertions(graph)
+    _chain_in_place(graph)
     gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
     _dropout_as_modules(gm)
     _keep_state(gm, model)
     return gm
+
+
+def float_type(model: nn.Module) -> torch.dtype:
+    """The type of the images that the model takes."""
+    tensors = (*model.parameters(), *model.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 
 
 def _drop_assertions(graph: fx.Graph) -> None:
@@ -105,6 +141,15 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     for n in inputs:
         if not n.users and n.op in ("call_function", "call_method"):
             _erase(graph, n)
+
+
+def _chain_in_place(graph: fx.Graph) -> None:
+    """Whoever reads a tensor after ``tensor.mul_(…)`` reads the result of that."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
+            before = node.args[0]
+            before.replace_all_uses_with(node, lambda user, i=order[node]: order[user] > i)
 
 
 def _dropout_as_modules(gm: fx.GraphModule) -> None:

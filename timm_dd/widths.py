@@ -30,14 +30,19 @@ class Width:
 
     `active` widths are channels that a layer produces: they are cut. Passive ones (an axis of a
     parameter that has met nothing yet) stay whole unless they are unified with an active one.
+    `mixed` ones are read all together by some operation (a softmax, a sum): where there is a choice, another is cut.
     `origin` names the place that made it, for messages.
     """
 
-    __slots__ = ("size", "active", "origin", "bound")
+    __slots__ = ("size", "active", "mixed", "origin", "bound")
 
-    def __init__(self, size: int, origin: str = "", active: bool = True):
-        self.size, self.origin, self.active = size, origin, active
+    def __init__(self, size: int, origin: str = "", active: bool = True, mixed: bool = False):
+        self.size, self.origin, self.active, self.mixed = size, origin, active, mixed
         self.bound: Axis | None = None
+
+    def piece(self, size: int) -> Atom:
+        """A new Width of `size` of its channels; a single one cannot be cut."""
+        return Width(size, self.origin, self.active, self.mixed) if size > 1 else 1
 
     def __repr__(self) -> str:
         return f"w({self.size})"
@@ -161,12 +166,10 @@ def make_whole(axis: Axis) -> None:
 
 
 def _bind(w: Width, axis: Axis) -> None:
-    if w.active:
-        for other in axis.widths():
-            other.active, other.origin = True, other.origin or w.origin
-    elif w.origin:
-        for other in axis.widths():
-            other.origin = other.origin or w.origin
+    for other in axis.widths():
+        other.active |= w.active
+        other.mixed |= w.mixed
+        other.origin = other.origin or w.origin
     w.bound = axis
 
 
@@ -238,7 +241,7 @@ def _split_term(term: Term, at: int) -> tuple[Axis, Axis]:
         return head.resolve(), tail.resolve()
     if isinstance(first, Width) and at % inner == 0:
         n = at // inner
-        a, b = (Width(m, first.origin, first.active) for m in (n, first.size - n))
+        a, b = first.piece(n), first.piece(first.size - n)
         first.bound = Axis((a,), (b,))
         return Axis.of(a, *rest), Axis.of(b, *rest)
     raise WidthError(f"cannot cut {Axis(term)} at {at}")
@@ -274,9 +277,9 @@ def _factor(atom: Atom, other: Atom, inner: int) -> tuple[Atom, Atom]:
     if isinstance(atom, Window):
         raise WidthError(f"cannot factor the spatial extent {atom}")
     if isinstance(other, Width) and other.size == inner:
-        factors = (size // inner, Width(inner, atom.origin, atom.active))
+        factors = (size // inner, atom.piece(inner))
     else:
-        factors = (Width(size // inner, atom.origin, atom.active), inner)
+        factors = (atom.piece(size // inner), inner)
     atom.bound = Axis(factors)
     return factors[1], factors[0]
 

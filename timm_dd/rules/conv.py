@@ -1,16 +1,20 @@
-"""Convolutions, plain, grouped, depthwise and transposed, in 1D, 2D and 3D, and timm's ConvMlp."""
+"""Convolutions, plain, grouped, depthwise and transposed, in 1D, 2D and 3D; weight-standardised and conditional ones;
+timm's ConvMlp."""
 
 from __future__ import annotations
 
 import math
 
 import torch.nn.functional as F
+from timm.layers import CondConv2d, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
 from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.std_conv import StdConv2dSame
 from timm.models.vgg import ConvMlp
 from torch import nn
 
 from ..widths import Axis, Window
-from .laws import contract, pointwise
+from .laws import Context, Relation, contract, pointwise
+from .pool import slide
 from .registry import Op, Value, rule
 
 
@@ -19,16 +23,16 @@ def _group_axes(op: Op, x: Axis, groups: int, out: int) -> tuple[Axis, Axis, Axi
     if groups == 1:
         y = op.channels(out)
         return x, y, Axis.of(1), x, y
+    inside = op.channels(out // groups)
     if x.is_whole():  # the image: its groups are whole, what they give is cut inside every group
-        g, group_in, group_out = Axis.of(groups), Axis.of(x.size // groups), op.channels(out // groups)
+        return x, Axis.of(groups, *inside.terms[0]), Axis.of(groups), Axis.of(x.size // groups), inside
+    g, group_in = op.grouped(groups, x)
+    if g.is_whole() or group_in.is_whole():  # which of them is cut is known
+        inside = inside if g.is_whole() and not group_in.is_whole() else Axis.of(out // groups)
     else:
-        g, group_in = op.grouped(groups, x)
-        inside = g.is_whole() and not group_in.is_whole()
-        group_out = op.channels(out // groups) if inside else Axis.of(out // groups)
-    into = (
-        Axis(*((*g.terms[0], *t) for t in group_out.resolve().terms)) if len(g.terms) == 1 else g.times(out // groups)
-    )
-    return x.resolve(), into.resolve(), g, group_in, group_out
+        op.cut_one_of([g, inside])
+    into = Axis(*((*outer, *inner) for outer in g.terms for inner in inside.terms))
+    return x.resolve(), into.resolve(), g, group_in, inside
 
 
 @rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
@@ -43,16 +47,65 @@ def conv_transpose(op: Op, x: Value, output_size=None) -> Value:
     return _layer(op, x, lambda over, into, group_in, group_out: (over, group_out))
 
 
+@rule(StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
+def std_conv(op: Op, x: Value) -> Value:
+    """Each filter is standardised over its inputs, n in the global network and m in a part.
+
+    Exact by a change of variables: merge fills a filter with its own mean outside its block, so that the mean stays
+    and the variance becomes m/n times the part's. Hence eps·n/m in the part, and its filters times √(n/m).
+    """
+    m = op.module
+    over, into, groups, group_in, _ = _group_axes(op, op.axis(x, 1), m.groups, m.out_channels)
+
+    def ratio(k: int) -> float:
+        return group_in.size / op.planner.part_size(group_in, k)
+
+    op.param("weight", into, group_in, None, None, outside="mean")
+    op.param("bias", into)
+    op.param("gain", into, None, None, None)
+    _shape(op, over, into, groups)
+    op.set("eps", lambda k: m.eps * ratio(k))
+    op.scale_input(lambda k: math.sqrt(ratio(k)))
+    linear = contract(into, over, *op.names("weight", "bias"))
+
+    def law(context: Context, x: Relation) -> Relation:
+        if context.is_cut(group_in) and not context.is_cut(into):
+            return context.approximate("standardises each filter over the input channels of all parts")
+        return linear(context, x)
+
+    return op.result((x.axes[0], into, None, None), law, x)
+
+
+@rule(CondConv2d)
+def cond_conv(op: Op, x: Value, routing_weights: Value) -> Value:
+    """Weight (experts, out · in / groups · kernel). A part has its own experts, chosen by its own channels."""
+    m = op.module
+    over, into, groups, group_in, group_out = _group_axes(op, op.axis(x, 1), m.groups, m.out_channels)
+    experts = op.axis(routing_weights, 1)
+    filters = into.times(*group_in.resolve().terms[0], math.prod(m.kernel_size))
+    op.param("weight", experts, filters, fans=([group_in, experts], [group_out, experts]))
+    op.param("bias", experts, into)
+    _shape(op, over, into, groups)
+    weight, bias = op.names("weight", "bias")
+    law = contract(into, over, weight, bias)
+    return op.result((x.axes[0], into, None, None), lambda context, x, r: law(context, x), x, routing_weights)
+
+
+def _shape(op: Op, over: Axis, into: Axis, groups: Axis) -> None:
+    op.set("in_channels", over)
+    op.set("out_channels", into)
+    op.set("groups", groups)
+
+
 def _layer(op: Op, x: Value, weight_axes) -> Value:
     m = op.module
     over, into, groups, group_in, group_out = _group_axes(op, op.axis(x, 1), m.groups, m.out_channels)
     kernel = (None,) * len(m.kernel_size)
     op.param("weight", *weight_axes(over, into, group_in, group_out), *kernel, fans=([group_in], [group_out]))
     op.param("bias", into)
-    op.set("in_channels", over)
-    op.set("out_channels", into)
-    op.set("groups", groups)
-    return op.result((x.axes[0], into, *x.axes[2:]), contract(into, over, *op.names("weight", "bias")), x)
+    _shape(op, over, into, groups)
+    positions, law = slide(op, x, contract(into, over, *op.names("weight", "bias")))
+    return op.result((x.axes[0], into, *positions), law, x)
 
 
 @rule(F.conv1d, F.conv2d, F.conv3d)
@@ -65,8 +118,8 @@ def functional_conv(op: Op, x, weight, bias=None, stride=1, padding=0, dilation=
         op.unify(into, op.axis(bias, 0))
     if groups > 1:
         op.arg(*op.argument(6, "groups"), value=g)
-    law = contract(into, over, op.planner.trained(weight), op.planner.trained(bias))
-    return op.result((x.axes[0], into, *x.axes[2:]), law, x, weight, bias)
+    positions, law = slide(op, x, contract(into, over, op.planner.trained(weight), op.planner.trained(bias)))
+    return op.result((x.axes[0], into, *positions), law, x, weight, bias)
 
 
 @rule(ConvMlp)

@@ -141,14 +141,14 @@ def contract(into: Axis, over: Axis, weight: str | None, bias: str | None) -> La
     return law
 
 
-def summed(axis: Axis | None, otherwise: Law) -> Law:
-    """A sum along `axis`: over channels that are cut it is a sum over the parts."""
+def summed(axis: Axis | None, otherwise: Law, params: frozenset[str] = frozenset([UNSCALABLE])) -> Law:
+    """A sum along `axis`: over channels that are cut it is a sum over the parts. `params` as in `Relation`."""
 
-    def law(context: Context, x: Relation) -> Relation:
+    def law(context: Context, *inputs: Relation) -> Relation:
         if not context.is_cut(axis):
-            return otherwise(context, x)
-        if x.kind is Kind.SHARD and not context.is_mixed(axis):
-            return Relation(Kind.PARTIAL, frozenset([UNSCALABLE]))
+            return otherwise(context, *inputs)
+        if all(x.kind is Kind.SHARD for x in inputs) and not context.is_mixed(axis):
+            return Relation(Kind.PARTIAL, params)
         return context.approximate("sums channels that every part has once for each part")
 
     return law

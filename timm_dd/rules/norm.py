@@ -1,70 +1,124 @@
-"""Normalisation layers. BatchNorm is exact: its statistics are per channel, so they go with the channels."""
+"""Normalisation layers of torch and timm, with their activations.
+
+BatchNorm and its like are exact: their statistics are per channel, so they go with the channels. Normalisation over
+groups of channels is exact where the cut runs between groups; over all channels it never is.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, GroupNormAct, LayerNorm2d
-from timm.layers import GroupNorm as TimmGroupNorm
-from timm.layers import LayerNorm as TimmLayerNorm
+from timm.layers import evo_norm as evo
+from timm.layers import filter_response_norm as frn
+from timm.layers import norm as tn
+from timm.layers import norm_act as ta
+from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ..widths import Axis
-from .laws import mixing, per_channel, pointwise
+from .laws import Law, mixing, per_channel, pointwise
 from .registry import Op, Value, rule
 
-
-@rule(
+EACH_CHANNEL = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d,
-    nn.InstanceNorm3d, FrozenBatchNorm2d, BatchNormAct2d, FrozenBatchNormAct2d,
+    nn.InstanceNorm3d, FrozenBatchNorm2d, ta.BatchNormAct2d, ta.SyncBatchNormAct, ta.FrozenBatchNormAct2d,
+    evo.EvoNorm2dB0, evo.EvoNorm2dB1, evo.EvoNorm2dB2, frn.FilterResponseNormTlu2d, frn.FilterResponseNormAct2d,
 )  # fmt: skip
+GROUPS = (nn.GroupNorm, tn.GroupNorm, tn.GroupNorm1, ta.GroupNormAct, ta.GroupNorm1Act)
+EVO_S = (
+    evo.EvoNorm2dS0, evo.EvoNorm2dS0a, evo.EvoNorm2dS1, evo.EvoNorm2dS1a, evo.EvoNorm2dS2, evo.EvoNorm2dS2a,
+)  # fmt: skip
+LAST_DIMS = (
+    nn.LayerNorm, nn.RMSNorm, tn.LayerNorm, tn.LayerNormFp32, tn.RmsNorm, tn.RmsNormFp32, tn.SimpleNorm,
+    tn.SimpleNormFp32, ta.LayerNormAct, ta.LayerNormActFp32, ta.RmsNormAct, ta.RmsNormActFp32,
+)  # fmt: skip
+DIM_1 = (
+    tn.LayerNorm2d, tn.LayerNorm2dFp32, tn.LayerNormExp2d, tn.RmsNorm2d, tn.RmsNorm2dFp32, tn.SimpleNorm2d,
+    tn.SimpleNorm2dFp32, ta.LayerNormAct2d, ta.LayerNormAct2dFp32, ta.RmsNormAct2d, ta.RmsNormAct2dFp32,
+)  # fmt: skip
+OVER = "normalises over channels: each part sees only its own"
+
+
+@rule(*EACH_CHANNEL)
 def batch_norm(op: Op, x: Value) -> Value:
-    """Weight, bias and running statistics (C,); timm's BatchNormAct2d adds its activation."""
-    axis, state = op.axis(x, 1), ("weight", "bias", "running_mean", "running_var")
+    """Weight, bias and running statistics (C,)."""
+    axis, state = op.axis(x, 1), _vectors(op)
     for name in state:
         op.param(name, axis)
-    op.set("num_features", axis)
-    op.resize = lambda t: t
-    return op.result((x.axes[0], axis, *x.axes[2:]), per_channel(axis, *op.names(*state)), x)
+    if hasattr(op.module, "num_features"):
+        op.set("num_features", axis)
+    return _activated(op, (x.axes[0], axis, *x.axes[2:]), per_channel(axis, *op.names(*state)), x)
 
 
-@rule(nn.GroupNorm, TimmGroupNorm, GroupNormAct)
+@rule(*GROUPS)
 def group_norm(op: Op, x: Value) -> Value:
     """Weight and bias (C,). Exact where the cut runs between groups, that is with at least K of them."""
-    op.param("weight", op.axis(x, 1))
-    op.param("bias", op.axis(x, 1))
     op.set("num_channels", op.axis(x, 1))
-    groups, value = _grouped(op, x, op.module.num_groups, per_channel(op.axis(x, 1), *op.names("weight", "bias")))
-    op.set("num_groups", groups)
-    return value
+    return _group_norm(op, x, "num_groups")
+
+
+@rule(*EVO_S)
+def evo_norm(op: Op, x: Value) -> Value:
+    """As GroupNorm; some of them do not normalise without their activation."""
+    m = op.module
+    if not m.apply_act and not isinstance(m, (evo.EvoNorm2dS0a, evo.EvoNorm2dS1a, evo.EvoNorm2dS2a)):
+        return batch_norm(op, x)
+    return _group_norm(op, x, "groups")
+
+
+def _group_norm(op: Op, x: Value, attr: str) -> Value:
+    axis, state = op.axis(x, 1), _vectors(op)
+    for name in state:
+        op.param(name, axis)
+    groups, law = _grouped(op, axis, getattr(op.module, attr), per_channel(axis, *op.names(*state)))
+    op.set(attr, groups)
+    return _activated(op, x.axes, law, x)
+
+
+def _vectors(op: Op) -> list[str]:
+    """The module's own parameters and buffers (C,)."""
+    own = (*op.module.named_parameters(recurse=False), *op.module.named_buffers(recurse=False))
+    return [name for name, t in own if t.ndim == 1]
+
+
+def _activated(op: Op, axes, law: Law, x: Value) -> Value:
+    """The result, after the activation that is part of some of timm's norms; one that has a slope has a rule."""
+    value = op.result(axes, law, x)
+    act = getattr(op.module, "act", None)
+    return op.call("act", value) if isinstance(act, nn.Module) and list(act.parameters()) else value
 
 
 @rule(F.group_norm)
 def functional_group_norm(op: Op, x: Value, num_groups: int, weight=None, bias=None, eps: float = 1e-5) -> Value:
     for p in filter(None, (weight, bias)):
         op.unify(op.axis(x, 1), op.axis(p, 0))
-    groups, value = _grouped(op, x, num_groups, pointwise, weight, bias)
+    groups, law = _grouped(op, op.axis(x, 1), num_groups, pointwise)
     op.arg(*op.argument(1, "num_groups"), value=groups)
-    return value
+    return op.result(x.axes, law, x, weight, bias)
 
 
-def _grouped(op: Op, x: Value, groups: int, law, *params) -> tuple[Axis, Value]:
-    outer, _ = op.grouped(groups, op.axis(x, 1))
-    if outer.is_whole():
-        reason = f"{groups} groups, fewer than parts: the statistics of a group mix the channels of all parts"
-        law = mixing(op.axis(x, 1), reason, law)
-    return outer, op.result(x.axes, law, x, *params)
+def _grouped(op: Op, axis: Axis, groups: int, law: Law):
+    """The number of groups in a part, and the law: exact where every part gets whole groups."""
+    reason = f"{groups} groups do not divide among the parts: the statistics of a group mix channels of several"
+    if groups >= op.parts * len(axis.resolve().terms):
+        outer, inside = op.grouped(groups, axis)
+        return outer, mixing(inside, reason, law)
+    op.planner.thresholds.add(groups)
+    op.mixes(axis)
+    return (lambda k: math.gcd(groups // op.parts or 1, op.planner.part_size(axis, k))), mixing(axis, reason, law)
 
 
-@rule(nn.LayerNorm, TimmLayerNorm)
+@rule(*LAST_DIMS)
 def layer_norm(op: Op, x: Value) -> Value:
     """Weight and bias of `normalized_shape`, the last dims; approximate where one of them is cut."""
     return _layer_norm(op, x, x.axes[-len(op.module.normalized_shape) :])
 
 
-@rule(LayerNorm2d)
+@rule(*DIM_1)
 def layer_norm_2d(op: Op, x: Value) -> Value:
-    """timm's LayerNorm over the channels of NCHW."""
+    """timm's norms over the channels of NCHW."""
     return _layer_norm(op, x, x.axes[1:2])
 
 
@@ -75,21 +129,31 @@ def functional_layer_norm(op: Op, x: Value, normalized_shape, weight=None, bias=
         for a, b in zip(axes, p.axes):
             op.unify(a, b)
     op.arg(*op.argument(1, "normalized_shape"), value=_part_sizes(op, axes, normalized_shape))
-    return op.result(x.axes, _over(axes, pointwise), x, weight, bias)
+    return op.result(x.axes, _over(op, axes, pointwise), x, weight, bias)
 
 
 def _layer_norm(op: Op, x: Value, axes) -> Value:
     op.param("weight", *axes)
     op.param("bias", *axes)
     op.set("normalized_shape", _part_sizes(op, axes, op.module.normalized_shape))
-    return op.result(x.axes, _over(axes, per_channel(axes[-1], *op.names("weight", "bias"))), x)
+    return _activated(op, x.axes, _over(op, axes, per_channel(axes[-1], *op.names("weight", "bias"))), x)
 
 
 def _part_sizes(op: Op, axes, sizes):
     return lambda k: [n if a is None else op.planner.part_size(a, k) for a, n in zip(axes, sizes)]
 
 
-def _over(axes, law):
+def _over(op: Op, axes, law: Law) -> Law:
+    op.mixes(*axes)
     for axis in axes:
-        law = mixing(axis, "normalises over channels: each part sees only its own", law)
+        law = mixing(axis, OVER, law)
     return law
+
+
+@rule(GlobalResponseNorm)
+def global_response_norm(op: Op, x: Value) -> Value:
+    """GRN: the norm of each channel over the positions, divided by their mean over channels."""
+    axis = op.axis(x, op.module.channel_dim)
+    op.param("weight", axis)
+    op.param("bias", axis)
+    return op.result(x.axes, _over(op, [axis], per_channel(axis, *op.names("weight", "bias"))), x)

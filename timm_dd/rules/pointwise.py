@@ -26,7 +26,8 @@ FUNCTIONS = (
     F.hardsigmoid, F.hardtanh, F.logsigmoid, F.sigmoid, F.tanh, F.rrelu, F.threshold, F.tanhshrink, F.hardshrink,
     F.softshrink, torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.log, torch.sqrt, torch.rsqrt, torch.square,
     torch.abs, torch.clamp, operator.pow, torch.pow, "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "log",
-    "sqrt", "rsqrt", "square", "abs", "clamp", "clamp_", "pow",
+    "sqrt", "rsqrt", "square", "abs", "clamp", "clamp_", "pow", operator.gt, operator.ge, operator.lt, operator.le,
+    operator.eq, operator.ne, torch.gt, torch.ge, torch.lt, torch.le, "gt", "ge", "lt", "le", "sqrt_",
 )  # fmt: skip
 
 SUMS = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub", "sub_")
@@ -76,6 +77,21 @@ def div(op: Op, a, b) -> Value:
 @rule(torch.maximum, torch.minimum)
 def extremum(op: Op, a: Value, b: Value) -> Value:
     return op.result(broadcast(op, a, b), laws.pointwise, a, b)
+
+
+@rule(torch.addcmul, "addcmul")
+def addcmul(op: Op, a, b, c, *, value=1) -> Value:
+    """a + b · c"""
+    return op.result(
+        broadcast(op, a, b, c), lambda context, a, b, c: laws.linear(context, a, laws.product(context, b, c)), a, b, c
+    )
+
+
+@rule(torch.where, "where", torch.lerp, "lerp")
+def choice(op: Op, *args, **kwargs) -> Value:
+    """Element by element of three tensors."""
+    values = (*args, *kwargs.values())
+    return op.result(broadcast(op, *values), laws.pointwise, *values)
 
 
 def _shifted(context, *inputs):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 
+from ..widths import Axis, make_whole
 from . import laws
 from .registry import Op, Value, rule
 
@@ -25,12 +26,27 @@ MAXIMUM = (
 
 @rule(*dict.fromkeys(AVERAGE))
 def average(op: Op, x: Value, *args, **kwargs) -> Value:
-    return op.result(x.axes, laws.linear, x)
+    axes, law = slide(op, x, laws.linear)
+    return op.result((*x.axes[:2], *axes), law, x)
 
 
 @rule(*dict.fromkeys(MAXIMUM))
 def maximum(op: Op, x: Value, *args, **kwargs) -> Value:
-    return op.result(x.axes, laws.pointwise, x)
+    axes, law = slide(op, x, laws.pointwise)
+    return op.result((*x.axes[:2], *axes), law, x)
+
+
+def slide(op: Op, x: Value, law: laws.Law) -> tuple[list[Axis | None], laws.Law]:
+    """The axes of the positions after a window slid over them, and the law: where they carry channels (a convolution
+    along channels), those of different parts are mixed."""
+    axes = list(x.axes[2:])
+    for i, (axis, size) in enumerate(zip(axes, op.out.shape[2:])):
+        if axis is not None and axis.size != size:
+            make_whole(axis)
+            axes[i] = Axis.of(size)
+        elif axis is not None:
+            law = laws.mixing(axis, f"{op.name} along channels: each part sees only its own", law)
+    return axes, law
 
 
 @rule(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)

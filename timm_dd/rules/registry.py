@@ -79,10 +79,12 @@ class Value:
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter's or buffer's axes; `fans` are the axes of its (fan-in, fan-out) if it is a weight."""
+    """A parameter's or buffer's axes; `fans` are the axes of its (fan-in, fan-out) if it is a weight; `outside` is what
+    the global one has outside all blocks: ``zero``, or along its first axis the ``mean`` of the block."""
 
     axes: tuple[Axis | None, ...]
     fans: tuple[Sequence[Axis], Sequence[Axis]] | None = None
+    outside: str = "zero"
 
 
 @dataclass(frozen=True)
@@ -129,17 +131,32 @@ class Op:
         return x.axes[dim] if x.axes[dim] is not None else Axis.of(self.window(x, dim))
 
     def grouped(self, groups: int, axis: Axis) -> tuple[Axis, Axis]:
-        """`axis` as groups · channels: the axes of the groups and of the channels in one. The cut runs between groups
-        where there are at least K of them (in each piece of a concatenation), else inside every group."""
+        """`axis` as groups · channels: the axes of the groups and of the channels in one, either of which is cut."""
         inner, pieces = axis.size // groups, len(axis.resolve().terms)
-        self.planner.thresholds.update((groups, groups // pieces, inner))
-        if groups >= self.parts * pieces or inner < self.parts <= groups or inner == 1:
-            outer = Axis.of(Width(groups, self.where()))
+        if pieces == 1:
+            outer, channels = self.channels(groups), self.channels(inner)
+            unify(axis, outer.times(*channels.terms[0]))
+            self.cut_one_of([outer, channels])
+            return outer.resolve(), channels.resolve()
+        # Pieces of a concatenation may end inside a group, so which of them is cut is chosen here.
+        self.planner.thresholds.update((groups // pieces, inner))
+        if groups >= self.parts * pieces or inner == 1:
+            outer = self.channels(groups)
             unify(axis, outer.times(inner))
             return outer.resolve(), Axis.of(inner)
-        channels = Axis.of(Width(inner, self.where()))
+        channels = self.channels(inner)
         unify(axis, Axis.of(groups, *channels.terms[0]))
         return Axis.of(groups), channels.resolve()
+
+    def cut_one_of(self, axes: Sequence[Axis]) -> None:
+        """`axes` are the factors of one: once all is read, only one of them is cut."""
+        self.planner.choices.append(axes)
+        self.planner.thresholds.update(a.size for a in axes)
+
+    def mixes(self, *axes: Axis | None) -> None:
+        """The operation reads all entries of these axes together."""
+        for w in (w for a in axes if a is not None for w in a.widths()):
+            w.mixed = True
 
     def window(self, x: Value, dim: int) -> int | Window:
         """The positions of `x` along a dim without channels, and those that each part sees."""
@@ -147,14 +164,14 @@ class Op:
 
     # ---- what becomes smaller in a part
 
-    def param(self, name: str, *axes: Axis | None, fans=None) -> None:
+    def param(self, name: str, *axes: Axis | None, fans=None, outside: str = "zero") -> None:
         """The axes of the module's parameter or buffer `name`, None for a dim without channels."""
         if self.names(name)[0]:
-            self.planner.add_param(self.names(name)[0], Param(axes, fans))
+            self.planner.add_param(self.names(name)[0], Param(axes, fans, outside))
 
     def names(self, *params: str) -> tuple[str | None, ...]:
         """The state dict keys of the module's parameters, None for one that it lacks."""
-        return tuple(f"{self.node.target}.{p}" if self._has(p) else None for p in params)
+        return tuple(f"{self.path}.{p}" if self._has(p) else None for p in params)
 
     def _has(self, param: str) -> bool:
         owner, _, leaf = param.rpartition(".")
@@ -167,6 +184,19 @@ class Op:
     def arg(self, *where, value) -> None:
         """The node's argument at `where`, as in ("args", 1) or ("kwargs", "size"), is `value` in a part."""
         self.planner.edits.append(Edit(self.node.name, None, where, value))
+
+    def scale_input(self, value: Callable[[int], float]) -> None:
+        """The operation's first argument is multiplied by `value` in a part."""
+        self.planner.edits.append(Edit(self.node.name, None, ("args", 0, "*"), value))
+
+    def call(self, name: str, *args) -> Value:
+        """What the rule of the submodule `name` says, as a step of this operation."""
+        module = self.module.get_submodule(name)
+        op = Op(self.planner, self.node, module, f"{self.path}.{name}", self.out)
+        found = module_rule(module)
+        if found is None:
+            raise op.refuse("has no rule")
+        return bind(found, op, args, {})
 
     def same_size(self, axes: Sequence[Axis]) -> None:
         """The operation works in a part only if these axes have one size there."""

@@ -147,8 +147,8 @@ def _join(op: Op, x: Value, dims: list[int]) -> Axis | None:
 
 
 def _separate(op: Op, axis: Axis, sizes: list[int]) -> list[Axis]:
-    """One axis as several dims: a free Width is cut along the first of them that has at least K entries; equal
-    pieces of a concatenation (a channel shuffle) are unified first."""
+    """One axis as several dims, one of which is cut; equal pieces of a concatenation (a channel shuffle) are unified
+    first."""
     terms = axis.resolve().terms
     if len(terms) > 1:
         inner = axis.size // sizes[0]
@@ -159,16 +159,11 @@ def _separate(op: Op, axis: Axis, sizes: list[int]) -> list[Axis]:
         for piece in pieces:
             rest = unify(rest, piece)
         return [Axis.of(sizes[0]), *(_separate(op, rest, sizes[1:]) if len(sizes) > 2 else [rest])]
-    if len(terms[0]) == 1 and isinstance(terms[0][0], Width):
-        op.planner.thresholds.update(sizes)
-        cut = next((i for i, n in enumerate(sizes) if n >= op.parts), max(range(len(sizes)), key=sizes.__getitem__))
-    else:
-        cut = None
-    atoms = [Width(n, op.where(), active=i == cut) for i, n in enumerate(sizes)]
-    if cut is not None:
-        atoms = [a if i == cut else a.size for i, a in enumerate(atoms)]
+    atoms = [Width(n, op.where(), active=False) if n > 1 else 1 for n in sizes]
     unify(axis, Axis.of(*atoms))
-    return [Axis.of(a).resolve() for a in atoms]
+    axes = [Axis.of(a) for a in atoms]
+    op.cut_one_of(axes)
+    return axes
 
 
 @rule("permute", torch.permute)
@@ -245,6 +240,14 @@ def split(op: Op, x: Value, split_size_or_sections, dim: int = 0) -> tuple[Value
     axes = [p.axes[dim] for p in pieces]
     op.arg(*where, value=lambda k: [op.planner.part_size(a, k) for a in axes])
     return pieces
+
+
+@rule(torch.unbind, "unbind")
+def unbind(op: Op, x: Value, dim: int = 0) -> tuple[Value, ...]:
+    if x.axes[dim] is not None:
+        make_whole(x.axes[dim])
+    axes = [a for d, a in enumerate(x.axes) if d != dim % len(x.axes)]
+    return tuple(op.result(axes, laws.linear, x) for _ in op.out)
 
 
 def _pieces(op: Op, x: Value, dim: int) -> tuple[Value, ...]:
@@ -359,6 +362,7 @@ def max_(op: Op, x: Value, dim=None, keepdim: bool = False):
 
 @rule(F.softmax, torch.softmax, "softmax", F.log_softmax, torch.log_softmax, "log_softmax")
 def softmax(op: Op, x: Value, dim: int | None = None, *args, **kwargs) -> Value:
+    op.mixes(x.axes[dim])
     law = laws.mixing(x.axes[dim], "a softmax over channels: each part normalises over its own", laws.pointwise)
     return op.result(x.axes, law, x)
 
@@ -378,5 +382,6 @@ def _reduce(op: Op, x: Value, dim, keepdim: bool, law) -> Value:
     """`law` makes the law from the axes of the dims that are reduced."""
     dims = range(len(x.axes)) if dim is None else [dim] if isinstance(dim, int) else dim
     dims = {d % len(x.axes) for d in dims}
+    op.mixes(*(x.axes[d] for d in dims))
     axes = [None if d in dims else a for d, a in enumerate(x.axes) if keepdim or d not in dims]
     return op.result(axes, law([x.axes[d] for d in sorted(dims)]), x)
