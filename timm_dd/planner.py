@@ -56,10 +56,11 @@ def make_plan(
         raise SplitError(f"{e}; the largest K that works here is {_largest(planner)}") from e
     if replicate:
         planner.replicate()
-    narrow = planner.narrowest()
-    if narrow.size < parts:
+    width, most = planner.narrowest()
+    if most < parts:
+        fewer = "fewer than" if width.size < parts else "and needs two in each of"
         raise SplitError(
-            f"{narrow.origin} has {narrow.size} channels to cut, fewer than {parts} parts; narrow='replicate' keeps it "
+            f"{width.origin} has {width.size} channels to cut, {fewer} {parts} parts; narrow='replicate' keeps them "
             f"whole in every part; otherwise the largest K that works here is {_largest(planner)}"
         )
     return planner.plan(model, model_args or {})
@@ -78,7 +79,7 @@ def _largest(planner: Planner) -> int:
         below = parts - 1
         try:
             planner.read()
-            size, below = planner.narrowest().size, max((t for t in planner.thresholds if t < parts), default=1)
+            (_, size), below = planner.narrowest(), max((t for t in planner.thresholds if t < parts), default=1)
             if size > below:
                 return min(size, parts)
         except _Inexpressible:
@@ -119,6 +120,7 @@ class Planner:
         self.edits: list[Edit] = []
         self.checks: list[tuple[Op, Sequence[Axis]]] = []
         self.choices: list[Sequence[Axis]] = []
+        self.pairs: list[Axis] = []
         self.thresholds: set[int] = set()
         self.outputs: list[tuple[str, Value]] = []
         self.ops: list[tuple[Op, Any]] = []
@@ -273,16 +275,21 @@ class Planner:
         axes = [a for v in self.values for a in v.axes] + [a for p in self.params.values() for a in p.axes]
         return [w for a in axes if a is not None for w in a.widths() if w.active]
 
-    def narrowest(self) -> Width:
-        """The smallest Width that will be cut."""
-        return min(self._cut(), key=lambda w: w.size, default=Width(self.parts))
+    def narrowest(self) -> tuple[Width, int]:
+        """The Width that allows the fewest parts, and how many."""
+        return min(self._limits(), key=lambda limit: limit[1], default=(Width(self.parts), self.parts))
 
     def replicate(self) -> None:
-        """Keep Widths smaller than K whole in every part."""
-        for w in self._cut():
-            if w.size < self.parts:
-                make_whole(Axis.of(w))
+        """Keep Widths that are too narrow for K parts whole in every part."""
+        for width, most in self._limits():
+            if most < self.parts:
+                make_whole(Axis.of(width))
         self._give_owners()
+
+    def _limits(self) -> list[tuple[Width, int]]:
+        """The Widths that will be cut, each with the largest K that it allows."""
+        pairs = {w for a in self.pairs for w in a.widths()}
+        return [(w, w.size // 2 if w in pairs else w.size) for w in self._cut()]
 
     # ---- second pass: cuts and laws (this object is the laws' Context)
 

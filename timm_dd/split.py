@@ -253,7 +253,7 @@ def _spread(node: fx.Node, dim: int, size: int, index: torch.Tensor) -> None:
 def prolong(x: torch.Tensor, dim: int, size: int, index: torch.Tensor) -> torch.Tensor:
     """`x` at the indices `index` of a dim of `size`, and zeros elsewhere."""
     shape = [*x.shape[:dim], size, *x.shape[dim + 1 :]]
-    return x.new_zeros(shape).index_copy(dim, index, x)
+    return x.new_zeros(shape).index_copy(dim, index.to(x.device), x)
 
 
 def _replace(argument: Any, where: Sequence, value: Any) -> Any:

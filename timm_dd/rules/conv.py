@@ -66,6 +66,8 @@ def std_conv(op: Op, x: Value) -> Value:
     _shape(op, over, into, groups)
     op.set("eps", lambda k: m.eps * ratio(k))
     op.scale_input(lambda k: math.sqrt(ratio(k)))
+    if math.prod(m.kernel_size) == 1:
+        op.needs_two(group_in)
     linear = contract(into, over, *op.names("weight", "bias"))
 
     def law(context: Context, x: Relation) -> Relation:

@@ -54,9 +54,10 @@ def _union(inputs, kind: Kind) -> Relation:
     return Relation(kind, frozenset().union(*(r.params for r in inputs if r.kind is kind)))
 
 
-def _own_copy(context: Context, inputs) -> Relation:
-    names = ", ".join(sorted(_union(inputs, Kind.OWN).params))
-    return context.approximate(f"{names} has no channels to cut: each part trains its own copy, merge takes their mean")
+def _own_copy(context: Context) -> Relation:
+    return context.approximate(
+        "a parameter without channels to cut: each part trains its own copy, merge takes the mean"
+    )
 
 
 def linear(context: Context, *inputs: Relation) -> Relation:
@@ -72,7 +73,7 @@ def linear(context: Context, *inputs: Relation) -> Relation:
     if Kind.PARTIAL in kinds:
         return context.approximate("adds a tensor that every part has to a sum over the parts")
     if Kind.OWN in kinds and len(inputs) > 1:
-        return _own_copy(context, inputs)
+        return _own_copy(context)
     return _union(inputs, Kind.OWN) if Kind.OWN in kinds else SHARD if Kind.SHARD in kinds else COPY
 
 
@@ -80,7 +81,7 @@ def product(context: Context, *inputs: Relation) -> Relation:
     """Linear in each input: a gate, a scale, a matrix product."""
     kinds = [r.kind for r in inputs]
     if Kind.OWN in kinds:
-        return _own_copy(context, inputs)
+        return _own_copy(context)
     if Kind.PARTIAL in kinds:
         if kinds.count(Kind.PARTIAL) == 1 and kinds.count(Kind.COPY) == len(kinds) - 1:
             return _union(inputs, Kind.PARTIAL)
@@ -94,7 +95,7 @@ def pointwise(context: Context, *inputs: Relation) -> Relation:
     if Kind.PARTIAL in kinds:
         return context.approximate("not linear on a sum over the parts of which each part has only its own term")
     if Kind.OWN in kinds:
-        return _own_copy(context, inputs)
+        return _own_copy(context)
     return SHARD if Kind.SHARD in kinds else COPY
 
 
@@ -123,12 +124,12 @@ def contract(into: Axis, over: Axis, weight: str | None, bias: str | None) -> La
         if any(r.kind is Kind.PARTIAL for r in given):
             return context.approximate("reads a sum over the parts of which each part has only its own term")
         if x.kind is Kind.OWN:
-            return _own_copy(context, [x])
+            return _own_copy(context)
         if context.is_cut(into):
             return SHARD
         if not context.is_cut(over):
             trained = w is None or w.kind is Kind.OWN
-            return _own_copy(context, [Relation(Kind.OWN, names)]) if trained else product(context, *given)
+            return _own_copy(context) if trained else product(context, *given)
         if context.is_mixed(over):
             return context.approximate("sums input channels that every part has once for each part")
         total = Relation(Kind.PARTIAL, names)

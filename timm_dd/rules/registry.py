@@ -153,6 +153,10 @@ class Op:
         self.planner.choices.append(axes)
         self.planner.thresholds.update(a.size for a in axes)
 
+    def needs_two(self, axis: Axis) -> None:
+        """The operation works in a part only on two channels or more of `axis`."""
+        self.planner.pairs.append(axis)
+
     def mixes(self, *axes: Axis | None) -> None:
         """The operation reads all entries of these axes together."""
         for w in (w for a in axes if a is not None for w in a.widths()):

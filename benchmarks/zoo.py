@@ -1,0 +1,136 @@
+"""Every CNN of timm: split into K parts, compose, and hold the plan's claim to numbers.
+
+    python benchmarks/zoo.py --parts 4               # all of zoo/names.txt, into zoo/k4.csv
+    python benchmarks/zoo.py --parts 8 resnet50      # some, on the terminal alone
+
+In float64 with random weights and statistics, every part seeing the whole image: an exact plan has
+|F(x) - Σ F_k(x)| <= 1e-9 |F(x)|, an approximate one has not, and splitting the composed model gives the parts back.
+What is narrower than K is kept whole ("replicated" in the table). Models over --max-params are split on the meta device,
+and the shapes of their parts' tensors and outputs are checked. A table that was begun is continued.
+"""
+
+import argparse
+import csv
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import timm
+import torch
+from common import provenance
+from tqdm import tqdm
+
+import timm_dd
+from timm_dd import Domain, SplitError
+
+FOLDER = Path(__file__).parent / "zoo"
+FIELDS = ["model", "parts", "verdict", "replicated", "params", "part_params", "error", "seconds", "reason"]
+
+
+def outputs(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for v in (value.values() if isinstance(value, dict) else value) for t in outputs(v)]
+
+
+def shake(parts, seed: int = 0) -> None:
+    """Random weights and statistics, so that no zero and no unit variance hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(t):
+        return torch.randn(t.shape, generator=generator, dtype=t.dtype)
+
+    with torch.no_grad():
+        for part in parts:
+            for p in part.parameters():
+                p += 0.1 * (p.abs() + p.std() if p.numel() > 1 and p.std() > 0 else 1) * noise(p)
+            for name, b in part.named_buffers():
+                if name.endswith("running_var"):
+                    b.copy_(1 + 0.3 * noise(b).abs())
+                elif name.endswith("running_mean"):
+                    b.copy_(0.1 * noise(b))
+
+
+def check(name: str, parts: int, max_params: float) -> dict:
+    try:
+        plan, narrow = timm_dd.plan(name, parts, domain=Domain.full(parts)), None
+    except SplitError:
+        narrow = "replicate"
+        plan = timm_dd.plan(name, parts, domain=Domain.full(parts), narrow=narrow)
+    row = {"params": plan.params(), "part_params": plan.params(0), "replicated": "yes" if narrow else ""}
+    row["reason"] = "; ".join(sorted({reason for *_, reason in plan.approximations}))
+    if plan.params() > max_params:
+        shapes(name, plan, narrow)
+        return {**row, "verdict": "exact, shapes alone" if plan.exact else "approximate, shapes alone"}
+    error = compare(name, plan, narrow)
+    claim = error <= 1e-9
+    assert claim == plan.exact, f"the plan says {'exact' if plan.exact else 'approximate'}, the error is {error:.1e}"
+    return {**row, "verdict": "exact" if plan.exact else "approximate", "error": f"{error:.1e}"}
+
+
+def compare(name: str, plan, narrow: str | None) -> float:
+    """The error of the sum of the parts; the round trip gives every cut tensor back bit for bit."""
+    torch.manual_seed(0)
+    full = Domain.full(plan.parts)
+    parts = timm_dd.split(name, plan.parts, domain=full, narrow=narrow).double().eval()
+    shake(parts)
+    x = torch.randn(2, *plan.input_size, dtype=torch.float64)
+    merged = timm_dd.merge(parts).double().eval()
+    with torch.no_grad():
+        whole, own = outputs(merged(x)), [outputs(part(x)) for part in parts]
+    assert all(t.isfinite().all() for t in whole), "the composed model's outputs are not finite"
+    again = timm_dd.split(merged, plan.parts, domain=full, narrow=narrow, example_input=x[:1])
+    for part, back in zip(parts, again):
+        for key, t in part.state_dict().items():
+            if t.shape != plan.tensors[key].shape:
+                assert torch.equal(t, back.state_dict()[key]), f"the round trip changed {key}"
+    return max(float((w - sum(o[i] for o in own)).norm() / w.norm()) for i, w in enumerate(whole))
+
+
+def shapes(name: str, plan, narrow: str | None) -> None:
+    """Split without weights in memory: the shapes of the parts' tensors, and of what they give."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        x = torch.empty(1, *plan.input_size)
+    whole = outputs(model.eval()(x))
+    full = Domain.full(plan.parts)
+    for k, part in enumerate(timm_dd.split(model, plan.parts, domain=full, narrow=narrow, example_input=x)):
+        for key, t in part.state_dict().items():
+            assert tuple(t.shape) == plan.tensors[key].part_shape(k, plan.parts), f"{key} of part {k}: {tuple(t.shape)}"
+        given = [t.shape for t in outputs(part(x))]
+        assert given == [t.shape for t in whole], f"part {k} gives {given}"
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("names", nargs="*")
+    p.add_argument("--parts", type=int, default=4)
+    p.add_argument("--max-params", type=float, default=200e6)
+    args = p.parse_args()
+    warnings.filterwarnings("ignore")
+    origin, table, done = provenance(), FOLDER / f"k{args.parts}.csv", {}
+    if not args.names and table.exists():
+        done = {row["model"]: row for row in csv.DictReader(table.open()) if row["timm_dd"] == origin["timm_dd"]}
+    names = args.names or (FOLDER / "names.txt").read_text().split()
+    rows = [done[n] for n in names if n in done]
+    for name in tqdm([n for n in names if n not in done], disable=None):
+        start = time.time()
+        try:
+            row = check(name, args.parts, args.max_params)
+        except Exception as e:  # a model that fails is a row of the table
+            row = {"verdict": "FAILED", "reason": f"{type(e).__name__}: {str(e).splitlines()[0]}"}
+        rows.append({"model": name, "parts": args.parts, **row, "seconds": f"{time.time() - start:.1f}", **origin})
+        tqdm.write(" ".join(f"{rows[-1].get(f, '')}" for f in FIELDS))
+        if not args.names:
+            with table.open("w", newline="") as f:
+                writer = csv.DictWriter(f, [*FIELDS, *origin])
+                writer.writeheader()
+                writer.writerows(sorted(rows, key=lambda r: r["model"]))
+    verdicts = [r["verdict"] for r in rows]
+    print(f"K={args.parts}:", ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts))))
+    return int("FAILED" in verdicts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
