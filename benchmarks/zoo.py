@@ -5,8 +5,8 @@
 
 In float64 with random weights and statistics, every part seeing the whole image: an exact plan has
 |F(x) - Σ F_k(x)| <= 1e-9 |F(x)|, an approximate one has not, and splitting the composed model gives the parts back.
-What is narrower than K is kept whole ("replicated" in the table). Models over --max-params are split on the meta device,
-and the shapes of their parts' tensors and outputs are checked. A table that was begun is continued.
+What is narrower than K is kept whole ("replicated" in the table). Models over --max-params are split on the meta
+device, and the shapes of their parts' tensors and outputs are checked. A table that was begun is continued.
 """
 
 import argparse
