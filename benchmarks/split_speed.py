@@ -21,7 +21,9 @@ from common import provenance
 import timm_dd
 from timm_dd import Domain
 
-NAMED = "resnet50 densenet121 densenet201 efficientnet_b0 hrnet_w18_small convnext_tiny ghostnet_100 regnety_040".split()
+NAMED = (
+    "resnet50 densenet121 densenet201 efficientnet_b0 hrnet_w18_small convnext_tiny ghostnet_100 regnety_040".split()
+)
 PARTS, REPEATS, MAX_PARAMS = 4, 3, 150e6
 
 

@@ -23,7 +23,7 @@ from .rules.laws import COPY, UNSCALABLE, Kind, Relation
 from .rules.registry import RULES, Edit, Op, Param, Value, bind, module_rule
 from .sizes import Sizes
 from .trace import float_type, module_path
-from .widths import Axis, Width, freeze, make_whole, unify
+from .widths import Axis, FrozenAxis, Width, freeze, make_whole, unify
 
 
 def make_plan(
@@ -127,6 +127,7 @@ class Planner:
         self.summed: set[str] = set()
         self.approximations: list[tuple[str, str, str]] = []
         self.current: Value | None = None
+        self._frozen: dict[int, tuple[Axis, FrozenAxis]] = {}
 
     # ---- first pass: axes
 
@@ -293,15 +294,20 @@ class Planner:
 
     # ---- second pass: cuts and laws (this object is the laws' Context)
 
+    def frozen(self, axis: Axis) -> FrozenAxis:
+        if id(axis) not in self._frozen:
+            self._frozen[id(axis)] = axis, freeze(axis)  # the axis too, so that its id stays its own
+        return self._frozen[id(axis)][1]
+
     def part_size(self, axis: Axis, k: int) -> int:
-        return freeze(axis).part_size(k, self.parts)
+        return self.frozen(axis).part_size(k, self.parts)
 
     def is_cut(self, axis: Axis | None) -> bool:
-        return axis is not None and self.parts > 1 and freeze(axis).is_cut
+        return axis is not None and self.parts > 1 and self.frozen(axis).is_cut
 
     def is_mixed(self, axis: Axis) -> bool:
         """Whether some channels of the axis are cut and others are whole in every part."""
-        return len({any(not isinstance(a, int) for a in t) for t in freeze(axis).terms}) > 1
+        return len({any(not isinstance(a, int) for a in t) for t in self.frozen(axis).terms}) > 1
 
     def sum(self, param: str) -> None:
         self.summed.add(self.alias[param])
@@ -356,7 +362,7 @@ class Planner:
         shape = tuple(tensor.shape)
         name = self.alias[name]
         param = self.params.get(name, Param((None,) * len(shape)))
-        axes = tuple(None if a is None else freeze(a) for a in param.axes)
+        axes = tuple(None if a is None else self.frozen(a) for a in param.axes)
         axes = tuple(None if a is None or a.is_whole else a for a in axes)
         cut = self.parts == 1 or any(a is not None and a.is_owned for a in axes)
         scale: tuple[float, ...] = ()
@@ -372,19 +378,21 @@ class Planner:
 
     def _edits(self):
         for e in self.edits:
-            value = (lambda k, a=freeze(e.value): a.part_size(k, self.parts)) if isinstance(e.value, Axis) else e.value
+            value = (lambda k, a=e.value: self.part_size(a, k)) if isinstance(e.value, Axis) else e.value
             yield EditPlan(e.node, e.module, e.where, tuple(value(k) for k in range(self.parts)))
 
     def _outputs(self):
         for node, value in self.outputs:
             for dim, axis in enumerate(value.axes):
                 if self.is_cut(axis):
-                    yield OutputPlan(node, dim, freeze(axis))
+                    yield OutputPlan(node, dim, self.frozen(axis))
 
     def _layers(self):
         named = {node for node, *_ in self.approximations}
+        paths = (name.split(".") for name in self.params)
+        owners = {".".join(path[:i]) for path in paths for i in range(1, len(path))}
         for op, value in self.ops:
-            own = op.module is not None and any(n.startswith(f"{op.node.target}.") for n in self.params)
+            own = op.module is not None and op.node.target in owners
             if isinstance(value, Value) and (own or op.node.name in named):
                 yield Layer(
                     op.path, op.name, value.shape[1:], tuple(self._part_shape(value, k)[1:] for k in range(self.parts))

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from .errors import SplitError
 from .plan import Plan, TensorPlan
 from .planner import make_plan
 from .rules import has_rule
-from .trace import skeleton, trace
+from .trace import copy_graph, graph_module, skeleton, trace
 
 
 class Parts(nn.ModuleList):
@@ -195,8 +194,9 @@ def emit(
     graph: fx.GraphModule, plan: Plan, k: int, tensors: Mapping[str, torch.Tensor], training: bool = True
 ) -> fx.GraphModule:
     """Part k: a copy of the traced `graph` with the plan's edits and `tensors`, part k's by name."""
-    part = copy.deepcopy(graph)
-    nodes = {n.name: n for n in part.graph.nodes}
+    part, copied = copy_graph(graph)
+    nodes = {n.name: n for n in copied.nodes}
+    modules = dict(part.named_modules(remove_duplicate=False))
     for edit in plan.edits:
         if not edit.where:
             _fix(nodes[edit.node], edit.values[k])
@@ -207,23 +207,21 @@ def emit(
             setattr(node, side, _replace(getattr(node, side), where, edit.values[k]))
         else:
             *path, attr = edit.where
-            owner = part.get_submodule(".".join((edit.module, *path)))
+            owner = modules[".".join((edit.module, *path))]
             value = edit.values[k]
             setattr(owner, attr, tuple(value) if isinstance(value, (list, tuple)) else value)
     for output in plan.outputs:
-        _spread(nodes[output.node], output.dim, output.axis.size, output.axis.index(k, plan.parts))
+        _spread(part, nodes[output.node], output.dim, output.axis.size, output.axis.index(k, plan.parts))
     new: dict[int, torch.Tensor] = {}  # by the identity of the old: what was tied stays tied
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
-        owner = part.get_submodule(path)
-        old = getattr(owner, leaf)
+        trained = leaf in modules[path]._parameters
+        own = modules[path]._parameters if trained else modules[path]._buffers
+        old = own[leaf]
         if id(old) not in new:
-            new[id(old)] = (
-                nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-            )
-        setattr(owner, leaf, new[id(old)])
-    part.recompile()
-    return part.train(training)
+            new[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if trained else tensor
+        own[leaf] = new[id(old)]
+    return graph_module(part, copied, type(graph).__name__).train(training)
 
 
 def _fix(node: fx.Node, value: Any) -> None:
@@ -240,10 +238,10 @@ def _scale(node: fx.Node, where: tuple, value: float) -> None:
     setattr(node, side, _replace(getattr(node, side), (i,), scaled))
 
 
-def _spread(node: fx.Node, dim: int, size: int, index: torch.Tensor) -> None:
+def _spread(part: nn.Module, node: fx.Node, dim: int, size: int, index: torch.Tensor) -> None:
     """Put what leaves the network at `node` in its place among zeros: prolongation of features."""
     graph, name = node.graph, f"_{node.name}_{dim}"
-    graph.owning_module.register_buffer(name, index, persistent=False)
+    part.register_buffer(name, index, persistent=False)
     output = next(iter(reversed(graph.nodes)))
     with graph.inserting_before(output):
         spread = graph.call_function(prolong, (node, dim, size, graph.get_attr(name)))

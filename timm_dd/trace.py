@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import get_notrace_functions
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import SplitError
@@ -67,21 +68,59 @@ class Tracer(fx.Tracer):
 
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of `model` whose parameters and buffers are on the meta device; `model`'s are not copied."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, torch.Tensor):  # a plain attribute, not a parameter
-                memo[id(value)] = value.to("meta")
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
-    for b in model.buffers():
-        memo[id(b)] = b.detach().to("meta")
+    memo: dict[int, torch.Tensor] = {}
+
+    def empty(t: torch.Tensor) -> torch.Tensor:
+        if id(t) not in memo:
+            meta = t.detach().to("meta")
+            memo[id(t)] = nn.Parameter(meta, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else meta
+        return memo[id(t)]
+
     try:
-        return copy.deepcopy(model, memo)
-    except (RuntimeError, TypeError, AttributeError) as e:
-        raise SplitError(
-            f"{type(model).__name__} cannot be copied ({str(e).splitlines()[0]}); keep plain tensors as buffers"
-        ) from e
+        return _clone(model, empty, {})
+    except (RuntimeError, TypeError, AttributeError, ValueError) as e:
+        raise SplitError(f"{type(model).__name__} cannot be copied ({str(e).splitlines()[0]})") from e
+
+
+def _clone(module: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor], memo: dict[int, nn.Module]) -> nn.Module:
+    """A copy of a module and of those in it, with the `tensor` of each of their tensors; the shared stays shared."""
+    if id(module) in memo:
+        return memo[id(module)]
+    new = memo[id(module)] = object.__new__(type(module))
+    for name, value in vars(module).items():
+        if isinstance(value, torch.Tensor):  # a plain attribute, neither parameter nor buffer
+            value = tensor(value)
+        elif isinstance(value, (dict, list, set)):
+            value = value.copy()
+        if isinstance(value, dict):
+            value.update((k, tensor(v)) for k, v in value.items() if isinstance(v, torch.Tensor))
+        new.__dict__[name] = value
+    for name, child in module._modules.items():
+        new._modules[name] = child if child is None else _clone(child, tensor, memo)
+    return new
+
+
+def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
+    """`graph` on the modules and tensors of `root`, all of them: fx itself drops those that no node uses."""
+    gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name=name)
+    for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        gm.__dict__[kind] = root.__dict__[kind]
+    gm.training = root.training
+    gm.graph = graph
+    return gm
+
+
+def copy_graph(gm: fx.GraphModule) -> tuple[nn.Module, fx.Graph]:
+    """The modules and the graph of a `GraphModule`, to be changed and made one with `graph_module`."""
+    root = nn.Module()
+    for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        root.__dict__[kind] = copy.copy(gm.__dict__[kind])
+    memo: dict[int, nn.Module] = {}
+    for name, child in gm._modules.items():
+        root._modules[name] = child if child is None else _clone(child, lambda t: t, memo)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return root, graph
 
 
 def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence[int]) -> fx.GraphModule:
@@ -111,10 +150,9 @@ def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence
         ) from e
     _drop_assertions(graph)
     _chain_in_place(graph)
-    gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
-    _dropout_as_modules(gm)
-    _keep_state(gm, model)
-    return gm
+    _dropout_as_modules(graph, model)
+    _constants_as_buffers(graph, model)
+    return graph_module(model, graph, type(model).__name__)
 
 
 def float_type(model: nn.Module) -> torch.dtype:
@@ -152,48 +190,28 @@ def _chain_in_place(graph: fx.Graph) -> None:
             before.replace_all_uses_with(node, lambda user, i=order[node]: order[user] > i)
 
 
-def _dropout_as_modules(gm: fx.GraphModule) -> None:
-    for node in list(gm.graph.nodes):
+def _dropout_as_modules(graph: fx.Graph, model: nn.Module) -> None:
+    for node in list(graph.nodes):
         if node.op == "call_function" and node.target in DROPOUTS and not _argument(node, 2, "training", True):
-            p = _argument(node, 1, "p", 0.5)
-            gm.add_submodule(f"_{node.name}", DROPOUTS[node.target](p))
-            with gm.graph.inserting_before(node):
-                new = gm.graph.call_module(f"_{node.name}", (_argument(node, 0, "input", None),))
+            model.add_module(f"_{node.name}", DROPOUTS[node.target](_argument(node, 1, "p", 0.5)))
+            with graph.inserting_before(node):
+                new = graph.call_module(f"_{node.name}", (_argument(node, 0, "input", None),))
             node.replace_all_uses_with(new)
-            gm.graph.erase_node(node)
-    gm.recompile()
+            graph.erase_node(node)
+
+
+def _constants_as_buffers(graph: fx.Graph, model: nn.Module) -> None:
+    """A tensor that is a plain attribute, or that the forward makes, becomes a buffer outside the state dict."""
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            path, _, leaf = node.target.rpartition(".")
+            owner = model.get_submodule(path)
+            if isinstance(owner.__dict__.get(leaf), torch.Tensor):
+                owner.register_buffer(leaf, owner.__dict__.pop(leaf), persistent=False)
 
 
 def _argument(node: fx.Node, position: int, keyword: str, default: Any) -> Any:
     return node.kwargs.get(keyword, node.args[position] if len(node.args) > position else default)
-
-
-def _keep_state(gm: fx.GraphModule, model: nn.Module) -> None:
-    """Give `gm` the model's state dict keys: fx drops what no node uses and makes buffers persistent."""
-    keys = set(model.state_dict())
-    tensors = {
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **dict(model.named_parameters(remove_duplicate=False)),
-    }
-    own = {**dict(gm.named_buffers(remove_duplicate=False)), **dict(gm.named_parameters(remove_duplicate=False))}
-    for name in own.keys() - keys:
-        owner, _, leaf = name.rpartition(".")
-        gm.get_submodule(owner)._non_persistent_buffers_set.add(leaf)
-    for name in sorted(keys & tensors.keys() - own.keys()):
-        path, _, leaf = name.rpartition(".")
-        owner = _submodule(gm, path)
-        if isinstance(tensors[name], nn.Parameter):
-            owner.register_parameter(leaf, tensors[name])
-        else:
-            owner.register_buffer(leaf, tensors[name])
-
-
-def _submodule(root: nn.Module, path: str) -> nn.Module:
-    for name in filter(None, path.split(".")):
-        if not hasattr(root, name):
-            root.add_module(name, nn.Module())
-        root = getattr(root, name)
-    return root
 
 
 def evaluate(gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
@@ -205,7 +223,10 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
             value = getattr(value, name)
         return value.to("meta") if isinstance(value, torch.Tensor) else value
     if node.op == "call_module":
-        return gm.get_submodule(node.target)(*args, **kwargs)
+        module = gm.get_submodule(node.target)
+        if isinstance(module, _NormBase):  # its shape is its input's, which torch finds by a slow decomposition
+            return args[0]
+        return module(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], node.target)(*args[1:], **kwargs)
     if node.op == "output":

@@ -16,6 +16,7 @@ that knows K and gives the indices of every part.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -335,15 +336,7 @@ class FrozenAxis:
 
     def index(self, k: int, parts: int) -> torch.Tensor:
         """Part k's indices into the axis, ascending within each term: int64 of shape (part_size,)."""
-        pieces, offset = [], 0
-        for term in self.terms:
-            ix = torch.zeros(1, dtype=torch.long)
-            for atom in term:
-                start, length = _run(atom, k, parts)
-                ix = (ix[:, None] * atom_size(atom) + torch.arange(start, start + length)).flatten()
-            pieces.append(ix + offset)
-            offset += term_size(term)
-        return torch.cat(pieces)
+        return _index(self, k, parts)
 
     def to_json(self) -> list:
         return [[_atom_to_json(a) for a in t] for t in self.terms]
@@ -351,6 +344,19 @@ class FrozenAxis:
     @classmethod
     def from_json(cls, terms: list) -> FrozenAxis:
         return cls(tuple(tuple(_atom_from_json(a) for a in t) for t in terms))
+
+
+@functools.lru_cache(maxsize=64)  # layers in a row share axes
+def _index(axis: FrozenAxis, k: int, parts: int) -> torch.Tensor:
+    pieces, offset = [], 0
+    for term in axis.terms:
+        ix = torch.zeros(1, dtype=torch.long)
+        for atom in term:
+            start, length = _run(atom, k, parts)
+            ix = (ix[:, None] * atom_size(atom) + torch.arange(start, start + length)).flatten()
+        pieces.append(ix + offset)
+        offset += term_size(term)
+    return torch.cat(pieces)
 
 
 def _run(atom: int | Cut | Window, k: int, parts: int) -> tuple[int, int]:
