@@ -44,7 +44,7 @@ def shake(parts, seed: int = 0) -> None:
     with torch.no_grad():
         for part in parts:
             for p in part.parameters():
-                p += 0.1 * (p.abs() + p.std() if p.numel() > 1 and p.std() > 0 else 1) * noise(p)
+                p += (0.2 if (p == p.flatten()[0]).all() else 0.1 * p) * noise(p)
             for name, b in part.named_buffers():
                 if name.endswith("running_var"):
                     b.copy_(1 + 0.3 * noise(b).abs())

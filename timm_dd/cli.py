@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -58,38 +59,31 @@ def _split_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--overlap", type=int, default=0, metavar="PX")
     p.add_argument("--margin", type=int, default=0, metavar="PX")
+    p.add_argument("--narrow", choices=["replicate"], help="keep what is narrower than K whole in every part")
     p.add_argument("--img-size", type=int, metavar="PX")
     p.add_argument("--num-classes", type=int, metavar="N")
 
 
-def _source(args: argparse.Namespace):
-    """(domain, keyword arguments of the model) from the options."""
+def _source(args: argparse.Namespace) -> dict:
+    """The keyword arguments of `split` and `plan` from the options."""
     from .train.options import domain
 
-    return domain(args), {} if args.num_classes is None else {"num_classes": args.num_classes}
+    given = {"domain": domain(args), "narrow": args.narrow, "img_size": args.img_size}
+    return given if args.num_classes is None else {**given, "num_classes": args.num_classes}
 
 
 def _plan(args: argparse.Namespace) -> None:
     from .split import plan
 
-    domain, kwargs = _source(args)
-    result = plan(args.model, args.parts, domain=domain, img_size=args.img_size, **kwargs)
-    print(json.dumps(result.to_json(), indent=1) if args.json else result)
+    result = plan(args.model, args.parts, **_source(args))
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(json.dumps(result.to_json(), indent=1) if args.json else result.text(colour))
 
 
 def _split(args: argparse.Namespace) -> None:
     from .split import split
 
-    domain, kwargs = _source(args)
-    parts = split(
-        args.model,
-        args.parts,
-        domain=domain,
-        img_size=args.img_size,
-        pretrained=args.pretrained,
-        seed=args.seed,
-        **kwargs,
-    )
+    parts = split(args.model, args.parts, pretrained=args.pretrained, seed=args.seed, **_source(args))
     parts.save(args.output)
     own, whole = parts.plan.params(0), parts.plan.params()
     print(f"{args.output}: {len(parts)} parts of {args.model}, {own:,} of {whole:,} parameters in part 0")

@@ -11,8 +11,6 @@ from typing import Any
 import timm
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import FeatureDictNet, FeatureGetterNet
-from timm.models._features_fx import FeatureGraphNet
 from timm.models.resnet import BasicBlock
 from torch import nn
 
@@ -76,10 +74,8 @@ def input_size(
 
 
 def gives_features(model: nn.Module) -> bool:
-    """Whether the outputs are features: a timm model without a classifier, or one of `features_only`."""
-    return isinstance(model, (FeatureDictNet, FeatureGetterNet, FeatureGraphNet)) or (
-        getattr(model, "num_classes", None) == 0
-    )
+    """Whether the outputs are features: a model without classes, or one of timm's ``features_only``."""
+    return getattr(model, "num_classes", 0 if hasattr(model, "feature_info") else None) == 0
 
 
 class CifarResNet(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,12 +74,13 @@ class OutputPlan:
 
 @dataclass(frozen=True)
 class Layer:
-    """A row of the printed plan: an operation with parameters, or one that is approximate."""
+    """A row of the printed plan: an operation with parameters, or one that is approximate, with the reasons."""
 
     path: str
     operation: str
     shape: tuple[int, ...]
     part_shapes: tuple[tuple[int, ...], ...]
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Plan:
             "constants": {name: _tensor_to_json(t) for name, t in self.constants.items()},
             "edits": [[e.node, e.module, list(e.where), list(e.values)] for e in self.edits],
             "outputs": [[o.node, o.dim, o.axis.to_json()] for o in self.outputs],
-            "layers": [[r.path, r.operation, list(r.shape), [list(s) for s in r.part_shapes]] for r in self.layers],
+            "layers": [_layer_to_json(r) for r in self.layers],
         }
 
     @classmethod
@@ -153,7 +155,7 @@ class Plan:
             outputs=tuple(OutputPlan(n, dim, FrozenAxis.from_json(a)) for n, dim, a in d["outputs"]),
             head=tuple(d["head"]),
             approximations=tuple(tuple(a) for a in d["approximations"]),
-            layers=tuple(Layer(p, o, tuple(s), tuple(map(tuple, k))) for p, o, s, k in d["layers"]),
+            layers=tuple(Layer(p, o, tuple(s), tuple(map(tuple, k)), tuple(why)) for p, o, s, k, why in d["layers"]),
         )
 
     def digest(self) -> str:
@@ -161,23 +163,38 @@ class Plan:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def __str__(self) -> str:
-        rows = [("layer", "operation", "global", "part" if self._alike() else "part 0"), *map(_row, self.layers)]
-        boxes = ", ".join(map(str, dict.fromkeys("×".join(map(str, b.extent)) for b in self.boxes())))
-        largest = max(self.params(k) for k in range(self.parts))
+        return self.text()
+
+    def text(self, colour: bool = False) -> str:
+        """A table of the layers: path, operation, shapes in the model and in a part, exact or why not."""
+        largest = max(range(self.parts), key=self.params)
+        boxes = ", ".join(dict.fromkeys("×".join(map(str, b.extent)) for b in self.boxes()))
         size = "×".join(map(str, self.input_size[1:]))
         head = f"{self.model or 'module'} in {self.parts} parts; {self.domain}: {boxes} of {size} pixels"
-        verdict = ["exact: the merged model is the sum of its parts"] if self.exact else ["approximate:"]
-        verdict += [f"  {path or node}: {reason}" for node, path, reason in self.approximations]
-        ratio = self.params() / max(largest, 1)
-        total = f"{self.params():,} parameters in the model, {largest:,} in a part, {ratio:.1f} to 1"
-        return "\n".join([head, "", table(rows), "", total, *verdict])
+        rows = [("layer", "operation", "global", f"part {largest}", "")]
+        rows += [_row(layer, largest, colour) for layer in self.layers]
+        own = self.params(largest)
+        total = f"{self.params():,} parameters in the model, {own:,} in a part, {self.params() / max(own, 1):.1f} to 1"
+        return "\n".join([head, "", table(rows), "", total, *self._verdict()])
 
-    def _alike(self) -> bool:
-        return all(len(set(r.part_shapes)) == 1 for r in self.layers)
+    def _verdict(self) -> list[str]:
+        if self.exact:
+            return ["exact: the merged model is the sum of its parts"]
+        counts = Counter(reason for *_, reason in self.approximations)
+        return ["approximate:", *(f"  {n} × {reason}" for reason, n in counts.most_common())]
 
 
-def _row(layer: Layer) -> tuple[str, str, str, str]:
-    return layer.path, layer.operation, *("×".join(map(str, s)) for s in (layer.shape, layer.part_shapes[0]))
+def _row(layer: Layer, k: int, colour: bool) -> tuple[str, ...]:
+    shapes = ("×".join(map(str, s)) for s in (layer.shape, layer.part_shapes[k]))
+    why = "; ".join(layer.reasons) or "exact"
+    if colour:
+        why = f"\033[{33 if layer.reasons else 32}m{why}\033[0m"
+    return layer.path, layer.operation, *shapes, why
+
+
+def _layer_to_json(layer: Layer) -> list:
+    shapes = [list(s) for s in layer.part_shapes]
+    return [layer.path, layer.operation, list(layer.shape), shapes, list(layer.reasons)]
 
 
 def _tensor_to_json(t: TensorPlan) -> dict:

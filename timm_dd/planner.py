@@ -289,7 +289,7 @@ class Planner:
 
     def _limits(self) -> list[tuple[Width, int]]:
         """The Widths that will be cut, each with the largest K that it allows."""
-        pairs = {w for a in self.pairs for w in a.widths()}
+        pairs = {a.terms[0][0] for a in self.pairs if a.resolve().size == sum(w.size for w in a.widths())}
         return [(w, w.size // 2 if w in pairs else w.size) for w in self._cut()]
 
     # ---- second pass: cuts and laws (this object is the laws' Context)
@@ -388,15 +388,16 @@ class Planner:
                     yield OutputPlan(node, dim, self.frozen(axis))
 
     def _layers(self):
-        named = {node for node, *_ in self.approximations}
+        reasons: dict[str, list[str]] = {}
+        for node, _, reason in self.approximations:
+            reasons.setdefault(node, []).append(reason)
         paths = (name.split(".") for name in self.params)
         owners = {".".join(path[:i]) for path in paths for i in range(1, len(path))}
         for op, value in self.ops:
-            own = op.module is not None and op.node.target in owners
-            if isinstance(value, Value) and (own or op.node.name in named):
-                yield Layer(
-                    op.path, op.name, value.shape[1:], tuple(self._part_shape(value, k)[1:] for k in range(self.parts))
-                )
+            own, why = op.module is not None and op.node.target in owners, tuple(reasons.get(op.node.name, ()))
+            if isinstance(value, Value) and (own or why):
+                shapes = tuple(self._part_shape(value, k)[1:] for k in range(self.parts))
+                yield Layer(op.path, op.name, value.shape[1:], shapes, why)
 
     def _part_shape(self, value: Value, k: int) -> tuple[int, ...]:
         at = value.at[self.sizes.of_part[k]].shape

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -92,6 +93,8 @@ def _clone(module: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor], me
             value = tensor(value)
         elif isinstance(value, (dict, list, set)):
             value = value.copy()
+        elif isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):  # a forward chosen in __init__
+            value = MethodType(value.__func__, _clone(value.__self__, tensor, memo))
         if isinstance(value, dict):
             value.update((k, tensor(v)) for k, v in value.items() if isinstance(v, torch.Tensor))
         new.__dict__[name] = value

@@ -99,6 +99,7 @@ def _model(g) -> None:
         metavar="RxC",
         help="boxes of the parts, by default the most square grid; full: the whole image",
     )
+    g.add_argument("--narrow", choices=["replicate"], help="keep what is narrower than K whole in every part")
     g.add_argument("--overlap", type=int, default=0, metavar="PX", help="by how much a box is longer than its cell")
     g.add_argument("--margin", type=int, default=0, metavar="PX", help="pixels cropped from the borders beforehand")
 

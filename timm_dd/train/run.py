@@ -75,6 +75,7 @@ class Run:
             args.model,
             args.parts,
             domain=options.domain(args),
+            narrow=args.narrow,
             img_size=size,
             pretrained=args.pretrained,
             seed=args.seed,
