@@ -5,6 +5,8 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+import timm_dd
+
 RELATIVE = 1e-9  # in float64: the bar of an exact claim
 
 
@@ -28,11 +30,37 @@ def images(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def outputs(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for v in (value.values() if isinstance(value, dict) else value) for t in outputs(v)]
+
+
 @torch.no_grad()
 def sum_error(parts, merged, x):
-    """|F(x) - sum_k F_k(x)| / |F(x)|, every part seeing all of x: theorem 2.1 (2)."""
-    whole = merged.double().eval()(x)
-    return float((whole - sum(part(x) for part in parts)).norm() / whole.norm())
+    """|F(x) - sum_k F_k(x)| / |F(x)|, every part seeing all of x: theorem 2.1 (2). Of several outputs, the worst."""
+    whole, *own = (outputs(m(x)) for m in (merged.double().eval(), *parts))
+    return max(float((w - sum(terms)).norm() / w.norm()) for w, *terms in zip(whole, *own))
+
+
+@torch.no_grad()
+def check_split(parts, reason=None):
+    """The sum of the parts' outputs against the merged network's, as the plan says; the round trip bit for bit."""
+    shake(parts)
+    plan = parts.plan
+    x = images(1, *plan.input_size)
+    merged = timm_dd.merge(parts)
+    error = sum_error(parts, merged, x)
+    if reason is None:
+        assert plan.exact, plan.approximations
+        assert error <= RELATIVE
+    else:
+        assert any(reason in why for *_, why in plan.approximations), plan.approximations
+        assert error > RELATIVE
+    again = timm_dd.split(merged, len(parts), domain=plan.domain, narrow="replicate", example_input=x)
+    for part, back in zip((p.state_dict() for p in parts), (p.state_dict() for p in again)):
+        for key, t in part.items():
+            assert t.shape == plan.tensors[key].shape or torch.equal(t, back[key]), key
 
 
 class Plain(nn.Module):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import RELATIVE, Plain, images, shake, sum_error
+from conftest import RELATIVE, Plain, check_split, images, shake, sum_error
 from torch import fx, nn
 
 import timm_dd
@@ -22,16 +22,7 @@ FAMILIES = [
 @pytest.mark.parametrize("name", FAMILIES)
 def test_merged_families_are_the_sum_of_their_parts(name, parts):
     """Theorem 2.1 (2), on the whole image, and the round trip bit for bit."""
-    split = shake(timm_dd.split(name, parts, domain=Domain.full(parts), img_size=64, num_classes=7))
-    assert split.plan.exact, split.plan.approximations
-    merged = timm_dd.merge(split)
-    x = images(2, 3, 64, 64)
-    assert sum_error(split, merged, x) <= RELATIVE
-    again = timm_dd.split(merged, parts, domain=Domain.full(parts), example_input=x)
-    for a, b in zip(split, again):
-        for key, tensor in a.state_dict().items():
-            if split.plan.tensors[key].reduce == "place":
-                assert torch.equal(tensor, b.state_dict()[key]), key
+    check_split(timm_dd.split(name, parts, domain=Domain.full(parts), img_size=64, num_classes=7))
 
 
 def test_vgg_on_the_whole_image():
