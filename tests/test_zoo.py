@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torchvision
 from conftest import check_split
 
 import timm_dd
@@ -71,6 +72,30 @@ def test_other_numbers_of_parts(name, parts):
 )
 def test_variants(name, kwargs):
     check_split(timm_dd.split(name, 3, domain=Domain.full(3), **kwargs))
+
+
+@pytest.mark.parametrize(
+    "name, size, reason",
+    [
+        ("alexnet", 64, None),
+        ("mnasnet0_5", 64, None),
+        ("shufflenet_v2_x0_5", 64, "cuts through channels that belong together"),
+        ("squeezenet1_1", 64, "not linear on a sum"),
+        ("video/r3d_18", (4, 32, 32), None),
+        ("segmentation/lraspp_mobilenet_v3_large", 64, None),
+    ],
+)
+def test_torchvision(name, size, reason):
+    module, _, name = name.rpartition("/")
+    weights = {"weights": None, "weights_backbone": None} if module == "segmentation" else {"weights": None}
+    size = (size, size) if isinstance(size, int) else size
+    model = torchvision.models.get_model(name, **weights)
+    check_split(timm_dd.split(model, 4, domain=Domain.full(4), example_input=torch.empty(1, 3, *size)), reason)
+
+
+def test_a_model_that_does_not_run_is_an_error():
+    with pytest.raises(SplitError, match="does not run on images of 3×64×64: stages_2_0_attn_ba: AssertionError; "):
+        timm_dd.split("bat_resnext26ts", 3, img_size=64, domain=Domain.full(3))
 
 
 def test_features_have_the_places_of_the_model():

@@ -15,3 +15,8 @@ class WidthError(Exception):
 
 class TrainError(ValueError):
     """A training run that cannot start or cannot go on: data, options, or a loss that is not finite."""
+
+
+def headline(error: BaseException) -> str:
+    """The first line of another library's message; the error's name if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,7 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock
 from torch import nn
 
-from .errors import SplitError
+from .errors import SplitError, headline
 
 
 def create(name: str, pretrained: bool = False, seed: int | None = None, **kwargs: Any) -> nn.Module:
@@ -43,7 +43,7 @@ def create_empty(name: str, **kwargs: Any) -> nn.Module:
 
 def _explain(name: str, error: Exception) -> SplitError:
     if "Unknown model" not in str(error):
-        return SplitError(f"timm cannot create {name!r}: {str(error).splitlines()[0]}")
+        return SplitError(f"timm cannot create {name!r}: {headline(error)}")
     known = timm.list_models()
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has the names"

@@ -118,7 +118,6 @@ class Planner:
         self.params: dict[str, Param] = {}
         self.values: list[Value] = []
         self.edits: list[Edit] = []
-        self.checks: list[tuple[Op, Sequence[Axis]]] = []
         self.choices: list[Sequence[Axis]] = []
         self.pairs: list[Axis] = []
         self.thresholds: set[int] = set()
@@ -321,12 +320,6 @@ class Planner:
 
     def plan(self, model: str | None, model_args: dict) -> Plan:
         head = {self.alias.get(n, n) for n in self._relate()} if self.parts > 1 else set(self.alias.values())
-        for op, axes in self.checks:
-            sizes = [{self.part_size(a, k) for a in axes} for k in range(self.parts)]
-            if any(len(s) > 1 for s in sizes):
-                raise op.refuse(
-                    f"its pieces have different sizes in a part ({sorted(max(sizes, key=len))}); use another K"
-                )
         stored = self.gm.state_dict().keys()
         return Plan(
             model=model,

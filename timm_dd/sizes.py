@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from .domain import Box
-from .errors import SplitError
+from .errors import SplitError, headline
 from .trace import evaluate
 from .widths import Window
 
@@ -54,7 +54,7 @@ class Sizes:
             except Exception as e:  # as in `others`
                 size = "×".join(map(str, self.inputs[0][1:]))
                 raise SplitError(
-                    f"the model does not run on images of {size}: {node.name}: {str(e).splitlines()[0]}; "
+                    f"the model does not run on images of {size}: {node.name}: {headline(e)}; "
                     "expected channels, height, width as it takes them"
                 ) from e
         return self.envs[0][node]
@@ -78,7 +78,7 @@ class Sizes:
                 if i <= self.boxed:
                     box = "×".join(map(str, self.inputs[i][2:]))
                     raise SplitError(
-                        f"{where} does not work on a part's box of {box} pixels ({str(e).splitlines()[0]}); "
+                        f"{where} does not work on a part's box of {box} pixels ({headline(e)}); "
                         "use larger boxes (fewer parts along an axis, more overlap) or larger images"
                     ) from e
                 env[node] = UNKNOWN

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 
-from .errors import SplitError
+from .errors import SplitError, headline
 
 MAKERS = {torch.arange, torch.zeros, torch.ones, torch.empty, torch.full, torch.linspace, torch.tensor, torch.eye}
 DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
@@ -80,7 +80,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     try:
         return _clone(model, empty, {})
     except (RuntimeError, TypeError, AttributeError, ValueError) as e:
-        raise SplitError(f"{type(model).__name__} cannot be copied ({str(e).splitlines()[0]})") from e
+        raise SplitError(f"{type(model).__name__} cannot be copied ({headline(e)})") from e
 
 
 def _clone(module: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor], memo: dict[int, nn.Module]) -> nn.Module:
@@ -148,11 +148,12 @@ def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence
         graph = Tracer(is_leaf, inputs).trace(model, concrete_args=defaults or None)
     except Exception as e:  # any code of the model runs here and may fail in its own way
         raise SplitError(
-            f"torch.fx cannot trace {type(model).__name__}: {type(e).__name__}: {str(e).splitlines()[0]}; "
+            f"torch.fx cannot trace {type(model).__name__}: {type(e).__name__}: {headline(e)}; "
             "its forward must not branch on the values of tensors"
         ) from e
     _drop_assertions(graph)
     _chain_in_place(graph)
+    _chunk_as_method(graph)
     _dropout_as_modules(graph, model)
     _constants_as_buffers(graph, model)
     return graph_module(model, graph, type(model).__name__)
@@ -191,6 +192,15 @@ def _chain_in_place(graph: fx.Graph) -> None:
         if node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
             before = node.args[0]
             before.replace_all_uses_with(node, lambda user, i=order[node]: order[user] > i)
+
+
+def _chunk_as_method(graph: fx.Graph) -> None:
+    """``x.chunk(n, dim)``, of which a part makes ``x.split(sizes, dim)``."""
+    for node in graph.nodes:
+        if node.target in (torch.chunk, "chunk"):
+            node.op, node.target = "call_method", "chunk"
+            x, n, dim = (_argument(node, i, name, 0) for i, name in enumerate(("input", "chunks", "dim")))
+            node.args, node.kwargs = (x, n, dim), {}
 
 
 def _dropout_as_modules(graph: fx.Graph, model: nn.Module) -> None:

@@ -202,10 +202,6 @@ class Op:
             raise op.refuse("has no rule")
         return bind(found, op, args, {})
 
-    def same_size(self, axes: Sequence[Axis]) -> None:
-        """The operation works in a part only if these axes have one size there."""
-        self.planner.checks.append((self, axes))
-
     def argument(self, position: int, keyword: str) -> tuple:
         """Where a call's argument stands: by position or by keyword."""
         return ("kwargs", keyword) if keyword in self.node.kwargs else ("args", position)

@@ -16,6 +16,7 @@ from timm.layers import DropPath
 from torch import fx, nn
 from torchvision.ops import StochasticDepth
 
+from ..errors import WidthError
 from ..widths import Axis, Width, make_whole, split_axis, unify
 from . import laws
 from .pointwise import extremum
@@ -222,23 +223,25 @@ def cat(op: Op, tensors, dim: int = 0, *, axis: int | None = None) -> Value:
     return op.result(axes, laws.linear, *tensors)
 
 
-@rule(torch.chunk, "chunk")
+@rule("chunk")
 def chunk(op: Op, x: Value, chunks: int, dim: int = 0) -> tuple[Value, ...]:
-    """By count, so that pieces of equal size in the global network have to be of equal size in each part."""
-    pieces = _pieces(op, x, dim)
+    """By count; in a part the pieces may have different sizes, so there it is a split."""
     if x.axes[dim] is not None:
-        op.same_size([p.axes[dim] for p in pieces])
-    return pieces
+        op.arg("target", value=lambda k: "split")
+    return _by_sizes(op, x, dim, ("args", 1))
 
 
 @rule(torch.split, "split")
 def split(op: Op, x: Value, split_size_or_sections, dim: int = 0) -> tuple[Value, ...]:
+    keyword = "split_size_or_sections" if op.node.op == "call_function" else "split_size"
+    return _by_sizes(op, x, dim, op.argument(1, keyword))
+
+
+def _by_sizes(op: Op, x: Value, dim: int, where: tuple) -> tuple[Value, ...]:
     pieces = _pieces(op, x, dim)
-    if x.axes[dim] is None:
-        return pieces
-    where = op.argument(1, "split_size_or_sections" if op.node.op == "call_function" else "split_size")
     axes = [p.axes[dim] for p in pieces]
-    op.arg(*where, value=lambda k: [op.planner.part_size(a, k) for a in axes])
+    if x.axes[dim] is not None:
+        op.arg(*where, value=lambda k: [op.planner.part_size(a, k) for a in axes])
     return pieces
 
 
@@ -251,16 +254,45 @@ def unbind(op: Op, x: Value, dim: int = 0) -> tuple[Value, ...]:
 
 
 def _pieces(op: Op, x: Value, dim: int) -> tuple[Value, ...]:
-    rest, values = x.axes[dim], []
-    for i, piece in enumerate(op.out):
+    axis, sizes, law = x.axes[dim], [piece.shape[dim] for piece in op.out], laws.linear
+    cuts = [None] * len(sizes) if axis is None else _cut(op, axis, sizes)
+    if axis is not None and cuts is None:
+        cuts = _cut_inner(axis, len(sizes))
+        law = laws.mixing(axis, "cuts through channels that belong together: each part cuts its own", law)
+    values = []
+    for piece in cuts:
         axes = list(x.axes)
-        if rest is not None:
-            if i + 1 < len(op.out):
-                axes[dim], rest = split_axis(rest, piece.shape[dim])
-            else:
-                axes[dim] = rest
-        values.append(op.result(axes, laws.linear, x))
+        axes[dim] = piece
+        values.append(op.result(axes, law, x))
     return tuple(values)
+
+
+def _cut(op: Op, axis: Axis, sizes: list[int]) -> list[Axis] | None:
+    """The pieces, exactly; None where shuffle after shuffle has tied so many channels together that a cut would part
+    them, or leave a piece with less than one for each part."""
+    tied = len(set(sizes)) == 1 and all(
+        isinstance(t[-1], int) and t[-1] % len(sizes) == 0 for t in axis.resolve().terms
+    )
+    if tied:
+        each = [w.size // len(sizes) for w in axis.widths()]
+        op.planner.thresholds.update(each)
+        if min(each, default=op.parts) < op.parts:
+            return None
+    pieces, rest = [], axis
+    try:
+        for size in sizes[:-1]:
+            piece, rest = split_axis(rest, size)
+            pieces.append(piece)
+    except WidthError:
+        if tied:
+            return None
+        raise
+    return [*pieces, rest]
+
+
+def _cut_inner(axis: Axis, pieces: int) -> list[Axis]:
+    """Equal pieces of the innermost factor, which every part has whole."""
+    return [Axis(*((*t[:-1], t[-1] // pieces) for t in axis.terms))] * pieces
 
 
 @rule(operator.getitem)

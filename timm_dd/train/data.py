@@ -20,7 +20,7 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from torch.utils.data import Dataset, Subset
 from torchvision import transforms
 
-from ..errors import TrainError
+from ..errors import TrainError, headline
 
 SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "valid", "eval", "test")}
 
@@ -99,9 +99,7 @@ def _dataset(args: argparse.Namespace, which: str) -> Dataset:
         if isinstance(e, TrainError):
             raise
         what = args.data_dir if not args.dataset else f"{args.dataset} in {args.data_dir}"
-        raise TrainError(
-            f"no {split} images in {what}: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
-        ) from e
+        raise TrainError(f"no {split} images in {what}: {headline(e)}") from e
 
 
 def _images(root: Path, split: str, which: str) -> Dataset:

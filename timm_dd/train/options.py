@@ -16,7 +16,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from ..domain import Domain, default_domain
-from ..errors import TrainError
+from ..errors import TrainError, headline
 
 STAGED = {
     "epochs": dict(type=int, metavar="N", help="epochs"),
@@ -205,7 +205,7 @@ def _config(p: argparse.ArgumentParser, name: str) -> dict:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as e:
-        p.error(f"{name} is not YAML: {str(e).splitlines()[0]}")
+        p.error(f"{name} is not YAML: {headline(e)}")
     if not isinstance(values, dict):
         p.error(f"{name}: expected options and values, got {type(values).__name__}")
     options = {a.dest: a for a in p._actions}
