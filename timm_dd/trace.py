@@ -153,7 +153,7 @@ def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence
         ) from e
     _drop_assertions(graph)
     _chain_in_place(graph)
-    _chunk_as_method(graph)
+    _chunk_as_pieces(graph)
     _dropout_as_modules(graph, model)
     _constants_as_buffers(graph, model)
     return graph_module(model, graph, type(model).__name__)
@@ -194,13 +194,18 @@ def _chain_in_place(graph: fx.Graph) -> None:
             before.replace_all_uses_with(node, lambda user, i=order[node]: order[user] > i)
 
 
-def _chunk_as_method(graph: fx.Graph) -> None:
-    """``x.chunk(n, dim)``, of which a part makes ``x.split(sizes, dim)``."""
+def pieces(x: torch.Tensor, sizes: int | list[int], dim: int) -> tuple[torch.Tensor, ...]:
+    """``x.chunk`` by a count, ``x.split`` by sizes."""
+    return x.chunk(sizes, dim) if isinstance(sizes, int) else x.split(sizes, dim)
+
+
+def _chunk_as_pieces(graph: fx.Graph) -> None:
+    """Chunks of equal sizes in the model may have different ones in a part."""
     for node in graph.nodes:
         if node.target in (torch.chunk, "chunk"):
-            node.op, node.target = "call_method", "chunk"
-            x, n, dim = (_argument(node, i, name, 0) for i, name in enumerate(("input", "chunks", "dim")))
-            node.args, node.kwargs = (x, n, dim), {}
+            node.op, node.target = "call_function", pieces
+            node.args = tuple(_argument(node, i, name, 0) for i, name in enumerate(("input", "chunks", "dim")))
+            node.kwargs = {}
 
 
 def _dropout_as_modules(graph: fx.Graph, model: nn.Module) -> None:

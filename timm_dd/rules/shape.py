@@ -17,6 +17,7 @@ from torch import fx, nn
 from torchvision.ops import StochasticDepth
 
 from ..errors import WidthError
+from ..trace import pieces
 from ..widths import Axis, Width, make_whole, split_axis, unify
 from . import laws
 from .pointwise import extremum
@@ -223,11 +224,8 @@ def cat(op: Op, tensors, dim: int = 0, *, axis: int | None = None) -> Value:
     return op.result(axes, laws.linear, *tensors)
 
 
-@rule("chunk")
-def chunk(op: Op, x: Value, chunks: int, dim: int = 0) -> tuple[Value, ...]:
-    """By count; in a part the pieces may have different sizes, so there it is a split."""
-    if x.axes[dim] is not None:
-        op.arg("target", value=lambda k: "split")
+@rule(pieces)
+def chunk(op: Op, x: Value, sizes: int, dim: int) -> tuple[Value, ...]:
     return _by_sizes(op, x, dim, ("args", 1))
 
 
@@ -238,11 +236,11 @@ def split(op: Op, x: Value, split_size_or_sections, dim: int = 0) -> tuple[Value
 
 
 def _by_sizes(op: Op, x: Value, dim: int, where: tuple) -> tuple[Value, ...]:
-    pieces = _pieces(op, x, dim)
-    axes = [p.axes[dim] for p in pieces]
+    values = _pieces(op, x, dim)
+    axes = [v.axes[dim] for v in values]
     if x.axes[dim] is not None:
         op.arg(*where, value=lambda k: [op.planner.part_size(a, k) for a in axes])
-    return pieces
+    return values
 
 
 @rule(torch.unbind, "unbind")
@@ -278,21 +276,21 @@ def _cut(op: Op, axis: Axis, sizes: list[int]) -> list[Axis] | None:
         op.planner.thresholds.update(each)
         if min(each, default=op.parts) < op.parts:
             return None
-    pieces, rest = [], axis
+    cuts, rest = [], axis
     try:
         for size in sizes[:-1]:
-            piece, rest = split_axis(rest, size)
-            pieces.append(piece)
+            cut, rest = split_axis(rest, size)
+            cuts.append(cut)
     except WidthError:
         if tied:
             return None
         raise
-    return [*pieces, rest]
+    return [*cuts, rest]
 
 
-def _cut_inner(axis: Axis, pieces: int) -> list[Axis]:
-    """Equal pieces of the innermost factor, which every part has whole."""
-    return [Axis(*((*t[:-1], t[-1] // pieces) for t in axis.terms))] * pieces
+def _cut_inner(axis: Axis, n: int) -> list[Axis]:
+    """n equal pieces of the innermost factor, which every part has whole."""
+    return [Axis(*((*t[:-1], t[-1] // n) for t in axis.terms))] * n
 
 
 @rule(operator.getitem)
