@@ -1,6 +1,7 @@
 """The command line: what each command prints and leaves, and its exit status."""
 
 import json
+import re
 
 import pytest
 import timm
@@ -14,6 +15,27 @@ def test_plan(capsys):
     assert "grid 2x2, overlap 4: 36×36 of 64×64 pixels" in capsys.readouterr().out
     assert main(["plan", "resnet10t", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parts"] == 4
+
+
+def test_plan_of_a_narrow_model_says_what_is_replicated(capsys):
+    assert main(["plan", "tinynet_e", "4", "--narrow", "replicate"]) == 0
+    row = next(r for r in capsys.readouterr().out.splitlines() if r.startswith("blocks.1.0.se.act1"))
+    assert row.split()[1:4] == ["SiLU", "2×1×1", "2×1×1"] and "not linear on a sum" in row
+
+
+def test_colours_are_for_terminals(capsys, monkeypatch):
+    arguments = ["plan", "convnext_atto", "2", "--img-size", "64"]
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    main(arguments)
+    plain = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    main(arguments)
+    colours = capsys.readouterr().out
+    assert "\033" not in plain and colours.count("\033[32m") == plain.count("  exact\n")
+    assert re.sub("\033\\[\\d+m", "", colours) == plain
+    monkeypatch.setenv("NO_COLOR", "1")
+    main(arguments)
+    assert capsys.readouterr().out == plain
 
 
 def test_split_and_merge(tmp_path, capsys):

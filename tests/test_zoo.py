@@ -105,6 +105,14 @@ def test_features_have_the_places_of_the_model():
     assert (features.sum(0) <= 1).all()
 
 
+def test_parts_stack_every_output():
+    parts = timm_dd.split("resnet18", 4, features_only=True, img_size=64).eval()
+    x = torch.randn(2, 3, 64, 64)
+    stacked = parts(x)
+    assert [tuple(t.shape[:3]) for t in stacked] == [(4, 2, c) for c in (64, 64, 128, 256, 512)]
+    assert torch.equal(stacked[2][1], parts[1](parts.crops(x)[1])[2])
+
+
 def test_narrow_widths_are_an_error_or_replicated():
     with pytest.raises(SplitError, match=r"blocks.1.0.se.conv_reduce .* has 2 channels .* largest K .* 2$"):
         timm_dd.split("tinynet_e", 4, domain=Domain.full(4))

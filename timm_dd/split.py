@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils.data import default_collate
 
 from . import files, models
 from .domain import Domain, check_parts, default_domain
@@ -51,8 +52,9 @@ class Parts(nn.ModuleList):
         return tuple(box.crop(x) for box in self.plan.boxes())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of the parts, each on its own box: (K, B, classes); their sum over K is (2.16)."""
-        return torch.stack([part(crop) for part, crop in zip(self, self.crops(x))])
+        """Logits of the parts, each on its own box: (K, B, classes); their sum over K is (2.16). Of several outputs,
+        each is stacked."""
+        return default_collate([part(crop) for part, crop in zip(self, self.crops(x))])
 
     def save(self, folder: str | Path) -> None:
         """Write ``part-0000k-of-0000K.safetensors`` and ``plan.json``.
