@@ -259,6 +259,10 @@ ROWS = {
         ),
     ),
     "chunk": row(lambda: net(fn(lambda x: x.chunk(2, 1)[0] * torch.chunk(x, 2, dim=1)[1]), out=6)),
+    "chunk through a shuffle": row(
+        lambda: net(fn(lambda x: shuffle(torch.cat([x, x.tanh()], 1)).chunk(2, 1)[0]), width=7),
+        "cuts through channels that belong together",
+    ),
     "split": row(
         lambda: net(fn(lambda x: torch.cat([x.split([5, 7], 1)[1].relu(), torch.split(x, [5, 7], dim=1)[0]], 1)))
     ),
@@ -268,6 +272,27 @@ ROWS = {
     "stack and sum": row(lambda: net(fn(lambda x: torch.stack([x, x.tanh()], 1).sum(1)))),
     "permute and transpose": row(lambda: net(fn(lambda x: x.permute(0, 2, 3, 1).relu().transpose(1, 3)))),
     "expand": row(lambda: net(fn(lambda x: x * x.mean((2, 3), keepdim=True).expand_as(x)))),
+    "transposed weights": row(
+        lambda: net(tail=(fn(lambda x: x.mean((2, 3))), Parameter(lambda x, p: x @ p.t(), 5, 12)))
+    ),
+    "PixelShuffle": row(lambda: net(nn.PixelShuffle(2), conv(6, 12, 1), width=24, out=12)),
+    "PixelUnshuffle": row(lambda: net(conv(12, 6, 2, 2), fn(lambda x: F.pixel_unshuffle(x[..., :4, :4], 2)), out=24)),
+    "pixel shuffles": row(lambda: net(nn.PixelUnshuffle(3), fn(lambda x: F.pixel_shuffle(x, 3)))),
+    "flip, roll and cumsum of positions": row(
+        lambda: net(fn(lambda x: x.flip(2) + torch.roll(x, 1, 3) * x.cumsum(-1) + torch.flip(x, dims=(2, 3))))
+    ),
+    "flip of channels": row(lambda: net(fn(lambda x: x.flip([1]))), "flip along channels"),
+    "roll of channels": row(lambda: net(fn(lambda x: x.roll(1, 1))), "roll along channels"),
+    "cumsum of channels": row(lambda: net(fn(lambda x: torch.cumsum(x, 1))), "cumsum along channels"),
+    "GLU": row(lambda: net(nn.GLU(1), out=6)),
+    "GLU as a function": row(lambda: net(fn(lambda x: F.glu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)), out=6)),
+    "tensors of one number": row(
+        lambda: net(fn(lambda x: x * torch.full_like(x, 2) + torch.ones_like(x) - torch.zeros_like(x)))
+    ),
+    "LocalResponseNorm": row(lambda: net(nn.LocalResponseNorm(3)), "normalises over channels"),
+    "local_response_norm": row(lambda: net(fn(lambda x: F.local_response_norm(x, 3))), "normalises over channels"),
+    "normalize over channels": row(lambda: net(fn(F.normalize)), "normalises over channels"),
+    "normalize over positions": row(lambda: net(fn(lambda x: F.normalize(x, dim=-1)))),
     "squeeze and unsqueeze": row(lambda: net(fn(lambda x: x.mean((2, 3)).unsqueeze(-1).unsqueeze(-1).contiguous()))),
     "reshape by constants": row(lambda: net(tail=(fn(lambda x: x.reshape(-1, 12 * 81)), nn.Linear(12 * 81, 5)))),
     "variance over positions": row(lambda: net(fn(lambda x: x / x.std((2, 3), keepdim=True)))),

@@ -94,6 +94,12 @@ def choice(op: Op, *args, **kwargs) -> Value:
     return op.result(broadcast(op, *values), laws.pointwise, *values)
 
 
+@rule(torch.zeros_like, torch.ones_like, torch.full_like)
+def filled(op: Op, x: Value, *args, **kwargs) -> Value:
+    """One number everywhere."""
+    return op.result(x.axes, lambda context: laws.SHARD if any(map(context.is_cut, x.axes)) else laws.COPY)
+
+
 def _shifted(context, *inputs):
     return laws.linear(context, *inputs, laws.COPY)
 

@@ -181,6 +181,60 @@ def transpose(op: Op, x: Value, dim0: int, dim1: int) -> Value:
     return op.result(axes, laws.linear, x)
 
 
+@rule("t", torch.t)
+def t(op: Op, x: Value) -> Value:
+    return op.result(x.axes[::-1], laws.linear, x)
+
+
+@rule(nn.PixelShuffle)
+def pixel_shuffle_module(op: Op, x: Value) -> Value:
+    return pixel_shuffle(op, x, op.module.upscale_factor)
+
+
+@rule(F.pixel_shuffle)
+def pixel_shuffle(op: Op, x: Value, upscale_factor: int) -> Value:
+    """(B, C·r², H, W) to (B, C, H·r, W·r)."""
+    channels = op.channels(op.out.shape[1])
+    op.unify(x.axes[1], channels.times(upscale_factor**2))
+    return op.result([None, channels, None, None], laws.linear, x)
+
+
+@rule(nn.PixelUnshuffle)
+def pixel_unshuffle_module(op: Op, x: Value) -> Value:
+    return pixel_unshuffle(op, x, op.module.downscale_factor)
+
+
+@rule(F.pixel_unshuffle)
+def pixel_unshuffle(op: Op, x: Value, downscale_factor: int) -> Value:
+    """(B, C, H·r, W·r) to (B, C·r², H, W)."""
+    return op.result([None, x.axes[1].times(downscale_factor**2), None, None], laws.linear, x)
+
+
+@rule(torch.flip, "flip")
+def flip(op: Op, x: Value, *args, dims=()) -> Value:
+    return _move(op, x, dims or (args[0] if isinstance(args[0], (tuple, list)) else args))
+
+
+@rule(torch.roll, "roll")
+def roll(op: Op, x: Value, shifts, dims=None) -> Value:
+    if dims is None:
+        raise op.refuse("rolls the channels of all images together; give it dims")
+    return _move(op, x, dims if isinstance(dims, (tuple, list)) else [dims])
+
+
+@rule(torch.cumsum, "cumsum")
+def cumsum(op: Op, x: Value, dim: int) -> Value:
+    return _move(op, x, [dim])
+
+
+def _move(op: Op, x: Value, dims) -> Value:
+    """Linear along positions; channels that are cut would meet others in each part."""
+    law = laws.linear
+    for dim in dims:
+        law = laws.mixing(x.axes[dim], f"{op.name} along channels: each part sees only its own", law)
+    return op.result(x.axes, law, x)
+
+
 @rule("expand")
 def expand(op: Op, x: Value, *sizes) -> Value:
     """A dim of size 1 repeated a fixed number of times may stand for channels: that shows once it meets them."""
@@ -241,6 +295,20 @@ def _by_sizes(op: Op, x: Value, dim: int, where: tuple) -> tuple[Value, ...]:
     if x.axes[dim] is not None:
         op.arg(*where, value=lambda k: [op.planner.part_size(a, k) for a in axes])
     return values
+
+
+@rule(F.glu)
+def glu(op: Op, x: Value, dim: int = -1) -> Value:
+    """The first half of a dim, gated by the second."""
+    axes = list(x.axes)
+    if axes[dim] is not None:
+        axes[dim] = unify(*split_axis(axes[dim], op.out.shape[dim]))
+    return op.result(axes, laws.pointwise, x)
+
+
+@rule(nn.GLU)
+def glu_module(op: Op, x: Value) -> Value:
+    return glu(op, x, op.module.dim)
 
 
 @rule(torch.unbind, "unbind")
