@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -36,6 +39,12 @@ def test_colours_are_for_terminals(capsys, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     main(arguments)
     assert capsys.readouterr().out == plain
+
+
+def test_a_reader_may_stop_early():
+    command = f"set -o pipefail; {Path(sys.executable).parent / 'timm-dd'} plan resnet50 4 --json | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{", "")
 
 
 def test_split_and_merge(tmp_path, capsys):

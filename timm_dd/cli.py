@@ -111,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (SplitError, MergeError, TrainError, OSError) as e:
         print(f"timm-dd {args.command}: {e}", file=sys.stderr)
         return 1
