@@ -87,6 +87,18 @@ def test_stock_timm_loads_the_composed_model(saved, tmp_path):
     assert config["pretrained_cfg"]["input_size"] == [3, 64, 64] and config["pretrained_cfg"]["mean"] == [0.1, 0.2, 0.3]
 
 
+def test_parts_that_give_features(tmp_path):
+    parts = timm_dd.split("resnet10t", 2, features_only=True, img_size=64)
+    parts.save(tmp_path / "parts")
+    timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed")
+    assert [p.name for p in (tmp_path / "composed").iterdir()] == ["model.safetensors"]
+    model = timm.create_model("resnet10t", features_only=True)
+    model.load_state_dict(load_file(tmp_path / "composed" / "model.safetensors"))
+    x = torch.randn(1, 3, 64, 64)
+    for a, b in zip(model.eval()(x), timm_dd.merge(parts).eval()(x)):
+        assert torch.equal(a, b)
+
+
 def test_parts_of_a_module(tmp_path):
     model, x = Plain(width=8).double(), torch.randn(1, 3, 16, 16, dtype=torch.float64)
     parts = timm_dd.split(model, 2, example_input=x)

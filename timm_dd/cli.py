@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from .errors import MergeError, SplitError, TrainError
 
@@ -93,7 +94,9 @@ def _merge(args: argparse.Namespace) -> None:
     from .merge import merge_files
 
     merge_files(args.parts, args.output, head=args.head)
-    print(f"{args.output}: timm.create_model('local-dir:{args.output}', pretrained=True)")
+    timm_form = (Path(args.output) / "config.json").exists()
+    use = f"timm.create_model('local-dir:{args.output}', pretrained=True)" if timm_form else "model.safetensors"
+    print(f"{args.output}: {use}")
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -137,10 +137,11 @@ def save_composed(
     folder: str | Path, model: nn.Module, specs: Mapping, tensors: Iterable, data: Mapping | None = None
 ) -> None:
     """Write `tensors` (name, value), whose `specs` (shape, dtype) are known beforehand, and, for a timm model, its
-    config with what `data` says of its images (input_size, mean, std, interpolation, crop_pct)."""
+    config with what `data` says of its images (input_size, mean, std, interpolation, crop_pct). timm has no config for
+    models that give features of several layers."""
     with output_folder(folder) as out, contextlib.ExitStack() as stack:
         write_safetensors(stack.enter_context(replacing(out / "model.safetensors")), specs, tensors)
-        if hasattr(model, "pretrained_cfg"):
+        if hasattr(model, "pretrained_cfg") and hasattr(model, "num_classes"):
             config = stack.enter_context(replacing(out / "config.json"))
             known = ("input_size", "mean", "std", "interpolation", "crop_pct")
             data = {k: v for k, v in (data or {}).items() if k in known}
