@@ -12,7 +12,7 @@ import timm_dd
 from timm_dd import Domain, SplitError
 
 FAMILIES = [
-    "resnet18", "resnet26d", "resnext50_32x4d", "wide_resnet50_2", "seresnet50", "regnetx_004", "regnety_004",
+    "resnet18", "resnet26d", "resnext50_32x4d", "seresnet50", "regnetx_004", "regnety_004",
     "mobilenetv2_050", "mobilenetv3_small_050", "mobilenetv3_large_100", "efficientnet_b0", "tf_efficientnet_b0",
     "densenet121", "dd_resnet32",
 ]  # fmt: skip
