@@ -124,7 +124,7 @@ class Planner:
         self.outputs: list[tuple[str, Value]] = []
         self.ops: list[tuple[Op, Any]] = []
         self.summed: set[str] = set()
-        self.approximations: list[tuple[str, str, str]] = []
+        self.approximations: dict[tuple[str, str, str], None] = {}  # in the order of the graph
         self.current: Value | None = None
         self._frozen: dict[int, tuple[Axis, FrozenAxis]] = {}
 
@@ -228,8 +228,7 @@ class Planner:
         name = self.alias.get(op.node.target, op.node.target)
         if name not in self.params:
             self.params[name] = Param(tuple(Axis.of(Width(n, active=False) if n > 1 else 1) for n in op.out.shape))
-        trained = name in dict(self.gm.named_parameters(remove_duplicate=False))
-        axes = self.params[name].axes
+        trained, axes = isinstance(self.tensors.get(name), torch.nn.Parameter), self.params[name].axes
 
         def law(context):
             if any(context.is_cut(a) for a in axes):
@@ -313,9 +312,7 @@ class Planner:
 
     def approximate(self, reason: str) -> Relation:
         cut = any(self.is_cut(a) for a in self.current.axes)
-        row = (self.current.op.node.name, self.current.op.path, reason)
-        if row not in self.approximations:
-            self.approximations.append(row)
+        self.approximations[self.current.op.node.name, self.current.op.path, reason] = None
         return Relation(Kind.SHARD if cut else Kind.COPY)
 
     def plan(self, model: str | None, model_args: dict) -> Plan:
