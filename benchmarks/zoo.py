@@ -5,10 +5,11 @@
 
 In float64 with random weights and statistics, every part seeing the whole image: an exact plan has
 |F(x) - Σ F_k(x)| <= 1e-9 |F(x)|, an approximate one has not, and splitting the composed model gives the parts back.
-Where |F(x(1 + ε)) - F(x)|, "rounding" in the table, is above 1e-9 itself, that is the bar: some very deep random
-networks lose seven digits whatever computes them.
+Some very deep random networks lose ten digits, whatever computes them: where ten times |F(x(1 + ε)) - F(x)| / |F(x)|,
+"rounding" in the table, is above 1e-9, that is the bar.
 What is narrower than K is kept whole ("replicated" in the table). Models over --max-params are split on the meta
-device, and the shapes of their parts' tensors and outputs are checked. A table that was begun is continued.
+device, and the shapes of their parts' tensors and outputs are checked. A table that was begun is continued,
+and what failed is tried again.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def check(name: str, parts: int, max_params: float) -> dict:
         shapes(name, plan, narrow)
         return {**row, "verdict": "exact, shapes alone" if plan.exact else "approximate, shapes alone"}
     error, rounding = compare(name, plan, narrow)
-    claim = error <= max(1e-9, rounding)
+    claim = error <= max(1e-9, 10 * rounding)
     assert claim == plan.exact, f"the plan says {'exact' if plan.exact else 'approximate'}, the error is {error:.1e}"
     verdict = "exact" if plan.exact else "approximate"
     return {**row, "verdict": verdict, "error": f"{error:.1e}", "rounding": f"{rounding:.1e}"}
@@ -124,7 +125,7 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     origin, table, done = provenance(), FOLDER / f"k{args.parts}.csv", {}
     if not args.names and table.exists():
-        done = {row["model"]: row for row in csv.DictReader(table.open()) if row["timm_dd"] == origin["timm_dd"]}
+        done = {row["model"]: row for row in csv.DictReader(table.open()) if row["verdict"] != "FAILED"}
     names = args.names or (FOLDER / "names.txt").read_text().split()
     rows = [done[n] for n in names if n in done]
     for name in tqdm([n for n in names if n not in done], disable=None):
