@@ -1,5 +1,7 @@
-"""Every code block of the README runs, in the order in which a reader meets them, in an empty folder."""
+"""Every code block of the README runs, in the order in which a reader meets them, in an empty folder; its figures are
+those of the benchmarks' tables."""
 
+import csv
 import os
 import re
 import subprocess
@@ -9,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.S)
 INSTALL = re.compile(r"^pip install '\.\[(\w+)\]' && ")
 
 
@@ -51,3 +54,14 @@ def test_the_second_block_installs_and_runs_these_tests():
 @pytest.mark.parametrize("block", range(2, len(BLOCKS)))
 def test_block(block, folder):
     run(*BLOCKS[block], folder)
+
+
+@pytest.mark.parametrize("parts", ["2", "4"])
+def test_totals_are_those_of_the_tables(parts):
+    names = (ROOT / "benchmarks/zoo/names.txt").read_text().split()
+    rows = list(csv.DictReader((ROOT / f"benchmarks/zoo/k{parts}.csv").open()))
+    exact = sum(r["verdict"].startswith("exact") for r in rows)
+    approximate = sum(r["verdict"].startswith("approximate") for r in rows)
+    replicated = sum(r["replicated"] == "yes" for r in rows)
+    assert sorted(r["model"] for r in rows) == sorted(names) and exact + approximate == len(names)
+    assert f"| {parts} | {exact} | {approximate} | {replicated} | [k{parts}.csv](benchmarks/zoo/k{parts}.csv) |" in TEXT
