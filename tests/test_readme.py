@@ -56,7 +56,7 @@ def test_block(block, folder):
     run(*BLOCKS[block], folder)
 
 
-@pytest.mark.parametrize("parts", ["2", "4"])
+@pytest.mark.parametrize("parts", ["2", "4", "8"])
 def test_totals_are_those_of_the_tables(parts):
     names = (ROOT / "benchmarks/zoo/names.txt").read_text().split()
     rows = list(csv.DictReader((ROOT / f"benchmarks/zoo/k{parts}.csv").open()))
