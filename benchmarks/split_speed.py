@@ -20,6 +20,7 @@ from common import provenance
 
 import timm_dd
 from timm_dd import Domain
+from timm_dd.errors import headline
 
 NAMED = (
     "resnet50 densenet121 densenet201 efficientnet_b0 hrnet_w18_small convnext_tiny ghostnet_100 regnety_040".split()
@@ -68,7 +69,7 @@ def seconds(work: Callable[[str], Callable], name: str) -> float | None:
         check()
         return elapsed
     except Exception as e:  # torch-pruning fails in many ways
-        print(f"{name}: {work.__name__}: {type(e).__name__}: {str(e).splitlines()[0][:100]}", file=sys.stderr)
+        print(f"{name}: {work.__name__}: {type(e).__name__}: {headline(e)[:100]}", file=sys.stderr)
         return None
 
 

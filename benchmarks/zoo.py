@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import timm_dd
 from timm_dd import Domain, SplitError
+from timm_dd.errors import headline
 
 FOLDER = Path(__file__).parent / "zoo"
 FIELDS = ["model", "parts", "verdict", "replicated", "params", "part_params", "error", "rounding", "seconds", "reason"]
@@ -100,13 +101,9 @@ def compare(name: str, plan, narrow: str | None, statistics: bool = False) -> tu
     x = torch.randn(1, *plan.input_size, dtype=torch.float64)
     merged = timm_dd.merge(parts).double().eval()
     with torch.no_grad():
-        whole, nudged, own = (
-            outputs(merged(x)),
-            outputs(merged(x * (1 + EPSILON))),
-            [outputs(part(x)) for part in parts],
-        )
+        whole, nudged, *own = (outputs(y) for y in (merged(x), merged(x * (1 + EPSILON)), *(part(x) for part in parts)))
     assert all(t.isfinite().all() for t in whole), "the composed model's outputs are not finite"
-    again = timm_dd.split(merged, plan.parts, domain=full, narrow=narrow, example_input=x[:1])
+    again = timm_dd.split(merged, plan.parts, domain=full, narrow=narrow, example_input=x)
     for part, back in zip((p.state_dict() for p in parts), (p.state_dict() for p in again)):
         for key, t in part.items():
             if t.shape != plan.tensors[key].shape:
@@ -149,7 +146,7 @@ def main() -> int:
         try:
             row = check(name, args.parts, args.max_params)
         except Exception as e:  # a model that fails is a row of the table
-            row = {"verdict": "FAILED", "reason": f"{type(e).__name__}: {str(e).splitlines()[0]}"}
+            row = {"verdict": "FAILED", "reason": f"{type(e).__name__}: {headline(e)}"}
         rows.append({"model": name, "parts": args.parts, **row, "seconds": f"{time.time() - start:.1f}", **origin})
         tqdm.write(" ".join(f"{rows[-1].get(f, '')}" for f in FIELDS))
         if not args.names:

@@ -54,7 +54,7 @@ class Tracer(fx.Tracer):
                     given = node.op == "placeholder"
                     self._env[node] = self._inputs[node.target] if given else evaluate(self.root, node, self._env)
             value = self._env[obj.node]
-        except Exception:  # not to be known from sizes
+        except Exception:  # any operation may fail on meta tensors; then fx says what it cannot trace
             return super().to_bool(obj)
         finally:
             self._evaluating = False

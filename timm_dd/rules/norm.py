@@ -159,13 +159,12 @@ def global_response_norm(op: Op, x: Value) -> Value:
     return op.result(x.axes, _over(op, [axis], per_channel(axis, *op.names("weight", "bias"))), x)
 
 
-@rule(nn.LocalResponseNorm)
-def local_response_norm(op: Op, x: Value) -> Value:
+@rule(nn.LocalResponseNorm, F.local_response_norm)
+def local_response_norm(op: Op, x: Value, *args, **kwargs) -> Value:
     """Each channel is divided by its neighbours."""
     return op.result(x.axes, _over(op, x.axes[1:2], pointwise), x)
 
 
-@rule(F.normalize, F.local_response_norm)
+@rule(F.normalize)
 def normalize(op: Op, x: Value, p: float = 2.0, dim: int = 1, *args, **kwargs) -> Value:
-    axis = x.axes[1 if op.node.target is F.local_response_norm else dim]
-    return op.result(x.axes, _over(op, [axis], pointwise), x)
+    return op.result(x.axes, _over(op, [x.axes[dim]], pointwise), x)

@@ -153,12 +153,8 @@ def _separate(op: Op, axis: Axis, sizes: list[int]) -> list[Axis]:
     first."""
     terms = axis.resolve().terms
     if len(terms) > 1:
-        inner = axis.size // sizes[0]
-        pieces, rest = [], axis
-        for _ in range(sizes[0] - 1):
-            piece, rest = split_axis(rest, inner)
-            pieces.append(piece)
-        for piece in pieces:
+        *others, rest = _apart(axis, [axis.size // sizes[0]] * sizes[0])
+        for piece in others:
             rest = unify(rest, piece)
         return [Axis.of(sizes[0]), *(_separate(op, rest, sizes[1:]) if len(sizes) > 2 else [rest])]
     atoms = [Width(n, op.where(), active=False) if n > 1 else 1 for n in sizes]
@@ -289,14 +285,6 @@ def split(op: Op, x: Value, split_size_or_sections, dim: int = 0) -> tuple[Value
     return _by_sizes(op, x, dim, op.argument(1, keyword))
 
 
-def _by_sizes(op: Op, x: Value, dim: int, where: tuple) -> tuple[Value, ...]:
-    values = _pieces(op, x, dim)
-    axes = [v.axes[dim] for v in values]
-    if x.axes[dim] is not None:
-        op.arg(*where, value=lambda k: [op.planner.part_size(a, k) for a in axes])
-    return values
-
-
 @rule(F.glu)
 def glu(op: Op, x: Value, dim: int = -1) -> Value:
     """The first half of a dim, gated by the second."""
@@ -319,18 +307,18 @@ def unbind(op: Op, x: Value, dim: int = 0) -> tuple[Value, ...]:
     return tuple(op.result(axes, laws.linear, x) for _ in op.out)
 
 
-def _pieces(op: Op, x: Value, dim: int) -> tuple[Value, ...]:
+def _by_sizes(op: Op, x: Value, dim: int, where: tuple) -> tuple[Value, ...]:
+    """Pieces along a dim, whose sizes in a part stand at `where`."""
     axis, sizes, law = x.axes[dim], [piece.shape[dim] for piece in op.out], laws.linear
-    cuts = [None] * len(sizes) if axis is None else _cut(op, axis, sizes)
-    if axis is not None and cuts is None:
+    if axis is None:
+        return tuple(op.result(x.axes, law, x) for _ in sizes)
+    cuts = _cut(op, axis, sizes)
+    if cuts is None:
         cuts = _cut_inner(axis, len(sizes))
         law = laws.mixing(axis, "cuts through channels that belong together: each part cuts its own", law)
-    values = []
-    for piece in cuts:
-        axes = list(x.axes)
-        axes[dim] = piece
-        values.append(op.result(axes, law, x))
-    return tuple(values)
+    op.arg(*where, value=lambda k: [op.planner.part_size(cut, k) for cut in cuts])
+    dim %= len(x.axes)
+    return tuple(op.result((*x.axes[:dim], cut, *x.axes[dim + 1 :]), law, x) for cut in cuts)
 
 
 def _cut(op: Op, axis: Axis, sizes: list[int]) -> list[Axis] | None:
@@ -344,15 +332,20 @@ def _cut(op: Op, axis: Axis, sizes: list[int]) -> list[Axis] | None:
         op.planner.thresholds.update(each)
         if min(each, default=op.parts) < op.parts:
             return None
-    cuts, rest = [], axis
     try:
-        for size in sizes[:-1]:
-            cut, rest = split_axis(rest, size)
-            cuts.append(cut)
+        return _apart(axis, sizes)
     except WidthError:
         if tied:
             return None
         raise
+
+
+def _apart(axis: Axis, sizes: list[int]) -> list[Axis]:
+    """The pieces of a concatenation."""
+    cuts, rest = [], axis
+    for size in sizes[:-1]:
+        cut, rest = split_axis(rest, size)
+        cuts.append(cut)
     return [*cuts, rest]
 
 
