@@ -371,6 +371,24 @@ def channels_last(norm):
     return fn(lambda x, n: n(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), norm)
 
 
+def sequence(rnn):
+    """Rows of the image as steps in time; what is left of the sequence meets the last states."""
+
+    def run(x, rnn):
+        y, states = rnn(x.flatten(1, 2).transpose(1, 2))
+        hidden = states[0] if rnn.mode == "LSTM" else states
+        return torch.cat([y[:, -1], hidden[-1]], 1)
+
+    directions = 2 if rnn.bidirectional else 1
+    out = rnn.proj_size or rnn.hidden_size
+    return nn.Sequential(fn(run, rnn), nn.Linear((directions + 1) * out, 5))
+
+
+def two_sequences(x, first, second):
+    x = x.flatten(1, 2).transpose(1, 2)
+    return second(x, first(x)[1])[0].mean(1)
+
+
 G = "groups do not divide among the parts"
 S = "not linear on a sum"
 STANDARDISED = (tl.StdConv2d, StdConv2dSame, tl.ScaledStdConv2d, tl.ScaledStdConv2dSame)
@@ -428,6 +446,22 @@ ROWS |= {
     "where": row(lambda: net(fn(lambda x: torch.where(x > 0, x, 0.1 * x)))),
     "in place": row(lambda: net(fn(in_place))),
     "a branch on sizes": row(lambda: net(fn(lambda x: x * x.shape[1] if x.shape[2] % 2 else x.relu()))),
+    "RNN": row(lambda: sequence(nn.RNN(27, 12, batch_first=True, num_layers=2, nonlinearity="relu"))),
+    "LSTM": row(lambda: sequence(nn.LSTM(27, 12, batch_first=True, num_layers=2, bidirectional=True))),
+    "LSTM with a projection": row(lambda: sequence(nn.LSTM(27, 12, batch_first=True, bias=False, proj_size=8))),
+    "GRU": row(lambda: sequence(nn.GRU(27, 12, batch_first=True, bidirectional=True))),
+    "LSTM with given states": row(
+        lambda: nn.Sequential(
+            fn(two_sequences, *(nn.LSTM(27, 12, batch_first=True) for _ in range(2))), nn.Linear(12, 5)
+        )
+    ),
+    "GRU on a sum": row(
+        lambda: net(
+            tail=(conv(12, 1, 1), fn(lambda x, g: g(x.flatten(1, 2))[0][:, -1], nn.GRU(9, 12, batch_first=True))),
+            out=12,
+        ).append(nn.Linear(12, 5)),
+        "of which each part has only its own term",
+    ),
     "one gate of several": row(lambda: net(fn(lambda x, c: x * c(x)[:, 1:2].sigmoid(), conv(12, 3, 1))), S),
 }
 
@@ -461,6 +495,7 @@ def test_rule(name, parts):
                 assert torch.equal(tensor, b.state_dict()[key]), key
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("name", ROWS)
 def test_a_part_trains(name):
     """Every parameter of a part gets a gradient, on the part's own box."""

@@ -69,32 +69,6 @@ def test_parts_train_on_their_crops(domain):
     assert all(p.grad is not None for p in parts.parameters())
 
 
-# ---- the first fully connected layer, (2.13): exact on sub-images with valid padding and aligned boxes
-
-
-class Flat(nn.Module):
-    def __init__(self, dims, side):
-        super().__init__()
-        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
-        self.body = nn.Sequential(conv(2, 8, 2, stride=2), nn.Tanh(), conv(8, 6, 1), nn.Tanh())
-        self.fc1, self.fc2 = nn.Linear(6 * (side // 2) ** dims, 9), nn.Linear(9, 5)
-
-    def forward(self, x):
-        return self.fc2(torch.tanh(self.fc1(self.body(x).flatten(1))))
-
-
-@pytest.mark.parametrize(
-    "dims, grid, overlap", [(1, (3,), 0), (2, (2, 2), 0), (2, (2, 2), 4), (2, (1, 3), 0), (3, (2, 1, 2), 0)]
-)
-def test_sub_images_are_exact_with_valid_padding(dims, grid, overlap):
-    """(2.16) for a network that flattens: F(x) = Σ F_k(box k of x), also where boxes overlap."""
-    x = images(2, 2, *[12] * dims)
-    domain = Domain.grid(*grid, overlap=overlap)
-    parts = shake(timm_dd.split(Flat(dims, 12), domain.parts, domain=domain, example_input=x))
-    merged = timm_dd.merge(parts).double().eval()
-    assert torch.allclose(merged(x), parts(x).sum(0), rtol=RELATIVE, atol=RELATIVE)
-
-
 # ---- fresh parts
 
 

@@ -294,7 +294,7 @@ def _check_names(plan: Plan, names: set[str], where: str) -> None:
 
 
 def _check_tensor(plan: Plan, k: int, name: str, tensor: torch.Tensor, where: str) -> None:
-    expected = plan.tensors[name].part_shape(k, plan.parts)
+    expected = plan.tensors[name].part_shape(k, plan.divisor)
     if tuple(tensor.shape) != expected:
         raise MergeError(
             f"{where}: {name} has shape {tuple(tensor.shape)}, expected {expected}; it is a part of another split"

@@ -39,7 +39,7 @@ def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | No
     else:
         plan = files.load_plan(parts)
         states = [files.load_part(parts, plan, k) for k in range(plan.parts)]
-    check_head(plan, head)
+    check_mergeable(plan, head)
     files.check_dtypes(states)
     merged = (
         models.create(plan.model, **plan.model_args)
@@ -78,7 +78,7 @@ def merge_files(
         MergeError: as `merge`; the output folder is left as it was.
     """
     plan = files.load_plan(folder)
-    check_head(plan, head)
+    check_mergeable(plan, head)
     with files.open_parts(folder, plan) as read:
         empty = plan_model(plan, model)
         specs = {name: (t.shape, read(0, name).dtype) for name, t in plan.tensors.items() if name in empty.state_dict()}
@@ -91,7 +91,13 @@ def merge_files(
         )
 
 
-def check_head(plan: Plan, head: str) -> None:
+def check_mergeable(plan: Plan, head: str) -> None:
+    """Raise MergeError unless K parts of a K-th of the width are to be merged, with a head that they have."""
+    if plan.divisor != plan.parts:
+        raise MergeError(
+            f"{plan.parts} parts of a network whose width was divided by {plan.divisor} do not fill it; "
+            f"only parts split with width_divisor={plan.parts}, the default, can be merged"
+        )
     if head not in HEADS:
         raise MergeError(f"head is 'sum' (classification) or 'mean' (regression), got {head!r}")
     if head == "mean" and not plan.head:
@@ -104,13 +110,13 @@ def merge_tensors(
     """The global tensors, one after another; ``read(k, name)`` gives part k's."""
     for name in names:
         t = plan.tensors[name]
-        tensor = merge_tensor(t, [read(k, name) for k in range(plan.parts)], plan.parts)
+        tensor = merge_tensor(t, [read(k, name) for k in range(plan.parts)])
         if head == "mean" and name in plan.head:
             tensor = tensor / plan.parts
         yield name, tensor
 
 
-def merge_tensor(t: TensorPlan, blocks: Sequence[torch.Tensor], parts: int) -> torch.Tensor:
+def merge_tensor(t: TensorPlan, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
     """One global tensor: the blocks in their places, or their sum, or the mean of those that own an element."""
     if not blocks[0].is_floating_point() and t.reduce != "place":
         return torch.stack(list(blocks)).amax(0)  # a count of batches
@@ -119,9 +125,9 @@ def merge_tensor(t: TensorPlan, blocks: Sequence[torch.Tensor], parts: int) -> t
     out = blocks[0].new_zeros(t.shape, dtype=blocks[0].dtype if t.reduce == "place" else torch.float64)
     owners = torch.zeros(t.shape)
     for k, block in enumerate(blocks):
-        at = _mesh(t, k, parts)
+        at = t.block(k, len(blocks))
         if t.reduce == "place":
-            rows = t.index(k, parts)[0] if t.outside == "mean" else None
+            rows = t.index(k, len(blocks))[0] if t.outside == "mean" else None
             if rows is not None:
                 out[rows] = block.double().mean(tuple(range(1, block.ndim)), keepdim=True).to(block.dtype)
             out[at] = block
@@ -129,9 +135,3 @@ def merge_tensor(t: TensorPlan, blocks: Sequence[torch.Tensor], parts: int) -> t
             out[at] += block
             owners[at] += 1
     return (out / owners.clamp(min=1) if t.reduce == "mean" else out).to(blocks[0].dtype)
-
-
-def _mesh(t: TensorPlan, k: int, parts: int) -> tuple:
-    """An index of part k's block, open as in ``numpy.ix_``."""
-    index = [torch.arange(n) if ix is None else ix for n, ix in zip(t.shape, t.index(k, parts))]
-    return torch.meshgrid(*index, indexing="ij") if len(index) > 1 else tuple(index) or (...,)

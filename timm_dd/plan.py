@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .domain import Domain
+from .domain import Domain, spatial
 from .table import table
 from .widths import FrozenAxis
 
@@ -45,12 +45,17 @@ class TensorPlan:
     scale: tuple[float, ...] = ()
     outside: str = "zero"
 
-    def index(self, k: int, parts: int) -> tuple[torch.Tensor | None, ...]:
+    def index(self, k: int, divisor: int) -> tuple[torch.Tensor | None, ...]:
         """Part k's indices along each dim, None where it has all of them."""
-        return tuple(None if a is None else a.index(k, parts) for a in self.axes)
+        return tuple(None if a is None else a.index(k, divisor) for a in self.axes)
 
-    def part_shape(self, k: int, parts: int) -> tuple[int, ...]:
-        return tuple(n if a is None else a.part_size(k, parts) for n, a in zip(self.shape, self.axes))
+    def block(self, k: int, divisor: int) -> tuple:
+        """Part k's elements of the global tensor, as an open index like that of ``numpy.ix_``."""
+        index = [torch.arange(n) if ix is None else ix for n, ix in zip(self.shape, self.index(k, divisor))]
+        return torch.meshgrid(*index, indexing="ij") if len(index) > 1 else tuple(index) or (...,)
+
+    def part_shape(self, k: int, divisor: int) -> tuple[int, ...]:
+        return tuple(n if a is None else a.part_size(k, divisor) for n, a in zip(self.shape, self.axes))
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Plan:
 
     Attributes:
         model, model_args: timm's name and arguments; None and {} for a module of one's own.
+        divisor: of the widths; only K parts of a K-th of the width can be merged.
         input_size: (C, *size) of the whole image.
         outputs: where a part's outputs are its own channels; empty for logits, of which every part gives all.
         constants: as `tensors`, for what the model computes and keeps out of its state dict (a fixed filter).
@@ -100,6 +106,7 @@ class Plan:
     model: str | None
     model_args: dict
     parts: int
+    divisor: int
     input_size: tuple[int, ...]
     domain: Domain
     tensors: dict[str, TensorPlan]
@@ -113,15 +120,15 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Whether the merged model is the sum of its parts, every part seeing the whole image, in eval mode."""
-        return not self.approximations
+        return self.divisor == self.parts and not self.approximations
 
     def params(self, k: int | None = None) -> int:
         """The number of parameters of part `k`, or of the global model."""
-        shapes = (t.shape if k is None else t.part_shape(k, self.parts) for t in self.tensors.values() if t.trained)
+        shapes = (t.shape if k is None else t.part_shape(k, self.divisor) for t in self.tensors.values() if t.trained)
         return sum(map(math.prod, shapes))
 
     def boxes(self):
-        return self.domain.boxes(self.input_size[1:])
+        return self.domain.boxes(spatial(self.input_size))
 
     def to_json(self) -> dict:
         return {
@@ -129,6 +136,7 @@ class Plan:
             "model": self.model,
             "model_args": self.model_args,
             "parts": self.parts,
+            "width_divisor": self.divisor,
             "input_size": list(self.input_size),
             "domain": self.domain.to_json(),
             "exact": self.exact,
@@ -147,6 +155,7 @@ class Plan:
             model=d["model"],
             model_args=d["model_args"],
             parts=int(d["parts"]),
+            divisor=int(d["width_divisor"]),
             input_size=tuple(d["input_size"]),
             domain=Domain.from_json(d["domain"]),
             tensors={name: _tensor_from_json(t) for name, t in d["tensors"].items()},
@@ -169,7 +178,7 @@ class Plan:
         """A table of the layers: path, operation, shapes in the model and in a part, exact or why not."""
         largest = max(range(self.parts), key=self.params)
         boxes = ", ".join(dict.fromkeys("×".join(map(str, b.extent)) for b in self.boxes()))
-        size = "×".join(map(str, self.input_size[1:]))
+        size = "×".join(map(str, spatial(self.input_size)))
         head = f"{self.model or 'module'} in {self.parts} parts; {self.domain}: {boxes} of {size} pixels"
         rows = [("layer", "operation", "global", f"part {largest}", "")]
         rows += [_row(layer, largest, colour) for layer in self.layers]
@@ -178,6 +187,8 @@ class Plan:
         return "\n".join([head, "", table(rows), "", total, *self._verdict()])
 
     def _verdict(self) -> list[str]:
+        if self.divisor != self.parts:
+            return [f"not to be merged: {self.parts} parts of a {self.divisor}-th of the width"]
         if self.exact:
             return ["exact: the merged model is the sum of its parts"]
         counts = Counter(reason for *_, reason in self.approximations)

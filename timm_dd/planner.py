@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .domain import Domain
+from .domain import Domain, spatial
 from .errors import SplitError, WidthError
 from .plan import EditPlan, Layer, OutputPlan, Plan, TensorPlan
 from .rules.laws import COPY, UNSCALABLE, Kind, Relation
@@ -28,28 +28,30 @@ from .widths import Axis, FrozenAxis, Width, freeze, make_whole, unify
 
 def make_plan(
     gm: fx.GraphModule,
-    parts: int,
+    divisor: int,
     domain: Domain,
     input_size: Sequence[int],
     model: str | None = None,
     model_args: dict | None = None,
     *,
-    features: bool = False,
+    outputs: str = "logits",
     replicate: bool = False,
 ) -> Plan:
     """Plan the split of a traced `skeleton`.
 
     Args:
         gm: from `trace.trace`.
-        input_size: the whole image, (C, *size).
-        features: the outputs are features, of which each part gives its own channels; otherwise they are logits, whole
-            in every part.
+        divisor: of the widths: K, unless the parts are not to be merged.
+        input_size: the whole image, (C, *size), or (F,).
+        outputs: ``logits``, whole in every part; ``features``, of which each part gives its own channels; ``boxes``, of
+            the input's shape, of which each part gives its box.
         replicate: keep Widths smaller than K whole in every part.
 
     Raises:
-        SplitError: an operation without a rule, a layer narrower than `parts`, a box on which the network does not run.
+        SplitError: an operation without a rule, a layer narrower than `divisor`, a box on which the network does not
+            run.
     """
-    planner = Planner(gm, parts, domain, input_size, features)
+    planner = Planner(gm, divisor, domain, input_size, outputs)
     try:
         planner.read()
     except _Inexpressible as e:
@@ -57,10 +59,10 @@ def make_plan(
     if replicate:
         planner.replicate()
     width, most = planner.narrowest()
-    if most < parts:
-        fewer = "fewer than" if width.size < parts else "and needs two in each of"
+    if most < divisor:
+        fewer = "fewer than" if width.size < divisor else "and needs two in each of"
         raise SplitError(
-            f"{width.origin} has {width.size} channels to cut, {fewer} {parts} parts; narrow='replicate' keeps them "
+            f"{width.origin} has {width.size} channels to cut, {fewer} {divisor} parts; narrow='replicate' keeps them "
             f"whole in every part; otherwise the largest K that works here is {_largest(planner)}"
         )
     return planner.plan(model, model_args or {})
@@ -73,9 +75,9 @@ class _Inexpressible(SplitError):
 def _largest(planner: Planner) -> int:
     """The largest K below the planner's that works. How Widths arise changes with K only at the numbers of groups that
     `Op.grouped` met, so one reading serves all K between two of those."""
-    parts, failed = planner.parts, planner
+    parts, failed = planner.divisor, planner
     while parts > 1:
-        planner = Planner(failed.gm, parts, Domain.full(parts), failed.input_size, failed.features)
+        planner = Planner(failed.gm, parts, Domain.full(parts), failed.input_size, failed.output_kind)
         below = parts - 1
         try:
             planner.read()
@@ -104,11 +106,11 @@ class Planner:
     """One reading of the graph: `read` unifies axes node by node, `plan` cuts them and evaluates the laws."""
 
     def __init__(
-        self, gm: fx.GraphModule, parts: int, domain: Domain, input_size: Sequence[int], features: bool = False
+        self, gm: fx.GraphModule, divisor: int, domain: Domain, input_size: Sequence[int], outputs: str = "logits"
     ):
-        self.gm, self.parts, self.domain, self.input_size = gm, parts, domain, tuple(input_size)
-        self.features = features
-        self.sizes = Sizes(gm, input_size, domain.boxes(input_size[1:]))
+        self.gm, self.divisor, self.domain, self.input_size = gm, divisor, domain, tuple(input_size)
+        self.output_kind = outputs
+        self.sizes = Sizes(gm, input_size, domain.boxes(spatial(input_size)))
         self.tensors = {
             **dict(gm.named_buffers(remove_duplicate=False)),
             **dict(gm.named_parameters(remove_duplicate=False)),
@@ -139,7 +141,7 @@ class Planner:
             try:
                 env[node] = self._value(op, env)
             except WidthError as e:
-                raise _Inexpressible(f"{op.where()} cannot be cut into {self.parts} parts: {e}") from e
+                raise _Inexpressible(f"{op.where()} cannot be cut into {self.divisor} parts: {e}") from e
             self.sizes.others(node, op.resize, op.where())
             self._place(env[node], self.sizes.at(node))
             self.ops.append((op, env[node]))
@@ -149,7 +151,7 @@ class Planner:
     def _value(self, op: Op, env: dict) -> Any:
         node = op.node
         if node.op == "placeholder":
-            whole = [None, Axis.of(op.out.shape[1]), *[None] * (op.out.ndim - 2)]
+            whole = [None, Axis.of(op.out.shape[1]), *[None] * (op.out.ndim - 2)] if op.out.ndim > 2 else [None, None]
             return op.result(whole, lambda context: COPY)
         if node.op == "get_attr":
             return self._attribute(op)
@@ -158,7 +160,7 @@ class Planner:
         if not _tensors(op.out):
             self._pin(op, env)
             return op.out  # a size, a dtype
-        if self.parts == 1 and not self.sizes.boxed:
+        if self.divisor == 1 and not self.sizes.boxed:
             return self._uncut(op.out, op)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
         if not any(isinstance(v, Value) for v in _flat((args, tuple(kwargs.values())))):
@@ -200,7 +202,7 @@ class Planner:
             rank = [
                 (
                     chosen.isdisjoint(a.widths()),
-                    -min(self.parts, *(w.size for w in a.widths())),
+                    -min(self.divisor, *(w.size for w in a.widths())),
                     any(w.mixed for w in a.widths()),
                 )
                 for a in free
@@ -238,12 +240,29 @@ class Planner:
         return op.result(axes, law)
 
     def _output(self, output: fx.Node, env: dict) -> None:
-        """Logits are whole, every part gives all of them; of features it gives its own."""
+        """Logits are whole, every part gives all of them; of features it gives its own, of boxes those of its box."""
         for node in output.all_input_nodes:
-            self.outputs += [(node.name, v) for v in _flat(env[node]) if isinstance(v, Value)]
-            if not (self.features and isinstance(env[node], Value)):
-                for axis in (a for v in _flat(env[node]) if isinstance(v, Value) for a in v.axes if a is not None):
+            values = [v for v in _flat(env[node]) if isinstance(v, Value)]
+            self.outputs += [(node.name, v) for v in values]
+            if self.output_kind == "features" and isinstance(env[node], Value):
+                continue
+            for v in values:
+                if self.output_kind == "boxes":
+                    self._reconstruct(v)
+                for axis in (a for a in v.axes if a is not None):
                     make_whole(axis)
+
+    def _reconstruct(self, value: Value) -> None:
+        """The positions of an output of the input's shape are the input's."""
+        image = self.values[0]
+        if value.shape != image.shape:
+            raise SplitError(
+                f"{value.op.where()}: reconstruct expects an output of the input's shape {image.shape[1:]}, "
+                f"got {value.shape[1:]}"
+            )
+        for dim in range(len(image.shape) - len(spatial(self.input_size)), len(image.shape)):
+            if value.axes[dim] is not None:
+                unify(value.axes[dim], Axis.of(self.sizes.window(image, dim)))
 
     def _place(self, value: Any, at: list) -> None:
         if isinstance(value, Value):
@@ -276,12 +295,12 @@ class Planner:
 
     def narrowest(self) -> tuple[Width, int]:
         """The Width that allows the fewest parts, and how many."""
-        return min(self._limits(), key=lambda limit: limit[1], default=(Width(self.parts), self.parts))
+        return min(self._limits(), key=lambda limit: limit[1], default=(Width(self.divisor), self.divisor))
 
     def replicate(self) -> None:
         """Keep Widths that are too narrow for K parts whole in every part."""
         for width, most in self._limits():
-            if most < self.parts:
+            if most < self.divisor:
                 make_whole(Axis.of(width))
         self._give_owners()
 
@@ -298,10 +317,10 @@ class Planner:
         return self._frozen[id(axis)][1]
 
     def part_size(self, axis: Axis, k: int) -> int:
-        return self.frozen(axis).part_size(k, self.parts)
+        return self.frozen(axis).part_size(k, self.divisor)
 
     def is_cut(self, axis: Axis | None) -> bool:
-        return axis is not None and self.parts > 1 and self.frozen(axis).is_cut
+        return axis is not None and self.divisor > 1 and self.frozen(axis).is_cut
 
     def is_mixed(self, axis: Axis) -> bool:
         """Whether some channels of the axis are cut and others are whole in every part."""
@@ -316,19 +335,22 @@ class Planner:
         return Relation(Kind.SHARD if cut else Kind.COPY)
 
     def plan(self, model: str | None, model_args: dict) -> Plan:
-        head = {self.alias.get(n, n) for n in self._relate()} if self.parts > 1 else set(self.alias.values())
+        head = {self.alias.get(n, n) for n in self._relate()} if self.divisor > 1 else set(self.alias.values())
         stored = self.gm.state_dict().keys()
         return Plan(
             model=model,
             model_args=model_args,
-            parts=self.parts,
+            parts=self.domain.parts,
+            divisor=self.divisor,
             input_size=self.input_size,
             domain=self.domain,
             tensors={name: self._tensor(name, t) for name, t in self.tensors.items() if name in stored},
             constants={name: self._tensor(name, t) for name, t in self.tensors.items() if name not in stored},
             edits=tuple(self._edits()),
             outputs=tuple(dict.fromkeys(self._outputs())),
-            head=() if UNSCALABLE in head else tuple(n for n in self.tensors if self.alias[n] in head),
+            head=()
+            if UNSCALABLE in head or self.output_kind == "boxes"
+            else tuple(n for n in self.tensors if self.alias[n] in head),
             approximations=tuple(self.approximations),
             layers=tuple(self._layers()),
         )
@@ -354,10 +376,10 @@ class Planner:
         param = self.params.get(name, Param((None,) * len(shape)))
         axes = tuple(None if a is None else self.frozen(a) for a in param.axes)
         axes = tuple(None if a is None or a.is_whole else a for a in axes)
-        cut = self.parts == 1 or any(a is not None and a.is_owned for a in axes)
+        cut = self.divisor == 1 or any(a is not None and a.is_owned for a in axes)
         scale: tuple[float, ...] = ()
         if param.fans:
-            ratios = [[self._ratio(fan, k) for k in range(self.parts)] for fan in param.fans]
+            ratios = [[self._ratio(fan, k) for k in range(self.domain.parts)] for fan in param.fans]
             scale = tuple(fresh_scale(i, o) for i, o in zip(*ratios))
         reduce = "sum" if name in self.summed else "place" if cut else "mean"
         trained = isinstance(tensor, torch.nn.Parameter)
@@ -369,7 +391,7 @@ class Planner:
     def _edits(self):
         for e in self.edits:
             value = (lambda k, a=e.value: self.part_size(a, k)) if isinstance(e.value, Axis) else e.value
-            yield EditPlan(e.node, e.module, e.where, tuple(value(k) for k in range(self.parts)))
+            yield EditPlan(e.node, e.module, e.where, tuple(value(k) for k in range(self.domain.parts)))
 
     def _outputs(self):
         for node, value in self.outputs:
@@ -385,8 +407,9 @@ class Planner:
         owners = {".".join(path[:i]) for path in paths for i in range(1, len(path))}
         for op, value in self.ops:
             own, why = op.module is not None and op.node.target in owners, tuple(reasons.get(op.node.name, ()))
-            if isinstance(value, Value) and (own or why):
-                shapes = tuple(self._part_shape(value, k)[1:] for k in range(self.parts))
+            value = next((v for v in _flat(value) if isinstance(v, Value)), None)
+            if value is not None and (own or why):
+                shapes = tuple(self._part_shape(value, k)[1:] for k in range(self.domain.parts))
                 yield Layer(op.path, op.name, value.shape[1:], shapes, why)
 
     def _part_shape(self, value: Value, k: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .domain import Box
+from .domain import Box, spatial
 from .errors import SplitError, headline
 from .trace import evaluate
 from .widths import Window
@@ -29,18 +29,19 @@ class Sizes:
 
     Args:
         gm: a traced `skeleton`.
-        shape: the input without its batch, (C, *size).
+        shape: the input without its batch, (C, *size), or (F,).
         boxes: one for each part, in the coordinates of `size`.
     """
 
     def __init__(self, gm: fx.GraphModule, shape: Sequence[int], boxes: Sequence[Box]):
-        channels, *size = shape
+        size = spatial(shape)
+        lead = (2, *shape[: len(shape) - len(size)])  # batch, channels
         self.gm, self.boxes = gm, boxes
-        extents = [e for e in dict.fromkeys(b.extent for b in boxes) if e != tuple(size)]
+        extents = [e for e in dict.fromkeys(b.extent for b in boxes) if e != size]
         self.boxed = len(extents)
         self.of_part = [1 + extents.index(b.extent) if b.extent in extents else 0 for b in boxes]
         probes = [[n + PROBE * (i == axis) for i, n in enumerate(size)] for axis in range(len(size))] if extents else []
-        self.inputs = [(2, channels, *s) for s in (size, *extents, *probes)]
+        self.inputs = [(*lead, *s) for s in (size, *extents, *probes)]
         self.envs: list[dict[fx.Node, Any]] = [{} for _ in self.inputs]
 
     def first(self, node: fx.Node, dtype: torch.dtype) -> Any:
@@ -76,7 +77,7 @@ class Sizes:
                     env[node] = resize(*args, **kwargs)
             except Exception as e:  # any operation may refuse a size in its own way
                 if i <= self.boxed:
-                    box = "×".join(map(str, self.inputs[i][2:]))
+                    box = "×".join(map(str, self.boxes[self.of_part.index(i)].extent))
                     raise SplitError(
                         f"{where} does not work on a part's box of {box} pixels ({headline(e)}); "
                         "use larger boxes (fewer parts along an axis, more overlap) or larger images"

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.utils.data import default_collate
 
 from . import files, models
-from .domain import Domain, check_parts, default_domain
+from .domain import Domain, check_parts, default_domain, spatial
 from .errors import SplitError
 from .plan import Plan, TensorPlan
 from .planner import make_plan
@@ -51,10 +51,12 @@ class Parts(nn.ModuleList):
             raise SplitError(f"expected images of {self.plan.input_size}, got a batch of shape {tuple(x.shape)}")
         return tuple(box.crop(x) for box in self.plan.boxes())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Logits of the parts, each on its own box: (K, B, classes); their sum over K is (2.16). Of several outputs,
-        each is stacked."""
-        return default_collate([part(crop) for part, crop in zip(self, self.crops(x))])
+        each is stacked; reconstructions of boxes of several sizes are a list."""
+        own = [part(crop) for part, crop in zip(self, self.crops(x))]
+        shapes = {y.shape for y in own if isinstance(y, torch.Tensor)}
+        return default_collate(own) if len(shapes) <= 1 else own
 
     def save(self, folder: str | Path) -> None:
         """Write ``part-0000k-of-0000K.safetensors`` and ``plan.json``.
@@ -90,6 +92,8 @@ def split(
     *,
     domain: Domain | None = None,
     narrow: str | None = None,
+    width_divisor: int | None = None,
+    reconstruct: bool = False,
     example_input: torch.Tensor | None = None,
     img_size: int | tuple[int, int] | None = None,
     pretrained: bool = False,
@@ -103,7 +107,9 @@ def split(
         parts: K, from 1 up; need not divide the widths.
         domain: K boxes; by default the most square grid without overlap.
         narrow: ``replicate`` keeps Widths smaller than K whole in every part; otherwise they are an error.
-        example_input: (B, C, *size), for a module of one's own; only its shape counts.
+        width_divisor: by which every width is divided, K unless given; only K parts of a K-th can be merged.
+        reconstruct: the output has the shape of the input, and each part gives that of its box (an auto-encoder).
+        example_input: (B, C, *size), or (B, F) for features, for a module of one's own; only its shape counts.
         img_size: pixels, for a timm name; by default the model's own.
         pretrained: slice timm's pretrained weights; otherwise fresh weights, re-scaled to their smaller fans.
         seed: of the fresh weights; by default torch's global generator decides.
@@ -112,7 +118,7 @@ def split(
     Raises:
         SplitError: what came cannot be split, with the node, the size and what to do.
 
-    Source: gu2022 section 2.1.2.
+    Source: gu2022 section 2.1.2; 2.4 for features, sequences and auto-encoders.
     """
     check_parts(parts)
     _check_type("model", model, (str, nn.Module), "a timm name or a torch module")
@@ -130,7 +136,7 @@ def split(
         if not isinstance(example_input, torch.Tensor) or example_input.ndim < 2:
             raise SplitError("a module needs example_input, a tensor (B, C, *size), to know the image's size")
         source, size, named, origin = model, tuple(example_input.shape[1:]), (None, {}), model
-    graph, plan = _plan(skeleton(source), parts, domain, narrow, size, *named)
+    graph, plan = _plan(skeleton(source), size, named, parts, domain, narrow, width_divisor, reconstruct)
     names, fresh = [*plan.tensors, *plan.constants], origin is None and not pretrained
     slices = (_slices(plan, k, source, graph, names, fresh) for k in range(parts))
     return Parts([emit(graph, plan, k, tensors, source.training) for k, tensors in enumerate(slices)], plan, origin)
@@ -142,6 +148,7 @@ def plan(
     *,
     domain: Domain | None = None,
     narrow: str | None = None,
+    width_divisor: int | None = None,
     img_size: int | tuple[int, int] | None = None,
     **kwargs: Any,
 ) -> Plan:
@@ -149,9 +156,8 @@ def plan(
     check_parts(parts)
     args = models.arguments(model, img_size=img_size, **kwargs)
     empty = models.create_empty(model, **args)
-    return _plan(
-        skeleton(empty), parts, domain, narrow, models.input_size(empty, img_size, kwargs.get("in_chans")), model, args
-    )[1]
+    size = models.input_size(empty, img_size, kwargs.get("in_chans"))
+    return _plan(skeleton(empty), size, (model, args), parts, domain, narrow, width_divisor)[1]
 
 
 def _check_type(name: str, value: Any, types: tuple, expected: str) -> None:
@@ -161,15 +167,16 @@ def _check_type(name: str, value: Any, types: tuple, expected: str) -> None:
 
 def _plan(
     blank: nn.Module,
+    size: tuple[int, ...],
+    named: tuple[str | None, dict],
     parts: int,
     domain: Domain | None,
     narrow: str | None,
-    size: tuple[int, ...],
-    name: str | None,
-    args: dict,
+    width_divisor: int | None,
+    reconstruct: bool = False,
 ) -> tuple[fx.GraphModule, Plan]:
     if domain is None:
-        domain = default_domain(parts, len(size) - 1) if len(size) > 1 else Domain.full(parts)
+        domain = default_domain(parts, len(spatial(size)))
     if narrow not in (None, "replicate"):
         raise SplitError(f"narrow is None or 'replicate', got {narrow!r}")
     _check_type("domain", domain, (Domain,), "a timm_dd.Domain")
@@ -177,9 +184,12 @@ def _plan(
         raise SplitError(
             f"expected {parts} boxes, one for each part, but {domain} has {domain.parts}; use as many boxes as parts"
         )
+    divisor = parts if width_divisor is None else width_divisor
+    if not isinstance(divisor, int) or divisor < 1:
+        raise SplitError(f"width_divisor is a whole number from 1 up, got {divisor!r}")
     graph = trace(blank, has_rule, size)
-    features = models.gives_features(blank)
-    return graph, make_plan(graph, parts, domain, size, name, args, features=features, replicate=narrow is not None)
+    outputs = "boxes" if reconstruct else "features" if models.gives_features(blank) else "logits"
+    return graph, make_plan(graph, divisor, domain, size, *named, outputs=outputs, replicate=narrow is not None)
 
 
 def plan_model(plan: Plan, model: nn.Module | None) -> nn.Module:
@@ -213,7 +223,7 @@ def emit(
             value = edit.values[k]
             setattr(owner, attr, tuple(value) if isinstance(value, (list, tuple)) else value)
     for output in plan.outputs:
-        _spread(part, nodes[output.node], output.dim, output.axis.size, output.axis.index(k, plan.parts))
+        _spread(part, nodes[output.node], output.dim, output.axis.size, output.axis.index(k, plan.divisor))
     new: dict[int, torch.Tensor] = {}  # by the identity of the old: what was tied stays tied
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
@@ -222,7 +232,7 @@ def emit(
         old = own[leaf]
         if id(old) not in new:
             new[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if trained else tensor
-        own[leaf] = new[id(old)]
+        setattr(modules[path], leaf, new[id(old)])
     return graph_module(part, copied, type(graph).__name__).train(training)
 
 
@@ -278,7 +288,7 @@ def _slices(
     for name in names:
         t = plan.constants.get(name) or plan.tensors[name]
         tensor = _attribute(model, name)
-        slices[name] = restrict((_attribute(graph, name) if tensor is None else tensor).detach(), t, k, plan.parts)
+        slices[name] = restrict((_attribute(graph, name) if tensor is None else tensor).detach(), t, k, plan)
         if fresh and t.scale:
             slices[name].mul_(t.scale[k])
     return slices
@@ -290,13 +300,18 @@ def _attribute(module: nn.Module, name: str) -> torch.Tensor | None:
     return module
 
 
-def restrict(tensor: torch.Tensor, t: TensorPlan, k: int, parts: int) -> torch.Tensor:
-    """Part k's block of a global tensor, a copy. A summed bias is shared out: b/K to each part, and to the last what
-    is left. Shares are multiples of b's last digit, so that they add up to b without rounding."""
-    for dim, index in enumerate(t.index(k, parts)):
+def restrict(tensor: torch.Tensor, t: TensorPlan, k: int, plan: Plan) -> torch.Tensor:
+    """Part k's block of a global tensor, a copy. A summed bias is shared out: b/K to each of its K owners, and to the
+    last what is left. Shares are multiples of b's last digit, so that they add up to b without rounding."""
+    block = tensor
+    for dim, index in enumerate(t.index(k, plan.divisor)):
         if index is not None:
-            tensor = tensor.index_select(dim, index.to(tensor.device))
-    if t.reduce == "sum":
-        share = (tensor + tensor / parts) - tensor
-        return share if k < parts - 1 else tensor - (parts - 1) * share
-    return tensor.clone(memory_format=torch.contiguous_format)
+            block = block.index_select(dim, index.to(tensor.device))
+    if t.reduce != "sum":
+        return block.clone(memory_format=torch.contiguous_format) if block is tensor else block
+    owners = torch.zeros(plan.parts + 1, *t.shape)  # of each element among the first 0, 1 … K parts
+    for j in range(plan.parts):
+        owners[j + 1 :][(slice(None), *t.block(j, plan.divisor))] += 1
+    before, total = (owners[i][t.block(k, plan.divisor)].to(tensor) for i in (k, -1))
+    share = (block + block / total) - block
+    return torch.where(before + 1 < total, share, block - (total - 1) * share)

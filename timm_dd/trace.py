@@ -91,7 +91,9 @@ def _clone(module: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor], me
     for name, value in vars(module).items():
         if isinstance(value, torch.Tensor):  # a plain attribute, neither parameter nor buffer
             value = tensor(value)
-        elif isinstance(value, (dict, list, set)):
+        elif isinstance(value, list):  # of tensors in recurrent networks
+            value = [tensor(v) if isinstance(v, torch.Tensor) else v for v in value]
+        elif isinstance(value, (dict, set)):
             value = value.copy()
         elif isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):  # a forward chosen in __init__
             value = MethodType(value.__func__, _clone(value.__self__, tensor, memo))

@@ -331,12 +331,12 @@ class FrozenAxis:
         """Whether every part has all of it, spatial windows included."""
         return all(isinstance(a, int) for t in self.terms for a in t)
 
-    def part_size(self, k: int, parts: int) -> int:
-        return sum(math.prod(_run(a, k, parts)[1] for a in t) for t in self.terms)
+    def part_size(self, k: int, divisor: int) -> int:
+        return sum(math.prod(_run(a, k, divisor)[1] for a in t) for t in self.terms)
 
-    def index(self, k: int, parts: int) -> torch.Tensor:
+    def index(self, k: int, divisor: int) -> torch.Tensor:
         """Part k's indices into the axis, ascending within each term: int64 of shape (part_size,)."""
-        return _index(self, k, parts)
+        return _index(self, k, divisor)
 
     def to_json(self) -> list:
         return [[_atom_to_json(a) for a in t] for t in self.terms]
@@ -347,25 +347,26 @@ class FrozenAxis:
 
 
 @functools.lru_cache(maxsize=64)  # layers in a row share axes
-def _index(axis: FrozenAxis, k: int, parts: int) -> torch.Tensor:
+def _index(axis: FrozenAxis, k: int, divisor: int) -> torch.Tensor:
     pieces, offset = [], 0
     for term in axis.terms:
         ix = torch.zeros(1, dtype=torch.long)
         for atom in term:
-            start, length = _run(atom, k, parts)
+            start, length = _run(atom, k, divisor)
             ix = (ix[:, None] * atom_size(atom) + torch.arange(start, start + length)).flatten()
         pieces.append(ix + offset)
         offset += term_size(term)
     return torch.cat(pieces)
 
 
-def _run(atom: int | Cut | Window, k: int, parts: int) -> tuple[int, int]:
+def _run(atom: int | Cut | Window, k: int, divisor: int) -> tuple[int, int]:
     """(start, length) of part k's run inside one atom."""
     if isinstance(atom, int):
         return 0, atom
     if isinstance(atom, Window):
         return atom.start[k], atom.extent[k]
-    q, r = divmod(atom.size, parts)
+    k %= divisor
+    q, r = divmod(atom.size, divisor)
     return k * q + min(k, r), q + (k < r)
 
 

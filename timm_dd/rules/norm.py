@@ -102,12 +102,12 @@ def functional_group_norm(op: Op, x: Value, num_groups: int, weight=None, bias=N
 def _grouped(op: Op, axis: Axis, groups: int, law: Law):
     """The number of groups in a part, and the law: exact where every part gets whole groups."""
     reason = f"{groups} groups do not divide among the parts: the statistics of a group mix channels of several"
-    if groups >= op.parts * len(axis.resolve().terms):
+    if groups >= op.divisor * len(axis.resolve().terms):
         outer, inside = op.grouped(groups, axis)
         return outer, mixing(inside, reason, law)
     op.planner.thresholds.add(groups)
     op.mixes(axis)
-    return (lambda k: math.gcd(groups // op.parts or 1, op.planner.part_size(axis, k))), mixing(axis, reason, law)
+    return (lambda k: math.gcd(groups // op.divisor or 1, op.planner.part_size(axis, k))), mixing(axis, reason, law)
 
 
 @rule(*LAST_DIMS)

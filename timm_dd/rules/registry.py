@@ -102,7 +102,7 @@ class Op:
 
     def __init__(self, planner, node: fx.Node, module: nn.Module | None, path: str, out: Any):
         self.planner, self.node, self.module, self.path, self.out = planner, node, module, path, out
-        self.parts: int = planner.parts
+        self.divisor: int = planner.divisor
         self.resize: Callable | None = None
 
     @property
@@ -140,7 +140,7 @@ class Op:
             return outer.resolve(), channels.resolve()
         # Pieces of a concatenation may end inside a group, so which of them is cut is chosen here.
         self.planner.thresholds.update((groups // pieces, inner))
-        if groups >= self.parts * pieces or inner == 1:
+        if groups >= self.divisor * pieces or inner == 1:
             outer = self.channels(groups)
             unify(axis, outer.times(inner))
             return outer.resolve(), Axis.of(inner)

@@ -330,7 +330,7 @@ def _cut(op: Op, axis: Axis, sizes: list[int]) -> list[Axis] | None:
     if tied:
         each = [w.size // len(sizes) for w in axis.widths()]
         op.planner.thresholds.update(each)
-        if min(each, default=op.parts) < op.parts:
+        if min(each, default=op.divisor) < op.divisor:
             return None
     try:
         return _apart(axis, sizes)
