@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "timm_dd"
 # Each imports only from what stands before it.
 ORDER = [
-    "errors", "widths", "domain", "table", "models", "trace", "sizes", "rules.laws", "rules.registry", "rules.pool",
-    "rules.conv", "rules.linear", "rules.norm", "rules.pointwise", "rules.shape", "rules.attention", "rules",
-    "plan", "planner",
+    "errors", "widths", "domain", "table", "models", "networks", "trace", "sizes", "rules.laws", "rules.registry",
+    "rules.pool", "rules.conv", "rules.linear", "rules.norm", "rules.pointwise", "rules.shape", "rules.attention",
+    "rules.recurrent", "rules", "plan", "planner",
     "files", "split", "merge", "train", "train.options", "train.data", "train.schedule", "train.engines",
     "train.loop", "train.run", "train.demo", "train.__main__", "cli", "",
 ]  # fmt: skip

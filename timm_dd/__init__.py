@@ -4,7 +4,7 @@ parts = timm_dd.split("resnet50", 4)
 model = timm_dd.merge(parts)
 """
 
-from . import models as models  # registers the papers' networks with timm
+from . import networks as networks  # registers the papers' networks with timm
 from .domain import Box, Domain
 from .errors import MergeError, SplitError
 from .merge import merge, merge_files
