@@ -96,6 +96,7 @@ class Plan:
         model, model_args: timm's name and arguments; None and {} for a module of one's own.
         divisor: of the widths; only K parts of a K-th of the width can be merged.
         input_size: (C, *size) of the whole image.
+        output: ``logits``, ``features`` or ``boxes``, see `planner.analyse`.
         outputs: where a part's outputs are its own channels; empty for logits, of which every part gives all.
         constants: as `tensors`, for what the model computes and keeps out of its state dict (a fixed filter).
         head: parameters whose scaling scales the logits, for ``merge(head="mean")`` (2.22); empty if none do.
@@ -108,6 +109,7 @@ class Plan:
     parts: int
     divisor: int
     input_size: tuple[int, ...]
+    output: str
     domain: Domain
     tensors: dict[str, TensorPlan]
     constants: dict[str, TensorPlan]
@@ -138,6 +140,7 @@ class Plan:
             "parts": self.parts,
             "width_divisor": self.divisor,
             "input_size": list(self.input_size),
+            "output": self.output,
             "domain": self.domain.to_json(),
             "exact": self.exact,
             "approximations": [list(a) for a in self.approximations],
@@ -157,6 +160,7 @@ class Plan:
             parts=int(d["parts"]),
             divisor=int(d["width_divisor"]),
             input_size=tuple(d["input_size"]),
+            output=d["output"],
             domain=Domain.from_json(d["domain"]),
             tensors={name: _tensor_from_json(t) for name, t in d["tensors"].items()},
             constants={name: _tensor_from_json(t) for name, t in d["constants"].items()},

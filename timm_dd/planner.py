@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,16 +34,29 @@ def make_plan(
     model: str | None = None,
     model_args: dict | None = None,
     *,
-    outputs: str = "logits",
+    output: str = "logits",
     replicate: bool = False,
 ) -> Plan:
-    """Plan the split of a traced `skeleton`.
+    """Plan the split of a traced `skeleton`; arguments and errors of `analyse`, and timm's name and arguments."""
+    return analyse(gm, divisor, domain, input_size, output=output, replicate=replicate).plan(model, model_args or {})
+
+
+def analyse(
+    gm: fx.GraphModule,
+    divisor: int,
+    domain: Domain,
+    input_size: Sequence[int],
+    *,
+    output: str = "logits",
+    replicate: bool = False,
+) -> Planner:
+    """All that the rules say of a traced `skeleton`.
 
     Args:
         gm: from `trace.trace`.
         divisor: of the widths: K, unless the parts are not to be merged.
         input_size: the whole image, (C, *size), or (F,).
-        outputs: ``logits``, whole in every part; ``features``, of which each part gives its own channels; ``boxes``, of
+        output: ``logits``, whole in every part; ``features``, of which each part gives its own channels; ``boxes``, of
             the input's shape, of which each part gives its box.
         replicate: keep Widths smaller than K whole in every part.
 
@@ -51,7 +64,7 @@ def make_plan(
         SplitError: an operation without a rule, a layer narrower than `divisor`, a box on which the network does not
             run.
     """
-    planner = Planner(gm, divisor, domain, input_size, outputs)
+    planner = Planner(gm, divisor, domain, input_size, output)
     try:
         planner.read()
     except _Inexpressible as e:
@@ -65,7 +78,8 @@ def make_plan(
             f"{width.origin} has {width.size} channels to cut, {fewer} {divisor} parts; narrow='replicate' keeps them "
             f"whole in every part; otherwise the largest K that works here is {_largest(planner)}"
         )
-    return planner.plan(model, model_args or {})
+    planner.relate()
+    return planner
 
 
 class _Inexpressible(SplitError):
@@ -77,7 +91,7 @@ def _largest(planner: Planner) -> int:
     `Op.grouped` met, so one reading serves all K between two of those."""
     parts, failed = planner.divisor, planner
     while parts > 1:
-        planner = Planner(failed.gm, parts, Domain.full(parts), failed.input_size, failed.output_kind)
+        planner = Planner(failed.gm, parts, Domain.full(parts), failed.input_size, failed.output)
         below = parts - 1
         try:
             planner.read()
@@ -106,10 +120,10 @@ class Planner:
     """One reading of the graph: `read` unifies axes node by node, `plan` cuts them and evaluates the laws."""
 
     def __init__(
-        self, gm: fx.GraphModule, divisor: int, domain: Domain, input_size: Sequence[int], outputs: str = "logits"
+        self, gm: fx.GraphModule, divisor: int, domain: Domain, input_size: Sequence[int], output: str = "logits"
     ):
         self.gm, self.divisor, self.domain, self.input_size = gm, divisor, domain, tuple(input_size)
-        self.output_kind = outputs
+        self.output = output
         self.sizes = Sizes(gm, input_size, domain.boxes(spatial(input_size)))
         self.tensors = {
             **dict(gm.named_buffers(remove_duplicate=False)),
@@ -127,6 +141,9 @@ class Planner:
         self.ops: list[tuple[Op, Any]] = []
         self.summed: set[str] = set()
         self.approximations: dict[tuple[str, str, str], None] = {}  # in the order of the graph
+        self.relations: dict[Value, Relation] = {}
+        self.doubtful: set[Value] = set()  # approximate, or computed from what is
+        self.head: set[str] = set()
         self.current: Value | None = None
         self._frozen: dict[int, tuple[Axis, FrozenAxis]] = {}
 
@@ -244,10 +261,10 @@ class Planner:
         for node in output.all_input_nodes:
             values = [v for v in _flat(env[node]) if isinstance(v, Value)]
             self.outputs += [(node.name, v) for v in values]
-            if self.output_kind == "features" and isinstance(env[node], Value):
+            if self.output == "features" and isinstance(env[node], Value):
                 continue
             for v in values:
-                if self.output_kind == "boxes":
+                if self.output == "boxes":
                     self._reconstruct(v)
                 for axis in (a for a in v.axes if a is not None):
                     make_whole(axis)
@@ -332,10 +349,11 @@ class Planner:
     def approximate(self, reason: str) -> Relation:
         cut = any(self.is_cut(a) for a in self.current.axes)
         self.approximations[self.current.op.node.name, self.current.op.path, reason] = None
+        self.doubtful.add(self.current)
         return Relation(Kind.SHARD if cut else Kind.COPY)
 
     def plan(self, model: str | None, model_args: dict) -> Plan:
-        head = {self.alias.get(n, n) for n in self._relate()} if self.divisor > 1 else set(self.alias.values())
+        head = {self.alias.get(n, n) for n in self.head} if self.divisor > 1 else set(self.alias.values())
         stored = self.gm.state_dict().keys()
         return Plan(
             model=model,
@@ -343,32 +361,34 @@ class Planner:
             parts=self.domain.parts,
             divisor=self.divisor,
             input_size=self.input_size,
+            output=self.output,
             domain=self.domain,
             tensors={name: self._tensor(name, t) for name, t in self.tensors.items() if name in stored},
             constants={name: self._tensor(name, t) for name, t in self.tensors.items() if name not in stored},
             edits=tuple(self._edits()),
             outputs=tuple(dict.fromkeys(self._outputs())),
             head=()
-            if UNSCALABLE in head or self.output_kind == "boxes"
+            if UNSCALABLE in head or self.output == "boxes"
             else tuple(n for n in self.tensors if self.alias[n] in head),
             approximations=tuple(self.approximations),
             layers=tuple(self._layers()),
         )
 
-    def _relate(self) -> set[str]:
-        """Run the laws in the order of the graph; returns the parameters of the head."""
-        relations: dict[Value, Relation] = {}
+    def relate(self) -> None:
+        """Run the laws in the order of the graph; the head's parameters are those of the outputs' sums."""
+        if self.divisor == 1:
+            return
         for value in self.values:
             self.current = value
-            relations[value] = value.law(self, *(relations[v] for v in value.inputs))
-        head: set[str] = set()
+            self.relations[value] = value.law(self, *(self.relations[v] for v in value.inputs))
+            if not self.doubtful.isdisjoint(value.inputs):
+                self.doubtful.add(value)
         for _, value in self.outputs:
             self.current = value
-            if relations[value].kind is Kind.PARTIAL:
-                head |= relations[value].params
-            elif relations[value].kind is not Kind.SHARD and not self.approximations:
+            if self.relations[value].kind is Kind.PARTIAL:
+                self.head |= self.relations[value].params
+            elif self.relations[value].kind is not Kind.SHARD and not self.approximations:
                 self.approximate("every part gives this output whole, so it is not the sum over the parts")
-        return head
 
     def _tensor(self, name: str, tensor: torch.Tensor) -> TensorPlan:
         shape = tuple(tensor.shape)
@@ -399,7 +419,8 @@ class Planner:
                 if self.is_cut(axis):
                     yield OutputPlan(node, dim, self.frozen(axis))
 
-    def _layers(self):
+    def rows(self) -> Iterator[tuple[Op, Value, tuple[str, ...]]]:
+        """The operations with parameters, or with reasons why they are approximate; of several results the first."""
         reasons: dict[str, list[str]] = {}
         for node, _, reason in self.approximations:
             reasons.setdefault(node, []).append(reason)
@@ -409,8 +430,12 @@ class Planner:
             own, why = op.module is not None and op.node.target in owners, tuple(reasons.get(op.node.name, ()))
             value = next((v for v in _flat(value) if isinstance(v, Value)), None)
             if value is not None and (own or why):
-                shapes = tuple(self._part_shape(value, k)[1:] for k in range(self.domain.parts))
-                yield Layer(op.path, op.name, value.shape[1:], shapes, why)
+                yield op, value, why
+
+    def _layers(self) -> Iterator[Layer]:
+        for op, value, why in self.rows():
+            shapes = tuple(self._part_shape(value, k)[1:] for k in range(self.domain.parts))
+            yield Layer(op.path, op.name, value.shape[1:], shapes, why)
 
     def _part_shape(self, value: Value, k: int) -> tuple[int, ...]:
         at = value.at[self.sizes.of_part[k]].shape

@@ -188,8 +188,8 @@ def _plan(
     if not isinstance(divisor, int) or divisor < 1:
         raise SplitError(f"width_divisor is a whole number from 1 up, got {divisor!r}")
     graph = trace(blank, has_rule, size)
-    outputs = "boxes" if reconstruct else "features" if models.gives_features(blank) else "logits"
-    return graph, make_plan(graph, divisor, domain, size, *named, outputs=outputs, replicate=narrow is not None)
+    output = "boxes" if reconstruct else "features" if models.gives_features(blank) else "logits"
+    return graph, make_plan(graph, divisor, domain, size, *named, output=output, replicate=narrow is not None)
 
 
 def plan_model(plan: Plan, model: nn.Module | None) -> nn.Module:
