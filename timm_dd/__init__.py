@@ -9,7 +9,9 @@ from .domain import Box, Domain
 from .errors import MergeError, SplitError
 from .merge import merge, merge_files
 from .plan import Plan
+from .profile import Profile, profile
 from .split import Parts, plan, split
+from .verify import Report, verify
 
 __version__ = "0.1.0"
 
@@ -19,10 +21,14 @@ __all__ = [
     "MergeError",
     "Parts",
     "Plan",
+    "Profile",
+    "Report",
     "SplitError",
     "__version__",
     "merge",
     "merge_files",
     "plan",
+    "profile",
     "split",
+    "verify",
 ]

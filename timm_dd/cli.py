@@ -9,6 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
+
+from .domain import spatial
 from .errors import MergeError, SplitError, TrainError
 
 
@@ -29,7 +32,14 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what each part of a model would be")
     _split_options(plan)
     plan.add_argument("--json", action="store_true", help="for machines")
+    plan.add_argument("--domain-png", metavar="FILE", help="draw the boxes instead, on a chessboard or on --image")
+    plan.add_argument("--image", metavar="FILE", help="an image for --domain-png")
     plan.set_defaults(run=_plan)
+
+    profile = commands.add_parser("profile", help="parameters, FLOPs and activations: global, part, ratio")
+    _split_options(profile)
+    profile.add_argument("--json", action="store_true", help="for machines")
+    profile.set_defaults(run=_profile)
 
     split = commands.add_parser("split", help="write the parts of a model")
     _split_options(split)
@@ -44,6 +54,14 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--head", choices=["sum", "mean"], default="sum", help="mean for regression")
     merge.set_defaults(run=_merge)
 
+    verify = commands.add_parser("verify", help="theorems 2.1 and 2.2 in numbers; exit 1 where a claim fails")
+    verify.add_argument("composed", metavar="COMPOSED")
+    verify.add_argument("parts", metavar="PARTS")
+    verify.add_argument("--data-dir", metavar="DIR", help="validation images: losses, accuracies and the bound (2.19)")
+    verify.add_argument("--dataset", default="", metavar="NAME", help="digits, or a timm dataset, instead of a folder")
+    verify.add_argument("--val-split", default="validation", metavar="NAME")
+    verify.set_defaults(run=_verify)
+
     commands.add_parser(
         "train", help="train the parts and the composed model (see timm-dd train --help)", add_help=False
     )
@@ -51,17 +69,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _split_options(p: argparse.ArgumentParser) -> None:
-    from .train.options import grid
+    from .train.options import grid, sizes
 
     p.add_argument("model", metavar="MODEL")
     p.add_argument("parts", type=int, metavar="K")
     p.add_argument(
-        "--grid", type=grid, metavar="RxC", help="boxes, by default the most square grid; full: the whole image"
+        "--grid",
+        type=grid,
+        metavar="RxC",
+        help="boxes, by default the most square grid; full: the whole image; centered8; type-b",
     )
     p.add_argument("--overlap", type=int, default=0, metavar="PX")
     p.add_argument("--margin", type=int, default=0, metavar="PX")
     p.add_argument("--narrow", choices=["replicate"], help="keep what is narrower than K whole in every part")
-    p.add_argument("--img-size", type=int, metavar="PX")
+    p.add_argument("--width-divisor", type=int, metavar="D", help="divide widths by D instead of K; not to be merged")
+    p.add_argument("--img-size", type=sizes, metavar="PX", help="pixels, or 192x168")
     p.add_argument("--num-classes", type=int, metavar="N")
 
 
@@ -69,7 +91,13 @@ def _source(args: argparse.Namespace) -> dict:
     """The keyword arguments of `split` and `plan` from the options."""
     from .train.options import domain
 
-    given = {"domain": domain(args), "narrow": args.narrow, "img_size": args.img_size}
+    size = args.img_size[0] if args.img_size is not None and len(args.img_size) == 1 else args.img_size
+    given = {
+        "domain": domain(args),
+        "narrow": args.narrow,
+        "width_divisor": args.width_divisor,
+        "img_size": size,
+    }
     return given if args.num_classes is None else {**given, "num_classes": args.num_classes}
 
 
@@ -77,8 +105,21 @@ def _plan(args: argparse.Namespace) -> None:
     from .split import plan
 
     result = plan(args.model, args.parts, **_source(args))
+    if args.domain_png is not None:
+        from .picture import draw
+
+        draw(result.domain, spatial(result.input_size), args.image).save(args.domain_png, format="png")
+        print(f"{args.domain_png}: {result.domain} of {'×'.join(map(str, spatial(result.input_size)))} pixels")
+        return
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(json.dumps(result.to_json(), indent=1) if args.json else result.text(colour))
+
+
+def _profile(args: argparse.Namespace) -> None:
+    from .profile import profile
+
+    result = profile(args.model, args.parts, **_source(args))
+    print(json.dumps(result.to_json(), indent=1) if args.json else result.text())
 
 
 def _split(args: argparse.Namespace) -> None:
@@ -99,6 +140,35 @@ def _merge(args: argparse.Namespace) -> None:
     print(f"{args.output}: {use}")
 
 
+def _verify(args: argparse.Namespace) -> int:
+    from . import files, models
+    from .split import Parts
+    from .verify import verify
+
+    parts = Parts.load(args.parts)
+    model = models.create(parts.plan.model, **parts.plan.model_args)
+    files.load_composed(args.composed, model)
+    report = verify(model, parts, batches=_labelled_images(args, model, parts.plan.input_size))
+    print(report.text())
+    return 1 if report.failures else 0
+
+
+def _labelled_images(args: argparse.Namespace, model: nn.Module, size: Sequence[int]):
+    """Validation images as the composed model's config.json describes them; None if no data is given."""
+    if not args.data_dir and not args.dataset:
+        return None
+    from .train import data, options
+
+    source = ["--data-dir", args.data_dir] if args.data_dir else []
+    given = options.parse([*source, "--dataset", args.dataset, "--val-split", args.val_split])
+    given.workers = min(given.workers, os.cpu_count() or 1)
+    config = Path(args.composed) / "config.json"
+    saved = json.loads(config.read_text(encoding="utf-8"))["pretrained_cfg"] if config.exists() else {}
+    vars(given).update({k: saved[k] for k in ("mean", "std", "interpolation", "crop_pct") if k in saved})
+    given.input_size = size
+    return data.validation(given, data.data_config(given, model))
+
+
 def _demo(args: argparse.Namespace) -> None:
     from .train.demo import demo
 
@@ -113,11 +183,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(argv[1:])
     args = parser().parse_args(argv)
     try:
-        args.run(args)
+        status = args.run(args)
         sys.stdout.flush()
+        return status or 0
     except BrokenPipeError:  # whoever reads, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (SplitError, MergeError, TrainError, OSError) as e:
         print(f"timm-dd {args.command}: {e}", file=sys.stderr)
         return 1
-    return 0

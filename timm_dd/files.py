@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from .errors import MergeError
+from .errors import MergeError, headline
 from .plan import FORMAT, Plan
 
 PLAN = "plan.json"
@@ -144,8 +144,16 @@ def save_composed(
         if hasattr(model, "pretrained_cfg") and hasattr(model, "num_classes"):
             config = stack.enter_context(replacing(out / "config.json"))
             known = ("input_size", "mean", "std", "interpolation", "crop_pct")
-            data = {k: v for k, v in (data or {}).items() if k in known}
-            save_config_for_hf(model, str(config), model_config={"pretrained_cfg": data})
+            _write_config(config, model, {k: v for k, v in (data or {}).items() if k in known})
+
+
+def _write_config(path: Path, model: nn.Module, data: dict) -> None:
+    save_config_for_hf(model, path, model_config={"pretrained_cfg": data})
+    size = data.get("input_size", model.pretrained_cfg["input_size"])
+    if len(size) != 3:  # timm's function writes the last two axes alone
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["pretrained_cfg"]["input_size"] = list(size)
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def write_safetensors(
@@ -173,6 +181,23 @@ def write_safetensors(
 
 
 # ---- reading
+
+
+def load_composed(folder: str | Path, model: nn.Module) -> None:
+    """Give `model` the weights of a composed model in `folder`, each in its own dtype.
+
+    Raises:
+        MergeError: no such file, damaged, or of another model.
+    """
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file():
+        raise MergeError(f"no model.safetensors in {folder}; expected a folder written by merge_files or timm-dd merge")
+    with _reading(path):
+        state = load_file(path)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as e:
+        raise MergeError(f"{path} is of another model ({headline(e)}); use the one composed of these parts") from e
 
 
 def load_plan(folder: str | Path) -> Plan:

@@ -54,6 +54,12 @@ def arguments(name: str, img_size=None, **kwargs: Any) -> dict:
     return {**kwargs, "img_size": img_size} if cfg is not None and getattr(cfg, "fixed_input_size", False) else kwargs
 
 
+def axes(name: str) -> int:
+    """The number of spatial axes of a timm model's images."""
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return 2 if cfg is None else len(cfg.input_size) - 1
+
+
 def input_size(
     model: nn.Module, img_size: int | Sequence[int] | None = None, in_chans: int | None = None
 ) -> tuple[int, ...]:
@@ -65,8 +71,8 @@ def input_size(
     elif isinstance(img_size, (tuple, list)) and [isinstance(n, int) for n in img_size] == [True] * len(size):
         size = img_size
     elif img_size is not None:
-        axes = "(height, width)" if len(size) == 2 else f"{len(size)} numbers"
-        raise SplitError(f"img_size: expected pixels, or {axes}, got {img_size!r}")
+        several = "(height, width)" if len(size) == 2 else f"{len(size)} numbers"
+        raise SplitError(f"img_size: expected pixels, or {several}, got {img_size!r}")
     return channels, *size
 
 

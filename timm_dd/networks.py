@@ -425,11 +425,9 @@ def dd_vgg3d(
     nothing of the paper's boxes of 32×32×64 voxels, and the ratio of its two FLOPs is that of padded ones.
     """
     cfg = resolve_pretrained_cfg("dd_vgg3d", pretrained_cfg, pretrained_cfg_overlay)
-    channels, *size = cfg.input_size
-    if len(size) != 3:  # from timm's config.json, which keeps the last two
-        size = _CHEST["input_size"][1:]
+    size = cfg.input_size
     # timm fills in_chans from an input_size of three numbers, and takes no other.
     cfg = dataclasses.replace(cfg, input_size=None)
-    model = build_model_with_cfg(Vgg3d, "dd_vgg3d", pretrained, cfg, **{"in_chans": channels, **kwargs})
-    model.pretrained_cfg["input_size"] = (channels, *size)
+    model = build_model_with_cfg(Vgg3d, "dd_vgg3d", pretrained, cfg, **{"in_chans": size[0], **kwargs})
+    model.pretrained_cfg["input_size"] = tuple(size)
     return model

@@ -108,6 +108,17 @@ class Sizes:
             )
         return grown[0], PROBE / (probes[grown[0]].shape[dim] - size)
 
+    def moving(self, value) -> set[int]:
+        """The input axes along which a larger image gives a map of another shape."""
+        probes = value.at[1 + self.boxed :]
+        return {axis for axis, t in enumerate(probes) if t is UNKNOWN or t.shape != value.at[0].shape}
+
+    def aligned(self, value, dim: int) -> bool:
+        """Whether every box starts at a position of `dim` and ends inside it."""
+        (axis, stride), window = self._stride(value, dim), self.window(value, dim)
+        starts = [b.start[axis] / stride for b in self.boxes]
+        return all(s.is_integer() and s + e <= window.size for s, e in zip(starts, window.extent))
+
     def extent(self, value, dim: int) -> Callable[[int], int]:
         """The size of a dim without channels in part k."""
         return lambda k: value.at[self.of_part[k]].shape[dim]

@@ -73,10 +73,7 @@ def datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset, int | None]:
         TrainError: no such folder, or no images in it.
     """
     if args.dataset == "digits":
-        try:
-            sets = Digits(train=True), Digits(train=False)
-        except ImportError as e:
-            raise TrainError("--dataset digits comes with scikit-learn: pip install 'timm_dd[demo]'") from e
+        sets = _digits(train=True), _digits(train=False)
         classes: int | None = Digits.classes
     else:
         sets = tuple(_dataset(args, which) for which in ("train", "validation"))
@@ -87,6 +84,13 @@ def datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset, int | None]:
     if len(train) < args.batch_size:
         raise TrainError(f"{len(train)} training images make no batch of {args.batch_size}; use a smaller --batch-size")
     return train, val, classes
+
+
+def _digits(train: bool) -> Digits:
+    try:
+        return Digits(train)
+    except ImportError as e:
+        raise TrainError("--dataset digits comes with scikit-learn: pip install 'timm_dd[demo]'") from e
 
 
 def _dataset(args: argparse.Namespace, which: str) -> Dataset:
@@ -159,16 +163,7 @@ def loaders(
     args: argparse.Namespace, config: dict, train: Dataset, val: Dataset, device: torch.device, distributed: bool
 ):
     """timm's loaders for training and validation."""
-    common = dict(
-        input_size=config["input_size"],
-        mean=config["mean"],
-        std=config["std"],
-        num_workers=args.workers,
-        distributed=distributed,
-        pin_memory=args.pin_mem,
-        device=device,
-        persistent_workers=False,  # workers are seeded anew every epoch, see seed_epoch
-    )
+    common = _common(args, config, device, distributed)
     train_loader = create_loader(
         train,
         batch_size=args.batch_size,
@@ -187,14 +182,36 @@ def loaders(
     )
     if args.no_aug or args.shift:
         train.transform = _plain(args, config, train.transform)
-    val_loader = create_loader(
+    return train_loader, _validation_loader(args, config, val, common)
+
+
+def _validation_loader(args: argparse.Namespace, config: dict, val: Dataset, common: dict):
+    return create_loader(
         val,
         batch_size=args.validation_batch_size or args.batch_size,
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
         **common,
     )
-    return train_loader, val_loader
+
+
+def validation(args: argparse.Namespace, config: dict):
+    """timm's loader for the validation images alone, on the CPU."""
+    val = _digits(train=False) if args.dataset == "digits" else _dataset(args, "validation")
+    return _validation_loader(args, config, val, _common(args, config, torch.device("cpu"), distributed=False))
+
+
+def _common(args: argparse.Namespace, config: dict, device: torch.device, distributed: bool) -> dict:
+    return dict(
+        input_size=config["input_size"],
+        mean=config["mean"],
+        std=config["std"],
+        num_workers=args.workers,
+        distributed=distributed,
+        pin_memory=args.pin_mem,
+        device=device,
+        persistent_workers=False,  # workers are seeded anew every epoch, see seed_epoch
+    )
 
 
 def _plain(args: argparse.Namespace, config: dict, transform):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,8 +16,11 @@ from pathlib import Path
 import yaml
 from timm.utils import ParseKwargs
 
+from .. import models
 from ..domain import Domain, default_domain
-from ..errors import TrainError, headline
+from ..errors import SplitError, TrainError, headline
+
+LAYOUTS = ("full", "centered8", "type-b")
 
 STAGED = {
     "epochs": dict(type=int, metavar="N", help="epochs"),
@@ -97,7 +101,7 @@ def _model(g) -> None:
         "--grid",
         type=grid,
         metavar="RxC",
-        help="boxes of the parts, by default the most square grid; full: the whole image",
+        help="boxes of the parts, by default the most square grid; full: the whole image; centered8; type-b",
     )
     g.add_argument("--narrow", choices=["replicate"], help="keep what is narrower than K whole in every part")
     g.add_argument("--overlap", type=int, default=0, metavar="PX", help="by how much a box is longer than its cell")
@@ -159,14 +163,22 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def grid(text: str) -> tuple[int, ...]:
-    """``2x2`` as (2, 2), ``full`` as ()."""
-    if text == "full":
-        return ()
+def grid(text: str) -> str | tuple[int, ...]:
+    """``2x2`` as (2, 2); a layout's name as it is."""
+    if text in LAYOUTS:
+        return text
+    try:
+        return sizes(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected boxes, like 2x2, or {', '.join(LAYOUTS)}, got {text!r}") from None
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """``192x168`` as (192, 168)."""
     try:
         return tuple(int(n) for n in text.lower().split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected rows x columns, like 2x2, or full, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected numbers, like 192x168, got {text!r}") from None
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -230,14 +242,22 @@ def stage(args: argparse.Namespace, name: str | None) -> argparse.Namespace:
     return own
 
 
-def domain(args: argparse.Namespace, axes: int = 2) -> Domain:
-    if args.grid is None:
-        shape = default_domain(args.parts, axes).grid_shape
-    elif not args.grid:
-        return Domain.full(args.parts)
-    else:
-        shape = args.grid
-    return Domain.grid(*shape, overlap=args.overlap, margin=args.margin)
+def domain(args: argparse.Namespace) -> Domain:
+    """The boxes of ``--grid``, ``--overlap`` and ``--margin``."""
+    extra = {"overlap": args.overlap, "margin": args.margin}
+    if args.grid == "centered8":
+        return Domain.centered8(**extra)
+    if args.grid in ("full", "type-b"):
+        if any(extra.values()):
+            raise SplitError(f"--grid {args.grid} takes neither --overlap nor --margin")
+        return Domain.full(args.parts) if args.grid == "full" else _type_b(args.parts, models.axes(args.model))
+    shape = args.grid or default_domain(args.parts, models.axes(args.model)).grid_shape
+    return Domain.grid(*shape, **extra)
+
+
+def _type_b(parts: int, axes: int) -> Domain:
+    """The smallest with at least K boxes; split says if they are more."""
+    return next(d for d in (Domain.type_b(p, axes) for p in itertools.count(1)) if d.parts >= parts)
 
 
 def model_arguments(args: argparse.Namespace, classes: int | None) -> dict:

@@ -68,7 +68,7 @@ class Run:
         self.train_set, self.val_set, classes = data.datasets(args)
         self.model_args = options.model_arguments(args, classes)
         self.data_config = data.data_config(args, models.create_empty(args.model, **self.model_args))
-        size = tuple(self.data_config["input_size"][1:])
+        self.size = tuple(self.data_config["input_size"][1:])
         self.folder = self._folder()
         self.parts_folder = self.folder / "parts"
         self.parts: Parts = split(
@@ -76,7 +76,7 @@ class Run:
             args.parts,
             domain=options.domain(args),
             narrow=args.narrow,
-            img_size=size,
+            img_size=self.size,
             pretrained=args.pretrained,
             seed=args.seed,
             **self.model_args,
@@ -153,7 +153,8 @@ class Run:
         """Train the model from a random start (GNet-R); returns accuracy and seconds."""
         start = time.perf_counter()
         args = options.stage(self.args, "baseline")
-        model = models.create(self.args.model, pretrained=self.args.pretrained, seed=self.args.seed, **self.model_args)
+        given = models.arguments(self.args.model, img_size=self.size, **self.model_args)
+        model = models.create(self.args.model, pretrained=self.args.pretrained, seed=self.args.seed, **given)
         loaders = self._loaders(args)
         learner = self._global("baseline", model, args, len(loaders[0]))
         accuracy = self._fit(learner, loaders, args.epochs, "baseline", self.folder / "baseline", model)
