@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import timm_dd
 from timm_dd.cli import main
@@ -55,6 +59,67 @@ def test_split_and_merge(tmp_path, capsys):
     expected = timm_dd.merge(timm_dd.split("resnet10t", 2, num_classes=5, seed=3))
     assert model.num_classes == 5
     assert all((v == expected.state_dict()[k]).all() for k, v in model.state_dict().items())
+
+
+def test_verify(tmp_path, capsys):
+    parts, composed = str(tmp_path / "parts"), str(tmp_path / "composed")
+    main(["split", "resnet10t", "4", "-o", parts, "--img-size", "64", "--num-classes", "10"])
+    main(["merge", parts, "-o", composed])
+    capsys.readouterr()
+    assert main(["verify", composed, parts, "--dataset", "digits"]) == 0
+    out = capsys.readouterr().out
+    assert "every claim holds" in out and "360 labelled images" in out and "bound (2.19)" in out
+    path = Path(composed) / "model.safetensors"
+    state = load_file(path)
+    save_file({**state, "fc.weight": state["fc.weight"] + 0.01}, path)
+    assert main(["verify", composed, parts]) == 1
+    assert "FAILED sum of the parts' outputs, whole image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors in"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "cannot be read"),
+        (lambda folder: save_file({"a": torch.ones(1)}, folder / "model.safetensors"), "is of another model"),
+    ],
+)
+def test_verify_of_a_spoiled_model(spoil, message, tmp_path, capsys):
+    timm_dd.split("resnet10t", 2).save(tmp_path / "parts")
+    timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed")
+    spoil(tmp_path / "composed")
+    assert main(["verify", str(tmp_path / "composed"), str(tmp_path / "parts")]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_profile(capsys):
+    assert main(["profile", "resnet50", "4", "--grid", "2x2"]) == 0
+    out = capsys.readouterr().out
+    assert "resnet50 in 4 parts; grid 2x2: 3×112×112 of 3×224×224" in out
+    assert re.search(r"multiply-adds \(MACs\) +4\.09 G +0\.0733 G +55\.8", out)
+    local = "profile dd_vgg3 9 --grid 3x3 --img-size 180 --num-classes 5 --width-divisor 2 --json"
+    assert main(local.split()) == 0
+    assert json.loads(capsys.readouterr().out)["part"]["parameters"] == 273_173
+
+
+def test_a_picture_of_the_boxes(tmp_path, capsys):
+    """Each panel after the first is bright inside its box alone."""
+    path = tmp_path / "boxes.png"
+    assert main(["plan", "dd_resnet32", "5", "--grid", "type-b", "--domain-png", str(path)]) == 0
+    assert "type B of 2x2 of 32×32 pixels" in capsys.readouterr().out
+    picture = np.asarray(Image.open(path).convert("L"))
+    assert picture.shape == (200 + 8, 6 * 200 + 8)
+    boxes = timm_dd.Domain.type_b(2).boxes((32, 32))
+    for k, box in enumerate(boxes, start=1):
+        panel = picture[8:200, 8 + 200 * k : 200 + 200 * k]
+        bright = np.zeros_like(panel, dtype=bool)
+        rows, columns = (slice(6 * s + 30, 6 * (s + e) - 6) for s, e in zip(box.start, box.extent))
+        assert panel[rows, columns].min() >= 200
+        bright[6 * box.start[0] : 6 * (box.start[0] + box.extent[0]), :] = True
+        assert panel[~bright].max() < 64
+    again = tmp_path / "again.png"
+    assert main(["plan", "resnet18", "4", "--domain-png", str(again), "--image", str(path)]) == 0
+    assert Image.open(again).size == (5 * 232 + 8, 232 + 8)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Boxes: sizes of the paper, coverage, bad input; crops are views."""
 
+import json
+
 import pytest
 import torch
 
 import timm_dd
-from timm_dd import Domain, SplitError
+from timm_dd import Box, Domain, SplitError
 from timm_dd.domain import default_domain
 
 
@@ -32,11 +34,66 @@ def test_food101_boxes():
 @pytest.mark.parametrize("overlap", [0, 1, 2])
 def test_every_pixel_is_covered(size, overlap):
     domain = Domain.grid(2, 3, overlap=overlap)
+    seen = covered(domain, *size)
+    assert int(seen.min()) == 1
+    assert overlap or int(seen.max()) == 1  # (2.6): without overlap, exactly once
+
+
+def covered(domain, *size):
+    """How many boxes see each pixel."""
     seen = torch.zeros(size, dtype=torch.int)
     for box in domain.boxes(size):
         box.crop(seen[None, None]).add_(1)
-    assert int(seen.min()) == 1
-    assert overlap or int(seen.max()) == 1  # (2.6): without overlap, exactly once
+    return seen
+
+
+@pytest.mark.parametrize("size", [(32,), (33,), (32, 32), (31, 47), (16, 17, 18)])
+@pytest.mark.parametrize("overlap", [0, 3])
+def test_eight_boxes_share_the_centre(size, overlap):
+    """gu2022 Fig. 3.4: as large as half the image, all reaching its centre, every pixel covered."""
+    boxes = Domain.centered8(overlap).boxes(size)
+    assert len(set(boxes)) == 8 and {b.extent for b in boxes} == {tuple(-(-n // 2) + overlap for n in size)}
+    assert all(s <= n / 2 <= s + e for b in boxes for s, e, n in zip(b.start, b.extent, size))
+    assert int(covered(Domain.centered8(overlap), *size).min()) >= 1
+
+
+def test_eight_boxes_in_two_dimensions():
+    starts = [b.start for b in Domain.centered8().boxes((32, 32))]
+    assert starts == [(0, 0), (0, 8), (0, 16), (8, 0), (8, 16), (16, 0), (16, 8), (16, 16)]
+    boxes = Domain.centered8(overlap=4, margin=24).boxes((224, 224))
+    assert {b.extent for b in boxes} == {(92, 92)} and boxes[-1].start == (108, 108) and boxes[0].start == (24, 24)
+
+
+def test_type_b():
+    """klawonn2023 Fig. 3, right: 3×3 boxes of 180×180 without overlap, and 2×2 across the inner corners."""
+    boxes = Domain.type_b(3).boxes((180, 180))
+    assert boxes[:9] == Domain.grid(3, 3).boxes((180, 180))
+    assert [b.start for b in boxes[9:]] == [(30, 30), (30, 90), (90, 30), (90, 90)]
+    assert {b.extent for b in boxes} == {(60, 60)}
+    assert [Domain.type_b(p, axes).parts for p, axes in ((1, 2), (3, 1), (2, 2), (2, 3))] == [1, 5, 5, 9]
+    assert int(covered(Domain.type_b(3), 31, 47)[:5].max()) == 1
+
+
+def test_boxes_of_ones_own():
+    own = [Box((0, 0), (20, 32)), Box((10, 4), (22, 8))]
+    assert Domain.custom(own).boxes((32, 32)) == tuple(own)
+    parts = timm_dd.split("dd_resnet32", 2, domain=Domain.custom(own))
+    assert [c.shape[2:] for c in parts.crops(torch.randn(1, 3, 32, 32))] == [(20, 32), (22, 8)]
+
+
+@pytest.mark.parametrize(
+    "domain",
+    [
+        Domain.full(3),
+        Domain.grid(2, 3, overlap=1, margin=2),
+        Domain.centered8(2, 1),
+        Domain.type_b(2, axes=3),
+        Domain.custom([Box((1,), (2,))]),
+    ],
+    ids=str,
+)
+def test_domains_are_json(domain):
+    assert Domain.from_json(json.loads(json.dumps(domain.to_json()))) == domain
 
 
 def test_one_and_three_dimensions():
@@ -69,6 +126,18 @@ def test_crops_are_views():
         (lambda: Domain.grid(2, 2, overlap=17).boxes((32, 32)), "largest overlap here is 16"),
         (lambda: Domain.grid(2, 2, margin=16).boxes((32, 32)), "do not fit"),
         (lambda: Domain.grid(2, 2).boxes((32,)), "has 2 axes"),
+        (lambda: Domain.full(0), "whole number from 1 up"),
+        (lambda: Domain.centered8(overlap=-1), "from 0 up"),
+        (lambda: Domain.centered8(overlap=17).boxes((32, 32)), "largest overlap here is 16"),
+        (lambda: Domain.centered8().boxes((4, 4, 4, 4)), "one, two or three axes"),
+        (lambda: Domain.type_b(0), "at least one box"),
+        (lambda: Domain.type_b(5).boxes((4, 32)), "5 boxes do not fit into 4 of the 4 pixels"),
+        (lambda: Domain.type_b(3).boxes((32,)), "has 2 axes"),
+        (lambda: Domain.custom([]), "as many starts and extents"),
+        (lambda: Domain.custom([Box((0, 0), (4,))]), "as many starts and extents"),
+        (lambda: Domain.custom([Box((0, -1), (4, 4))]), "starts at a pixel from 0 up"),
+        (lambda: Domain.custom([Box((0, 0), (4, 0))]), "at least one along every axis"),
+        (lambda: Domain.custom([Box((0, 30), (4, 4))]).boxes((32, 32)), "leaves the image of 32×32"),
     ],
 )
 def test_bad_domains(make, message):

@@ -14,7 +14,8 @@ ORDER = [
     "errors", "widths", "domain", "table", "models", "networks", "trace", "sizes", "rules.laws", "rules.registry",
     "rules.pool", "rules.conv", "rules.linear", "rules.norm", "rules.pointwise", "rules.shape", "rules.attention",
     "rules.recurrent", "rules", "plan", "planner", "claims",
-    "files", "split", "merge", "profile", "verify", "picture", "train", "train.options", "train.data", "train.schedule", "train.engines",
+    "files", "split", "merge", "profile", "verify", "picture",
+    "train", "train.options", "train.data", "train.schedule", "train.engines",
     "train.loop", "train.run", "train.demo", "train.__main__", "cli", "",
 ]  # fmt: skip
 

@@ -194,6 +194,17 @@ def test_a_recurrent_part_keeps_its_weights_in_one_place():
 # ---- local networks of klawonn2023: the width divisor and the number of boxes are two numbers
 
 
+@pytest.mark.parametrize("shape, size, classes, parameters", [((2, 2), 32, 10, 89_178), ((3, 3), 180, 5, 273_173)])
+def test_local_networks_of_klawonn2023(shape, size, classes, parameters):
+    """Its Table 2: half the width whatever the number of boxes; VGG3 on CIFAR-10 and on TF-Flowers."""
+    domain = Domain.grid(*shape)
+    parts = timm_dd.split(
+        "dd_vgg3", domain.parts, domain=domain, width_divisor=2, img_size=size, num_classes=classes
+    ).eval()
+    assert [sum(p.numel() for p in part.parameters()) for part in parts] == [parameters] * domain.parts
+    assert parts(torch.randn(1, 3, size, size)).shape == (domain.parts, 1, classes)
+
+
 def test_a_width_divisor_of_its_own():
     parts = timm_dd.split("resnet10t", 9, domain=Domain.grid(3, 3), width_divisor=2, img_size=96, num_classes=5)
     assert len(parts) == 9 and parts.eval()(torch.randn(1, 3, 96, 96)).shape == (9, 1, 5)
