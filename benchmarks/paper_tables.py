@@ -97,11 +97,11 @@ CUT = "the paper cuts off digits"
 BIASES = "Keras' convolutions have biases, timm's have none"
 DRAWN = "TensorFlow's profiler also counts how each weight is drawn (2)"
 FIVE = (
-    "2 MACs + 1 per output + 5 per weight are the paper's FLOPs to 1 % or to its digits: "
+    "2 MACs + 1 per output + 5 per weight are the paper's FLOPs, to its digits or about 1 %: "
     f"{DRAWN}, likely its L2 penalty (3) and biases"
 )
 TWO = (
-    "2 MACs + 2 per output + 2 per weight are the paper's FLOPs to 1 % or to its digits: "
+    "2 MACs + 2 per output + 2 per weight are the paper's FLOPs, to its digits or about 1 %: "
     f"{DRAWN}, likely biases and BatchNorm"
 )
 SLIM = (
@@ -112,7 +112,7 @@ FIRST = "Keras' ResNet strides in a block's first convolution, timm's in the sec
 EIGHT = "the boxes of 96×96 are inferred: of 88 to 112 pixels only 95 and 96 give the 19.69 MFLOPs of gu2021"
 EIGHTEEN = (
     "the network is inferred, as the paper has no more than its 18 layers: basic blocks 2-3-3-3, shortcuts without "
-    "weights and convolutions with biases give all of the figures to 1e-3 or to their digits (timm's resnet18 has "
+    "weights and convolutions with biases give all of the figures, to their digits or 1e-3 (timm's resnet18 has "
     "11.18 M parameters)"
 )
 HUNDRED = "the profiler that the paper names counts 2 MACs and takes 10^8 FLOPs for an MFLOP"
