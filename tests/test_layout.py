@@ -15,7 +15,7 @@ ORDER = [
     "rules.pool", "rules.conv", "rules.linear", "rules.norm", "rules.pointwise", "rules.shape", "rules.attention",
     "rules.recurrent", "rules", "plan", "planner", "claims",
     "files", "split", "merge", "profile", "verify", "picture",
-    "train", "train.options", "train.data", "train.schedule", "train.engines",
+    "train", "train.options", "train.data", "train.schedule", "train.engines", "train.checkpoints",
     "train.loop", "train.run", "train.demo", "train.__main__", "cli", "",
 ]  # fmt: skip
 

@@ -1,29 +1,37 @@
-"""How networks take a training step. A `Learner` is one network with its optimizer, schedule and random state."""
+"""How networks take a training step. A `Learner` is one network with its optimizer, schedule and progress."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import dispatch_clip_grad
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import TrainError
-from . import schedule
+from . import options, schedule
 
 
 class Learner:
-    """One network in training; its dropout draws from a random state of its own, so that learners that share a
-    process do not disturb each other.
+    """One network in training. The dropout of an update follows from `seed` and the update's number, so that learners
+    that share a process do not disturb each other, and one that was interrupted goes on as if it had not been.
 
     Args:
         crop: the view of a batch that the network sees.
         global_batch: images of an update over all ranks, for ``--lr-base``.
-        seed: of the random state.
+        folder: for its ``summary.csv`` and its checkpoints.
+
+    Attributes:
+        updates: how many it has taken.
+        history: loss, top1 and lr of each epoch that ended.
+        failure: why it cannot go on; None while it can.
     """
 
     def __init__(
@@ -36,8 +44,10 @@ class Learner:
         updates_per_epoch: int,
         global_batch: int,
         seed: int,
+        folder: Path,
     ):
         self.name, self.model, self.crop, self.args, self.device = name, model, crop, args, device
+        self.seed, self.folder = seed, folder
         lr = args.lr if args.lr is not None else args.lr_base * global_batch / 256
         self.optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr})
         self.schedule = schedule.create(args, self.optimizer, updates_per_epoch)
@@ -45,14 +55,21 @@ class Learner:
         self.dtype = getattr(torch, args.amp_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp and self.dtype is torch.float16)
         self.updates, self.seconds = 0, 0.0
-        self.random = torch.Generator(device).manual_seed(seed).get_state()
+        self.history: list[dict[str, float]] = []
+        self.failure: str | None = None
+        self._total, self._images = torch.zeros((), device=device), 0  # loss of the epoch so far
+
+    @property
+    def net(self) -> nn.Module:
+        """The network itself, without DistributedDataParallel."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     @property
     def lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """One update on a batch; returns the loss, detached."""
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """One update on a batch."""
         with self._own_random():
             with torch.autocast(self.device.type, self.dtype, enabled=self.args.amp):
                 loss = self.loss(self.model(self._view(x)), y)
@@ -65,7 +82,27 @@ class Learner:
         self.scaler.update()
         self.updates += 1
         self.schedule.step_update(self.updates)
-        return loss.detach()
+        self._total = self._total + loss.detach() * len(y)
+        self._images += len(y)
+
+    def check_finite(self) -> float:
+        """The mean loss of the epoch so far.
+
+        Raises:
+            TrainError: it is not finite.
+        """
+        loss = float(self._total) / max(self._images, 1)
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise TrainError(
+                f"{self.name}: the loss is {loss}; use a smaller --lr, --clip-grad, or longer --warmup-epochs"
+            )
+        return loss
+
+    def end_epoch(self, accuracy: float) -> None:
+        """Note the epoch's loss and validation accuracy, and go on to the next."""
+        self.history.append({"loss": self.check_finite(), "top1": accuracy, "lr": self.lr})
+        self._total, self._images = torch.zeros_like(self._total), 0
+        self.schedule.step(len(self.history), accuracy)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.args.amp):
@@ -79,14 +116,47 @@ class Learner:
     def _own_random(self) -> Iterator[None]:
         module = torch.cuda if self.device.type == "cuda" else torch
         before = module.get_rng_state()
-        module.set_rng_state(self.random)
+        module.manual_seed((self.seed << 32) + self.updates)
         try:
             yield
         finally:
-            self.random = module.get_rng_state()
             module.set_rng_state(before)
 
+    # ---- what a checkpoint holds
 
-def check_finite(name: str, loss: float) -> None:
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        raise TrainError(f"{name}: the loss is {loss}; use a smaller --lr, --clip-grad, or longer --warmup-epochs")
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """All that `restore` needs: tensors by name, and JSON. The schedule follows from the history."""
+        tensors = {f"model.{name}": t for name, t in self.net.state_dict().items()} | {"total": self._total}
+        optimizer, numbers = self.optimizer.state_dict(), {"state": {}, "group": {}}
+        for kind, entries in (("state", optimizer["state"]), ("group", dict(enumerate(optimizer["param_groups"])))):
+            for i, values in entries.items():
+                found = {name: v for name, v in values.items() if isinstance(v, torch.Tensor)}
+                tensors |= {f"{kind}.{i}.{name}": t for name, t in found.items()}
+                numbers[kind][str(i)] = {name: v for name, v in values.items() if name not in found}
+        return tensors, {
+            "options": options.of_training(self.args),
+            "updates": self.updates,
+            "images": self._images,
+            "seconds": self.seconds,
+            "history": self.history,
+            "optimizer": numbers,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+        """Go back to a `state`; RuntimeError, ValueError or KeyError if it is of another network or optimizer."""
+        optimizer = {k: {int(i): dict(v) for i, v in e.items()} for k, e in numbers["optimizer"].items()}
+        for key in (k for k in tensors if k.startswith(("state.", "group."))):
+            kind, i, name = key.split(".", 2)
+            optimizer[kind][int(i)][name] = tensors[key]
+        options.check_same(numbers["options"], options.of_training(self.args))
+        self.net.load_state_dict({k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")})
+        self.history, self.updates = numbers["history"], numbers["updates"]
+        for epoch, row in enumerate(self.history, start=1):
+            self.schedule.step(epoch, row["top1"])
+        self.schedule.step_update(self.updates)
+        groups = [optimizer["group"][i] for i in sorted(optimizer["group"])]
+        self.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": groups})
+        self.scaler.load_state_dict(numbers["scaler"])
+        self.seconds, self._images = numbers["seconds"], numbers["images"]
+        self._total = tensors["total"].to(self.device)

@@ -1,19 +1,24 @@
-"""Epochs: one decoded batch goes to every learner, each takes its own view of it."""
+"""Epochs: one decoded batch goes to every learner, each takes its own view of it.
+
+Learners that go on from checkpoints may stand at different updates: a batch goes to those whose next it is.
+"""
 
 from __future__ import annotations
 
+import csv
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from timm.utils import update_summary
 from tqdm import tqdm
 
+from .. import files
+from ..errors import headline
+from .checkpoints import Keeper, save
 from .data import seed_epoch
-from .engines import Learner, check_finite
+from .engines import Learner
 
 
 def fit(
@@ -22,55 +27,84 @@ def fit(
     epochs: int,
     seed: int,
     title: str,
-    folders: Sequence[Path],
-    after_epoch: Callable[[int, list[float]], None] | None = None,
+    keeper: Keeper,
+    after_epoch: Callable[[], None] | None = None,
     primary: bool = True,
-) -> list[float]:
-    """Train `learners` side by side; returns their last validation accuracies in %.
+    apart: bool = False,
+) -> None:
+    """Train `learners` side by side until each has a history of `epochs`.
 
     Args:
         loaders: (train, validation).
-        folders: where each learner's ``summary.csv`` goes.
-        after_epoch: called with the epoch and the accuracies.
+        after_epoch: called when an epoch's accuracies are known.
         primary: whether this process reports and writes.
+        apart: whether one that fails leaves the others to go on; `Learner.failure` says why it did.
     """
     train, val = loaders
-    accuracies = evaluate(learners, val) if epochs == 0 else []
     for epoch in range(epochs):
-        start = time.perf_counter()
-        losses = _epoch(learners, train, epoch, seed, f"{title} {epoch + 1}/{epochs}", primary)
-        accuracies = evaluate(learners, val)
-        for learner, loss, accuracy, folder in zip(learners, losses, accuracies, folders):
-            check_finite(learner.name, loss)
-            if primary:
-                update_summary(epoch, {"loss": loss}, {"top1": accuracy}, str(folder / "summary.csv"), lr=learner.lr)
-            learner.schedule.step(epoch + 1, accuracy)
+        due, start = [n for n in _alive(learners) if len(n.history) <= epoch], time.perf_counter()
+        if not due:
+            continue
+        _epoch(due, train, epoch, seed, f"{title} {epoch + 1}/{epochs}", keeper, primary, apart)
+        due = _alive(due)
+        for learner, accuracy in zip(due, evaluate(due, val)):
+            guard(learner, lambda n=learner, a=accuracy: n.end_epoch(a), apart)
+        due, seconds = _alive(due), time.perf_counter() - start
+        for learner in due:
+            learner.seconds += seconds
         if after_epoch is not None:
-            after_epoch(epoch, accuracies)
+            after_epoch()
         if primary:
-            rates = " ".join(
-                f"{n.name}: loss {loss:.3f}, {a:.2f} %;" for n, loss, a in zip(learners, losses, accuracies)
-            )
-            left = (time.perf_counter() - start) * (epochs - epoch - 1)
-            tqdm.write(f"{title} {epoch + 1}/{epochs}  {rates} {left:.0f} s left", file=sys.stdout)
+            for learner in due:
+                _write_summary(learner)
+                save(learner)
+            rates = " ".join(f"{n.name}: loss {n.history[-1]['loss']:.3f}, {n.history[-1]['top1']:.2f} %;" for n in due)
+            tqdm.write(f"{title} {epoch + 1}/{epochs}  {rates} {seconds * (epochs - epoch - 1):.0f} s left", sys.stdout)
             sys.stdout.flush()
-    return accuracies
 
 
-def _epoch(learners, loader, epoch: int, seed: int, title: str, primary: bool) -> list[float]:
+def _alive(learners: Sequence[Learner]) -> list[Learner]:
+    return [n for n in learners if n.failure is None]
+
+
+def guard(learner: Learner, work: Callable[[], None], apart: bool) -> None:
+    """Do `work`; if it fails and learners are kept apart, note that in the learner."""
+    try:
+        work()
+    except Exception as e:  # whatever ends one part must not end the others
+        if not apart:
+            raise
+        learner.failure = headline(e)
+        tqdm.write(f"{learner.name} failed: {learner.failure}", sys.stdout)
+
+
+def _write_summary(learner: Learner) -> None:
+    """All epochs so far, in the form of timm's summary.csv."""
+    with files.replacing(learner.folder / "summary.csv") as temporary, open(temporary, "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["epoch", "train_loss", "eval_top1", "lr"])
+        writer.writerows([i, row["loss"], row["top1"], row["lr"]] for i, row in enumerate(learner.history))
+
+
+def _epoch(learners, loader, epoch: int, seed: int, title: str, keeper: Keeper, primary: bool, apart: bool) -> None:
+    """The updates of an epoch that the learners have not taken yet."""
+    first = epoch * len(loader)
+    if all(n.updates >= first + len(loader) for n in learners):
+        return  # interrupted while it was evaluated
     seed_epoch(seed, epoch)
     sampler = getattr(loader, "sampler", None)
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
     for learner in learners:
         learner.model.train()
-    totals, images = [0.0] * len(learners), 0
     bar = tqdm(loader, desc=title, leave=False, disable=not (primary and sys.stderr.isatty()))
-    for x, y in bar:
-        for i, learner in enumerate(learners):
-            totals[i] = totals[i] + learner.step(x, y) * len(y)
-        images += len(y)
-    return [float(t) / max(images, 1) for t in totals]
+    for i, (x, y) in enumerate(bar):
+        for learner in (n for n in _alive(learners) if n.updates == first + i):
+            guard(learner, lambda n=learner, x=x, y=y: n.step(x, y), apart)
+        if keeper.due and primary:
+            for learner in _alive(learners):
+                guard(learner, learner.check_finite, apart)
+            keeper.keep(_alive(learners))
 
 
 @torch.no_grad()

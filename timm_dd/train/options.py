@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -20,6 +21,10 @@ from .. import models
 from ..domain import Domain, default_domain
 from ..errors import SplitError, TrainError, headline
 
+FREE = {  # may change when a run goes on
+    "checkpoint_every", "config", "device", "experiment", "output", "pin_mem", "resume", "validation_batch_size",
+    "workers",
+}  # fmt: skip
 LAYOUTS = ("full", "centered8", "type-b")
 
 STAGED = {
@@ -152,6 +157,16 @@ def _run(g) -> None:
     g.add_argument(
         "--baseline", action="store_true", help="also train the model from a random start for as many epochs"
     )
+    g.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="DIR",
+        help="go on with the run in DIR; auto: with that of --experiment, or the last in --output that is not done",
+    )
+    g.add_argument(
+        "--checkpoint-every", type=float, metavar="SECONDS", help="checkpoints within epochs too, not only after each"
+    )
     g.add_argument("--seed", type=int, default=42)
     g.add_argument("--amp", action="store_true", help="mixed precision")
     g.add_argument("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"])
@@ -170,7 +185,9 @@ def grid(text: str) -> str | tuple[int, ...]:
     try:
         return sizes(text)
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"expected boxes, like 2x2, or {', '.join(LAYOUTS)}, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected rows x columns, like 2x2, or {', '.join(LAYOUTS)}, got {text!r}"
+        ) from None
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -242,15 +259,30 @@ def stage(args: argparse.Namespace, name: str | None) -> argparse.Namespace:
     return own
 
 
+def of_training(args: argparse.Namespace) -> dict:
+    """The options, as a stage sees them, on which a network's weights depend; as JSON."""
+    own = {k: v for k, v in vars(args).items() if k not in FREE and not k.startswith(("part_", "baseline"))}
+    return json.loads(json.dumps(own))
+
+
+def check_same(before: dict, now: dict) -> None:
+    """Raise ValueError unless a network goes on with the options that it began with."""
+    other = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    if other:
+        raise ValueError(", ".join(f"{_flag(k)} was {before.get(k)}, not {now.get(k)}" for k in sorted(other)))
+
+
 def domain(args: argparse.Namespace) -> Domain:
     """The boxes of ``--grid``, ``--overlap`` and ``--margin``."""
     extra = {"overlap": args.overlap, "margin": args.margin}
     if args.grid == "centered8":
         return Domain.centered8(**extra)
-    if args.grid in ("full", "type-b"):
+    if args.grid == "full":
+        return Domain.full(args.parts)
+    if args.grid == "type-b":
         if any(extra.values()):
-            raise SplitError(f"--grid {args.grid} takes neither --overlap nor --margin")
-        return Domain.full(args.parts) if args.grid == "full" else _type_b(args.parts, models.axes(args.model))
+            raise SplitError("--grid type-b takes neither --overlap nor --margin")
+        return _type_b(args.parts, models.axes(args.model))
     shape = args.grid or default_domain(args.parts, models.axes(args.model)).grid_shape
     return Domain.grid(*shape, **extra)
 

@@ -11,7 +11,6 @@ import datetime
 import itertools
 import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +26,9 @@ from ..merge import merge, merge_files
 from ..split import Parts, split
 from ..table import table
 from . import data, options
+from .checkpoints import Keeper, restore
 from .engines import Learner
-from .loop import evaluate, fit
+from .loop import evaluate, fit, guard
 
 WAIT = datetime.timedelta(days=7)  # the first rank to finish its parts waits for the last
 
@@ -69,6 +69,8 @@ class Run:
         self.model_args = options.model_arguments(args, classes)
         self.data_config = data.data_config(args, models.create_empty(args.model, **self.model_args))
         self.size = tuple(self.data_config["input_size"][1:])
+        self.keeper = Keeper(args.checkpoint_every)
+        self.resuming = args.resume is not None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         self.folder = self._folder()
         self.parts_folder = self.folder / "parts"
         self.parts: Parts = split(
@@ -83,58 +85,88 @@ class Run:
         )
 
     def _folder(self) -> Path:
-        """``--experiment`` in ``--output``; by default a new name, on which all ranks agree without a word."""
+        """``--experiment`` in ``--output``; by default a new name, on which all ranks agree without a word, or the last
+        run that is not done if one is to go on."""
         base, name = Path(self.args.output), f"{self.args.model}-{self.args.parts}"
+        if self.args.resume not in (None, "auto"):
+            return Path(self.args.resume)
         if self.args.experiment:
             return base / self.args.experiment
+        if self.resuming:
+            begun = [p.parent for p in base.glob(f"{name}*/args.yaml") if not (p.parent / "summary.json").exists()]
+            if begun:
+                return max(begun, key=lambda p: p.stat().st_mtime)
         if self.ranks.world > 1:
             return base / f"{name}-{os.environ.get('TORCHELASTIC_RUN_ID', 'run')[:8]}"
         return next(p for i in itertools.count() if not (p := base / (f"{name}-{i}" if i else name)).exists())
 
     # ---- stage 1
 
-    def train_parts(self) -> float:
-        """Train part k on rank k mod world size; returns the seconds."""
-        start = time.perf_counter()
-        own = [k for k in range(self.args.parts) if k % self.ranks.world == self.ranks.rank]
-        if own:
-            args = options.stage(self.args, "part")
-            _threads(self.args.parts)
-            loaders = data.loaders(args, self.data_config, self.train_set, self.val_set, self.device, distributed=False)
-            boxes = self.parts.plan.boxes()
-            learners = [
-                self._learner(f"part {k}", self.parts[k], boxes[k].crop, args, len(loaders[0]), args.batch_size, k)
-                for k in own
-            ]
-            folders = [self.parts_folder / str(k) for k in own]
-            for folder in folders:
-                folder.mkdir(parents=True, exist_ok=True)
-            accuracies = fit(learners, loaders, args.epochs, args.seed, "parts", folders)
-            for k, folder, learner, accuracy in zip(own, folders, learners, accuracies):
-                files.save_part(folder, self.parts.plan, k, learner.model.state_dict())
-                files.write_json(
-                    folder / "summary.json",
-                    {"part": k, "top1": accuracy, "epochs": args.epochs, "updates": learner.updates},
-                )
-        return time.perf_counter() - start
+    def train_parts(self) -> None:
+        """Train part k on rank k mod world size, those that are not done. One that fails does not stop the others."""
+        own = [k for k in range(self.args.parts) if k % self.ranks.world == self.ranks.rank and not self._done(k)]
+        if not own:
+            return
+        args = options.stage(self.args, "part")
+        _threads(self.args.parts)
+        loaders = data.loaders(args, self.data_config, self.train_set, self.val_set, self.device, distributed=False)
+        learners = [self._part(k, self.parts[k], args, len(loaders[0])) for k in own]
+        for learner in learners if self.resuming else ():
+            guard(learner, lambda n=learner: restore(n), apart=True)
+        fit(learners, loaders, args.epochs, args.seed, "parts", self.keeper, apart=True)
+        for k, learner in zip(own, learners):
+            if learner.failure is not None:
+                files.write_json(learner.folder / "failure.json", learner.failure)
+                continue
+            files.save_part(learner.folder, self.parts.plan, k, learner.model.state_dict())
+            summary = {"part": k, "top1": _accuracy(learner, loaders), "epochs": args.epochs}
+            files.write_json(
+                learner.folder / "summary.json", {**summary, "updates": learner.updates, "seconds": learner.seconds}
+            )
 
-    def _learner(self, name, model, crop, args, updates, batch, stream) -> Learner:
+    def _part(self, k: int, model: nn.Module, args, updates: int) -> Learner:
+        folder, box = self.parts_folder / str(k), self.parts.plan.boxes()[k]
+        (folder / "failure.json").unlink(missing_ok=True)
+        return self._learner(f"part {k}", model, box.crop, args, updates, args.batch_size, k, folder)
+
+    def _done(self, k: int) -> bool:
+        return (self.parts_folder / str(k) / "summary.json").exists()
+
+    def _part_summary(self, k: int) -> dict:
+        return json.loads((self.parts_folder / str(k) / "summary.json").read_text())
+
+    def _learner(self, name, model, crop, args, updates, batch, stream, folder) -> Learner:
         model = (
             model.to(self.device, memory_format=torch.channels_last) if args.channels_last else model.to(self.device)
         )
-        return Learner(name, model, crop, args, self.device, updates, batch, self.args.seed * 1000 + stream)
+        seed = self.args.seed * 1000 + stream
+        learner = Learner(name, model, crop, args, self.device, updates, batch, seed, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return learner
 
     # ---- stage 2
 
     def meet(self) -> None:
-        """Wait until every rank has trained its parts."""
+        """Wait until every rank has trained its parts.
+
+        Raises:
+            TrainError: some failed.
+        """
         if self.ranks.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=WAIT)
             dist.barrier()
+        failed = [k for k in range(self.args.parts) if not self._done(k)]
+        if failed:
+            reasons = [json.loads((self.parts_folder / str(k) / "failure.json").read_text()) for k in failed]
+            raise TrainError(
+                f"{'; '.join(f'part {k} failed ({why})' for k, why in zip(failed, reasons))}; "
+                f"{self.args.parts - len(failed)} of {self.args.parts} parts are done and kept: --resume {self.folder} "
+                f"goes on with what failed, from its last checkpoint, or anew and with other options if "
+                f"{self.parts_folder}/k is removed"
+            )
 
     def tune(self) -> tuple[float, float, float, float]:
         """Compose and fine-tune; returns the accuracies of the parts together, composed, and tuned, and the seconds."""
-        start = time.perf_counter()
         composed = self.folder / "composed"
         if self.ranks.primary:
             merge_files(self.parts_folder, composed, data=self.data_config)
@@ -144,21 +176,19 @@ class Run:
         args = options.stage(self.args, None)
         loaders = self._loaders(args)
         together = self._together(loaders[1])
-        learner = self._global("composed model", model, args, len(loaders[0]))
+        learner = self._global("composed model", model, args, len(loaders[0]), self.folder / "global")
         before = evaluate([learner], loaders[1])[0]
-        after = self._fit(learner, loaders, args.epochs, "fine-tuning", self.folder / "global", model)
-        return together, before, after, time.perf_counter() - start
+        after = self._fit(learner, loaders, args.epochs, "fine-tuning")
+        return together, before, after, learner.seconds
 
     def baseline(self) -> tuple[float, float]:
         """Train the model from a random start (GNet-R); returns accuracy and seconds."""
-        start = time.perf_counter()
         args = options.stage(self.args, "baseline")
         given = models.arguments(self.args.model, img_size=self.size, **self.model_args)
         model = models.create(self.args.model, pretrained=self.args.pretrained, seed=self.args.seed, **given)
         loaders = self._loaders(args)
-        learner = self._global("baseline", model, args, len(loaders[0]))
-        accuracy = self._fit(learner, loaders, args.epochs, "baseline", self.folder / "baseline", model)
-        return accuracy, time.perf_counter() - start
+        learner = self._global("baseline", model, args, len(loaders[0]), self.folder / "baseline")
+        return self._fit(learner, loaders, args.epochs, "baseline"), learner.seconds
 
     def _loaders(self, args) -> tuple:
         _threads(self.ranks.local_world)
@@ -170,41 +200,34 @@ class Run:
         """The accuracy of the sum of the parts' logits, each part on its own box."""
         parts = Parts.load(self.parts_folder)
         args = options.stage(self.args, "part")
-        learners = [
-            self._learner(f"part {k}", part, box.crop, args, 1, args.batch_size, k)
-            for k, (part, box) in enumerate(zip(parts, parts.plan.boxes()))
-        ]
+        learners = [self._part(k, part, args, 1) for k, part in enumerate(parts)]
         return evaluate(learners, loader, together=True)[-1]
 
-    def _global(self, name: str, model: nn.Module, args, updates: int) -> Learner:
+    def _global(self, name: str, model: nn.Module, args, updates: int, folder: Path) -> Learner:
         model = model.to(self.device)
-        wrapped: nn.Module = model
         if self.ranks.world > 1:
-            wrapped = DistributedDataParallel(
+            model = DistributedDataParallel(
                 model, device_ids=[self.device.index] if self.device.type == "cuda" else None
             )
-        return self._learner(
-            name, wrapped, lambda x: x, args, updates, args.batch_size * self.ranks.world, 999 - self.ranks.rank
-        )
+        batch, stream = args.batch_size * self.ranks.world, 999 - self.ranks.rank
+        return self._learner(name, model, lambda x: x, args, updates, batch, stream, folder)
 
-    def _fit(self, learner: Learner, loaders, epochs: int, title: str, folder: Path, model: nn.Module) -> float:
-        """Train the global model, keeping the last epoch's weights and the best."""
-        best = -1.0
+    def _fit(self, learner: Learner, loaders, epochs: int, title: str) -> float:
+        """Train the global model, keeping the last epoch's weights and the best; returns the last accuracy."""
 
-        def keep(epoch: int, accuracies: list[float]) -> None:
-            nonlocal best
+        def keep() -> None:
             if self.ranks.primary:
-                files.save_model(folder / "last", model, self.data_config)
-                if accuracies[0] > best:
-                    files.save_model(folder / "best", model, self.data_config)
-            best = max(best, accuracies[0])
+                files.save_model(learner.folder / "last", learner.net, self.data_config)
+                *before, last = [row["top1"] for row in learner.history] or [0.0]
+                if last > max(before, default=-1.0):
+                    files.save_model(learner.folder / "best", learner.net, self.data_config)
 
-        if self.ranks.primary:
-            folder.mkdir(parents=True, exist_ok=True)
-        last = fit([learner], loaders, epochs, self.args.seed, title, [folder], keep, self.ranks.primary)[0]
+        if self.resuming:
+            restore(learner)
+        fit([learner], loaders, epochs, self.args.seed, title, self.keeper, keep, self.ranks.primary)
         if epochs == 0:
-            keep(0, [last])
-        return last
+            keep()
+        return _accuracy(learner, loaders)
 
     # ---- all of it
 
@@ -212,25 +235,13 @@ class Run:
         """Both stages, and the baseline if asked for; writes and prints the summary on the first rank."""
         if self.ranks.primary:
             self._open()
-        begun = time.perf_counter()
-        self.train_parts()
-        self.meet()
-        first = time.perf_counter() - begun
-        together, before, after, second = self.tune()
-        summary = {
-            "parts": [],
-            "together": together,
-            "composed": before,
-            "tuned": after,
-            "seconds": {"parts": first, "composed": second},
-        }
-        if self.args.baseline:
-            summary["baseline"], summary["seconds"]["baseline"] = self.baseline()
+        with self.keeper:
+            try:
+                summary = self._stages()
+            except RuntimeError as e:  # other ranks that stop take the process group with them
+                self.keeper.check()
+                raise e
         if self.ranks.primary:
-            summary["parts"] = [
-                json.loads((self.parts_folder / str(k) / "summary.json").read_text())["top1"]
-                for k in range(self.args.parts)
-            ]
             files.write_json(self.folder / "summary.json", summary)
             print(
                 f"\n{self.report(summary)}\n\n{self.folder}: composed/ before fine-tuning, global/best after",
@@ -240,9 +251,30 @@ class Run:
             dist.destroy_process_group()
         return summary
 
+    def _stages(self) -> dict:
+        self.train_parts()
+        self.meet()
+        parts = [self._part_summary(k) for k in range(self.args.parts)]
+        together, before, after, seconds = self.tune()
+        summary = {
+            "parts": [p["top1"] for p in parts],
+            "together": together,
+            "composed": before,
+            "tuned": after,
+            "seconds": {"parts": max(p["seconds"] for p in parts), "composed": seconds},
+        }
+        if self.args.baseline:
+            summary["baseline"], summary["seconds"]["baseline"] = self.baseline()
+        return summary
+
     def _open(self) -> None:
         if (self.folder / "args.yaml").exists():
-            raise TrainError(f"{self.folder} holds a run already; choose another --experiment or remove that folder")
+            if not self.resuming:
+                raise TrainError(
+                    f"{self.folder} holds a run already; go on with --resume, or choose another --experiment"
+                )
+            if files.load_plan(self.folder).digest() != self.parts.plan.digest():
+                raise TrainError(f"{self.folder} holds a run of another model or split; choose another --experiment")
         with files.output_folder(self.parts_folder):
             (self.folder / "args.yaml").write_text(yaml.safe_dump(vars(self.args), default_flow_style=None))
             files.save_plan(self.parts_folder, self.parts.plan)
@@ -287,6 +319,11 @@ class Run:
                 ["baseline, random start", f"{summary['baseline']:.2f}", str(total), f"{seconds['baseline']:.1f}"]
             )
         return table(rows)
+
+
+def _accuracy(learner: Learner, loaders) -> float:
+    """The accuracy after the last epoch; now, if there was none."""
+    return learner.history[-1]["top1"] if learner.history else evaluate([learner], loaders[1])[0]
 
 
 def _threads(share: int) -> None:

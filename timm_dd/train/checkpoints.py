@@ -1,0 +1,107 @@
+"""Checkpoints: each network in training has its own, one safetensors file with weights and optimizer, its numbers as
+JSON in the header. Written aside, synced, renamed; the last two are kept, so that one is whole whatever happens.
+
+Random numbers need no place in it: those of an update follow from the seed, the network and the update's number, those
+of the data from the seed and the epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from .. import files
+from ..errors import TrainError, headline
+from .engines import Learner
+
+KEPT = 2
+
+
+def save(learner: Learner) -> None:
+    """Write a checkpoint of `learner` into its folder, and remove all but the last two."""
+    tensors, numbers = learner.state()
+    tensors = {name: t.detach().cpu() for name, t in tensors.items()}
+    path = learner.folder / f"checkpoint-{learner.updates:09d}.safetensors"
+    specs = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    with files.replacing(path) as temporary:
+        files.write_safetensors(temporary, specs, tensors.items(), {"learner": json.dumps(numbers)})
+    for old in found(learner.folder)[KEPT:]:
+        old.unlink(missing_ok=True)
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
+    return sorted(folder.glob("checkpoint-*.safetensors"), reverse=True)
+
+
+def restore(learner: Learner) -> bool:
+    """Go back to the newest checkpoint that can be read; whether there was one.
+
+    Raises:
+        TrainError: it is of another network or optimizer.
+    """
+    for left in learner.folder.glob(".*.safetensors.*"):  # by a process that was killed while it wrote
+        left.unlink(missing_ok=True)
+    for path in found(learner.folder):
+        try:
+            with safe_open(path, "pt") as f:
+                numbers = json.loads((f.metadata() or {})["learner"])
+            tensors = load_file(path)
+        except (SafetensorError, OSError, ValueError, KeyError):
+            continue  # half a file, from a disk that lost power; the one before it is whole
+        try:
+            learner.restore(tensors, numbers)
+        except (RuntimeError, ValueError, KeyError) as e:
+            raise TrainError(
+                f"{path} does not fit ({headline(e)}); resume with the options it was trained with, "
+                f"or remove {learner.folder} to train this network anew"
+            ) from e
+        return True
+    return False
+
+
+class Keeper:
+    """Says when checkpoints are due: every `every` seconds, and at once when the process is asked to stop.
+
+    As a context it takes SIGTERM and Ctrl-C as requests; `torch.utils.data`'s workers, which inherit that, go on.
+    """
+
+    def __init__(self, every: float | None):
+        self.every, self.last, self.signal = every, time.monotonic(), None
+
+    def __enter__(self) -> Keeper:
+        try:
+            self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread: whoever runs it there takes the signals
+            self._before = {}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def _stop(self, number: int, _frame) -> None:
+        if self.signal is not None:  # asked twice
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    @property
+    def due(self) -> bool:
+        return self.signal is not None or (self.every is not None and time.monotonic() - self.last >= self.every)
+
+    def keep(self, learners: list[Learner]) -> None:
+        """Save `learners`; stop here if the process was asked to."""
+        for learner in learners:
+            save(learner)
+        self.last = time.monotonic()
+        self.check()
+
+    def check(self) -> None:
+        """Raise TrainError if the process was asked to stop."""
+        if self.signal is not None:
+            raise TrainError(f"stopped by {self.signal.name}; all is saved, the same command with --resume goes on")
