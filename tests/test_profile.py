@@ -102,7 +102,7 @@ def test_published_figures(name, giga_macs, parameters, part_parameters):
 
 @pytest.mark.parametrize("depth, whole, part", [(32, 2.24, 0.056), (56, 4.08, 0.103), (110, 8.23, 0.207)])
 def test_flops_of_the_cifar_networks(depth, whole, part):
-    """gu2022 Table 3.1, boxes of 20×20; it is not said what is counted beside (2.10), which makes 2% and 4%."""
+    """gu2022 Table 3.1, boxes of 20×20; benchmarks/paper_tables.py says what it counts beside (2.10)."""
     found = profile(f"dd_resnet{depth}", 4, domain=Domain.grid(2, 2, overlap=4))
     assert 0.98 * whole < found.whole.flops / 1e9 < whole
     assert 0.95 * part < found.part.flops / 1e9 < part

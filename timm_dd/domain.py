@@ -95,6 +95,7 @@ class Domain(abc.ABC):
         The figure is known here by its caption and by section 3.1.2, which says that the centre matters most. It is
         read as eight boxes of half the image's height and width, `overlap` pixels more in each: the four quadrants,
         and four of the same size at the middles of the sides. In 1D they are eight at even steps, in 3D the octants.
+        The FLOPs of Table 3.4 and of gu2021 are those of boxes of 96×96: ``centered8(overlap=8, margin=24)`` of 224.
 
         Raises:
             SplitError: a negative number.

@@ -422,7 +422,7 @@ def dd_vgg3d(
 
     The text has a fully connected layer of 256, but the 1.3529 M parameters of Table 2, and the 0.3396 M of its local
     networks, are those of 512. Convolutions are padded: unpadded ones, as in Keras' example of this network, leave
-    nothing of the paper's boxes of 32×32×64 voxels, and the ratio of its two FLOPs is that of padded ones.
+    nothing of the paper's boxes of 32×32×64 voxels.
     """
     cfg = resolve_pretrained_cfg("dd_vgg3d", pretrained_cfg, pretrained_cfg_overlay)
     size = cfg.input_size
