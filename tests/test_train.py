@@ -166,6 +166,17 @@ def test_a_run_that_was_killed_five_times_ends_with_the_same_bits(whole, tmp_pat
     assert [p for p in tmp_path.rglob(".*")] == []
 
 
+def test_torchrun_starts_a_killed_rank_again(whole, tmp_path):
+    """With --max-restarts no --resume is needed."""
+    command = [*TORCHRUN, "2", "--max-restarts", "1", *MODULE]
+    process = start(command, "--output", str(tmp_path), "--experiment", "run")
+    after_lines(process, 4)
+    os.kill(workers(process)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert same(tmp_path / "run", whole)
+
+
 @pytest.mark.parametrize("request_to_stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(whole, request_to_stop, tmp_path):
     """One process, stopped in stage 1 and again in stage 2; its parts have the bits of those of two ranks."""

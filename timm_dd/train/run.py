@@ -156,6 +156,8 @@ class Run:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=WAIT)
             dist.barrier()
         failed = [k for k in range(self.args.parts) if not self._done(k)]
+        if failed and not self.ranks.primary:
+            raise SystemExit(1)  # the first rank says why
         if failed:
             reasons = [json.loads((self.parts_folder / str(k) / "failure.json").read_text()) for k in failed]
             raise TrainError(
@@ -276,9 +278,10 @@ class Run:
             if files.load_plan(self.folder).digest() != self.parts.plan.digest():
                 raise TrainError(f"{self.folder} holds a run of another model or split; choose another --experiment")
         with files.output_folder(self.parts_folder):
-            (self.folder / "args.yaml").write_text(yaml.safe_dump(vars(self.args), default_flow_style=None))
             files.save_plan(self.parts_folder, self.parts.plan)
             files.save_plan(self.folder, self.parts.plan)
+            with files.replacing(self.folder / "args.yaml") as temporary:  # last: with it there is a run
+                temporary.write_text(yaml.safe_dump(vars(self.args), default_flow_style=None))
         plan = self.parts.plan
         verdict = "exact" if plan.exact else f"approximate in {len(plan.approximations)} places"
         print(
