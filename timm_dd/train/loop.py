@@ -9,6 +9,7 @@ import csv
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from .. import files
 from ..errors import headline
 from .checkpoints import Keeper, save
 from .data import seed_epoch
-from .engines import Learner
+from .engines import Engine, Learner
 
 
 def fit(
@@ -28,6 +29,7 @@ def fit(
     seed: int,
     title: str,
     keeper: Keeper,
+    engine: Engine,
     after_epoch: Callable[[], None] | None = None,
     primary: bool = True,
     apart: bool = False,
@@ -36,6 +38,7 @@ def fit(
 
     Args:
         loaders: (train, validation).
+        engine: of the learners' steps.
         after_epoch: called when an epoch's accuracies are known.
         primary: whether this process reports and writes.
         apart: whether one that fails leaves the others to go on; `Learner.failure` says why it did.
@@ -45,10 +48,10 @@ def fit(
         due, start = [n for n in _alive(learners) if len(n.history) <= epoch], time.perf_counter()
         if not due:
             continue
-        _epoch(due, train, epoch, seed, f"{title} {epoch + 1}/{epochs}", keeper, primary, apart)
+        _epoch(due, train, epoch, seed, f"{title} {epoch + 1}/{epochs}", keeper, engine, primary, apart)
         due = _alive(due)
-        for learner, accuracy in zip(due, evaluate(due, val)):
-            guard(learner, lambda n=learner, a=accuracy: n.end_epoch(a), apart)
+        for learner, accuracy in zip(due, evaluate(due, val, engine)):
+            guard(learner, partial(learner.end_epoch, accuracy), apart)
         due, seconds = _alive(due), time.perf_counter() - start
         for learner in due:
             learner.seconds += seconds
@@ -86,7 +89,9 @@ def _write_summary(learner: Learner) -> None:
         writer.writerows([i, row["loss"], row["top1"], row["lr"]] for i, row in enumerate(learner.history))
 
 
-def _epoch(learners, loader, epoch: int, seed: int, title: str, keeper: Keeper, primary: bool, apart: bool) -> None:
+def _epoch(
+    learners, loader, epoch: int, seed: int, title: str, keeper: Keeper, engine: Engine, primary: bool, apart: bool
+) -> None:
     """The updates of an epoch that the learners have not taken yet."""
     first = epoch * len(loader)
     if all(n.updates >= first + len(loader) for n in learners):
@@ -99,16 +104,15 @@ def _epoch(learners, loader, epoch: int, seed: int, title: str, keeper: Keeper, 
         learner.model.train()
     bar = tqdm(loader, desc=title, leave=False, disable=not (primary and sys.stderr.isatty()))
     for i, (x, y) in enumerate(bar):
-        for learner in (n for n in _alive(learners) if n.updates == first + i):
-            guard(learner, lambda n=learner, x=x, y=y: n.step(x, y), apart)
+        due = [n for n in _alive(learners) if n.updates == first + i]
+        engine.run([partial(guard, n, partial(n.step, x, y), apart) for n in due])
         if keeper.due and primary:
             for learner in _alive(learners):
                 guard(learner, learner.check_finite, apart)
             keeper.keep(_alive(learners))
 
 
-@torch.no_grad()
-def evaluate(learners: Sequence[Learner], loader, together: bool = False) -> list[float]:
+def evaluate(learners: Sequence[Learner], loader, engine: Engine, together: bool = False) -> list[float]:
     """Top-1 accuracies in %, each learner on its own view; with `together` also of the sum of their logits, last.
 
     Under a process group every rank counts its share of the images, each image once.
@@ -121,7 +125,7 @@ def evaluate(learners: Sequence[Learner], loader, together: bool = False) -> lis
     for x, y in loader:
         mine = (torch.arange(seen, seen + len(y)) * ranks + rank < total).to(y.device)  # the sampler pads with repeats
         seen += len(y)
-        outputs = [learner.logits(x) for learner in learners]
+        outputs = engine.run([partial(n.logits, x) for n in learners])
         for i, logits in enumerate([*outputs, sum(outputs)] if together else outputs):
             right[i] += ((logits.argmax(1) == y) & mine).sum().cpu()
     counts = torch.stack(right)

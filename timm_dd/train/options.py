@@ -22,8 +22,8 @@ from ..domain import Domain, default_domain
 from ..errors import SplitError, TrainError, headline
 
 FREE = {  # may change when a run goes on
-    "checkpoint_every", "config", "device", "experiment", "output", "pin_mem", "resume", "validation_batch_size",
-    "workers",
+    "checkpoint_every", "config", "device", "engine", "experiment", "output", "pin_mem", "resume",
+    "validation_batch_size", "workers",
 }  # fmt: skip
 LAYOUTS = ("full", "centered8", "type-b")
 
@@ -166,6 +166,12 @@ def _run(g) -> None:
     )
     g.add_argument(
         "--checkpoint-every", type=float, metavar="SECONDS", help="checkpoints within epochs too, not only after each"
+    )
+    g.add_argument(
+        "--engine",
+        choices=["auto", "sequential", "threads"],
+        default="auto",
+        help="how the parts of a process take their steps; auto: on a CPU in threads, where there are cores to spare",
     )
     g.add_argument("--seed", type=int, default=42)
     g.add_argument("--amp", action="store_true", help="mixed precision")

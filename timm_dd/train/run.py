@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from ..split import Parts, split
 from ..table import table
 from . import data, options
 from .checkpoints import Keeper, restore
-from .engines import Learner
+from .engines import Engine, Learner
 from .loop import evaluate, fit, guard
 
 WAIT = datetime.timedelta(days=7)  # the first rank to finish its parts waits for the last
@@ -112,8 +113,9 @@ class Run:
         loaders = data.loaders(args, self.data_config, self.train_set, self.val_set, self.device, distributed=False)
         learners = [self._part(k, self.parts[k], args, len(loaders[0])) for k in own]
         for learner in learners if self.resuming else ():
-            guard(learner, lambda n=learner: restore(n), apart=True)
-        fit(learners, loaders, args.epochs, args.seed, "parts", self.keeper, apart=True)
+            guard(learner, partial(restore, learner), apart=True)
+        with Engine(args.engine, len(own), self.device, _cores() // self.ranks.local_world) as engine:
+            fit(learners, loaders, args.epochs, args.seed, "parts", self.keeper, engine, apart=True)
         for k, learner in zip(own, learners):
             if learner.failure is not None:
                 files.write_json(learner.folder / "failure.json", learner.failure)
@@ -179,7 +181,7 @@ class Run:
         loaders = self._loaders(args)
         together = self._together(loaders[1])
         learner = self._global("composed model", model, args, len(loaders[0]), self.folder / "global")
-        before = evaluate([learner], loaders[1])[0]
+        before = evaluate([learner], loaders[1], Engine())[0]
         after = self._fit(learner, loaders, args.epochs, "fine-tuning")
         return together, before, after, learner.seconds
 
@@ -203,7 +205,7 @@ class Run:
         parts = Parts.load(self.parts_folder)
         args = options.stage(self.args, "part")
         learners = [self._part(k, part, args, 1) for k, part in enumerate(parts)]
-        return evaluate(learners, loader, together=True)[-1]
+        return evaluate(learners, loader, Engine(), together=True)[-1]
 
     def _global(self, name: str, model: nn.Module, args, updates: int, folder: Path) -> Learner:
         model = model.to(self.device)
@@ -226,7 +228,7 @@ class Run:
 
         if self.resuming:
             restore(learner)
-        fit([learner], loaders, epochs, self.args.seed, title, self.keeper, keep, self.ranks.primary)
+        fit([learner], loaders, epochs, self.args.seed, title, self.keeper, Engine(), keep, self.ranks.primary)
         if epochs == 0:
             keep()
         return _accuracy(learner, loaders)
@@ -326,11 +328,14 @@ class Run:
 
 def _accuracy(learner: Learner, loaders) -> float:
     """The accuracy after the last epoch; now, if there was none."""
-    return learner.history[-1]["top1"] if learner.history else evaluate([learner], loaders[1])[0]
+    return learner.history[-1]["top1"] if learner.history else evaluate([learner], loaders[1], Engine())[0]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _threads(share: int) -> None:
     """CPU threads of this process, as if `share` processes shared the machine. In the part stage that is the number of
     parts, whatever the number of ranks: sums over more threads are rounded otherwise, and a part would differ."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // max(share, 1)))
+    torch.set_num_threads(max(1, _cores() // max(share, 1)))
