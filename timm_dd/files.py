@@ -56,6 +56,13 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(folder: Path, before: float) -> None:
+    """Remove what `replacing` left in `folder` and below when a process was killed, if older than the time `before`."""
+    for path in folder.rglob(".*.*"):
+        if path.is_file() and path.stat().st_mtime < before:
+            path.unlink(missing_ok=True)
+
+
 def _sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:

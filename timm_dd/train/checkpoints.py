@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -28,8 +30,12 @@ def save(learner: Learner) -> None:
     tensors = {name: t.detach().cpu() for name, t in tensors.items()}
     path = learner.folder / f"checkpoint-{learner.updates:09d}.safetensors"
     specs = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    try:
+        text = json.dumps(numbers)
+    except TypeError as e:
+        raise TrainError(f"--opt {learner.args.opt} has a state that is not saved ({e}); choose another") from e
     with files.replacing(path) as temporary:
-        files.write_safetensors(temporary, specs, tensors.items(), {"learner": json.dumps(numbers)})
+        files.write_safetensors(temporary, specs, tensors.items(), {"learner": text})
     for old in found(learner.folder)[KEPT:]:
         old.unlink(missing_ok=True)
 
@@ -45,8 +51,6 @@ def restore(learner: Learner) -> bool:
     Raises:
         TrainError: it is of another network or optimizer.
     """
-    for left in learner.folder.glob(".*.safetensors.*"):  # by a process that was killed while it wrote
-        left.unlink(missing_ok=True)
     for path in found(learner.folder):
         try:
             with safe_open(path, "pt") as f:
@@ -85,6 +89,14 @@ class Keeper:
         for s, handler in self._before.items():
             signal.signal(s, handler)
 
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """While the process waits for others there is nothing to save, and signals do what they always did."""
+        self.check("all is saved")
+        self.__exit__()
+        yield
+        self.__enter__()
+
     def _stop(self, number: int, _frame) -> None:
         if self.signal is not None:  # asked twice
             raise KeyboardInterrupt
@@ -99,9 +111,9 @@ class Keeper:
         for learner in learners:
             save(learner)
         self.last = time.monotonic()
-        self.check()
+        self.check("all is saved")
 
-    def check(self) -> None:
+    def check(self, state: str) -> None:
         """Raise TrainError if the process was asked to stop."""
         if self.signal is not None:
-            raise TrainError(f"stopped by {self.signal.name}; all is saved, the same command with --resume goes on")
+            raise TrainError(f"stopped by {self.signal.name}; {state}, the same command with --resume goes on")

@@ -37,6 +37,7 @@ class Learner:
 
     Attributes:
         updates: how many it has taken.
+        options: what its weights depend on, the updates of an epoch and the images of an update among them.
         history: loss, top1 and lr of each epoch that ended.
         failure: why it cannot go on; None while it can.
     """
@@ -55,6 +56,7 @@ class Learner:
     ):
         self.name, self.model, self.crop, self.args, self.device = name, model, crop, args, device
         self.seed, self.folder = seed, folder
+        self.options = {**options.of_training(args), "updates_per_epoch": updates_per_epoch, "images": global_batch}
         lr = args.lr if args.lr is not None else args.lr_base * global_batch / 256
         self.optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr})
         self.schedule = schedule.create(args, self.optimizer, updates_per_epoch)
@@ -150,7 +152,7 @@ class Learner:
                 tensors |= {f"{kind}.{i}.{name}": t for name, t in found.items()}
                 numbers[kind][str(i)] = {name: v for name, v in values.items() if name not in found}
         return tensors, {
-            "options": options.of_training(self.args),
+            "options": self.options,
             "updates": self.updates,
             "images": self._images,
             "seconds": self.seconds,
@@ -165,7 +167,7 @@ class Learner:
         for key in (k for k in tensors if k.startswith(("state.", "group."))):
             kind, i, name = key.split(".", 2)
             optimizer[kind][int(i)][name] = tensors[key]
-        options.check_same(numbers["options"], options.of_training(self.args))
+        options.check_same(numbers["options"], self.options)
         self.net.load_state_dict({k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")})
         self.history, self.updates = numbers["history"], numbers["updates"]
         for epoch, row in enumerate(self.history, start=1):

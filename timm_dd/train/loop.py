@@ -50,7 +50,7 @@ def fit(
             continue
         _epoch(due, train, epoch, seed, f"{title} {epoch + 1}/{epochs}", keeper, engine, primary, apart)
         due = _alive(due)
-        for learner, accuracy in zip(due, evaluate(due, val, engine)):
+        for learner, accuracy in zip(due, evaluate(due, val, engine, keeper=keeper if primary else None)):
             guard(learner, partial(learner.end_epoch, accuracy), apart)
         due, seconds = _alive(due), time.perf_counter() - start
         for learner in due:
@@ -74,8 +74,8 @@ def guard(learner: Learner, work: Callable[[], None], apart: bool) -> None:
     """Do `work`; if it fails and learners are kept apart, note that in the learner."""
     try:
         work()
-    except Exception as e:  # whatever ends one part must not end the others
-        if not apart:
+    except Exception as e:  # whatever ends one part must not end the others, but all need the loader
+        if not apart or "DataLoader worker" in str(e):
             raise
         learner.failure = headline(e)
         tqdm.write(f"{learner.name} failed: {learner.failure}", sys.stdout)
@@ -112,7 +112,9 @@ def _epoch(
             keeper.keep(_alive(learners))
 
 
-def evaluate(learners: Sequence[Learner], loader, engine: Engine, together: bool = False) -> list[float]:
+def evaluate(
+    learners: Sequence[Learner], loader, engine: Engine, together: bool = False, keeper: Keeper | None = None
+) -> list[float]:
     """Top-1 accuracies in %, each learner on its own view; with `together` also of the sum of their logits, last.
 
     Under a process group every rank counts its share of the images, each image once.
@@ -128,6 +130,8 @@ def evaluate(learners: Sequence[Learner], loader, engine: Engine, together: bool
         outputs = engine.run([partial(n.logits, x) for n in learners])
         for i, logits in enumerate([*outputs, sum(outputs)] if together else outputs):
             right[i] += ((logits.argmax(1) == y) & mine).sum().cpu()
+        if keeper is not None and keeper.due:
+            keeper.keep(learners)
     counts = torch.stack(right)
     if dist.is_initialized():
         counts = counts.to(learners[0].device)

@@ -11,6 +11,7 @@ import datetime
 import itertools
 import json
 import os
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from .checkpoints import Keeper, restore
 from .engines import Engine, Learner
 from .loop import evaluate, fit, guard
 
+RUN_ID = "TORCHELASTIC_RUN_ID"
 WAIT = datetime.timedelta(days=7)  # the first rank to finish its parts waits for the last
 
 
@@ -64,7 +66,7 @@ class Run:
     """One training run; `go` carries it out and returns its summary."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.ranks = args, Ranks.from_environment()
+        self.args, self.ranks, self.begun = args, Ranks.from_environment(), time.time()
         self.device = self.ranks.device(args.device)
         self.train_set, self.val_set, classes = data.datasets(args)
         self.model_args = options.model_arguments(args, classes)
@@ -90,25 +92,31 @@ class Run:
         run that is not done if one is to go on."""
         base, name = Path(self.args.output), f"{self.args.model}-{self.args.parts}"
         if self.args.resume not in (None, "auto"):
+            if not (Path(self.args.resume) / "args.yaml").exists():
+                raise TrainError(f"--resume {self.args.resume}: no run there; give a run's folder, or auto")
             return Path(self.args.resume)
         if self.args.experiment:
             return base / self.args.experiment
-        if self.resuming:
-            begun = [p.parent for p in base.glob(f"{name}*/args.yaml") if not (p.parent / "summary.json").exists()]
+        if self.args.resume is not None:
+            begun = [p.parent for pattern in (name, f"{name}-*") for p in base.glob(f"{pattern}/args.yaml")]
+            begun = [p for p in begun if not (p / "summary.json").exists()]
             if begun:
                 return max(begun, key=lambda p: p.stat().st_mtime)
-        if self.ranks.world > 1:
-            return base / f"{name}-{os.environ.get('TORCHELASTIC_RUN_ID', 'run')[:8]}"
+        if RUN_ID in os.environ:
+            return base / f"{name}-{os.environ[RUN_ID][:8]}"
         return next(p for i in itertools.count() if not (p := base / (f"{name}-{i}" if i else name)).exists())
 
     # ---- stage 1
 
     def train_parts(self) -> None:
         """Train part k on rank k mod world size, those that are not done. One that fails does not stop the others."""
-        own = [k for k in range(self.args.parts) if k % self.ranks.world == self.ranks.rank and not self._done(k)]
+        args = options.stage(self.args, "part")
+        mine = [k for k in range(self.args.parts) if k % self.ranks.world == self.ranks.rank]
+        own = [k for k in mine if not self._done(k)]
+        for k in set(mine) - set(own):
+            self._check_done(k, args)
         if not own:
             return
-        args = options.stage(self.args, "part")
         _threads(self.args.parts)
         loaders = data.loaders(args, self.data_config, self.train_set, self.val_set, self.device, distributed=False)
         learners = [self._part(k, self.parts[k], args, len(loaders[0])) for k in own]
@@ -121,10 +129,15 @@ class Run:
                 files.write_json(learner.folder / "failure.json", learner.failure)
                 continue
             files.save_part(learner.folder, self.parts.plan, k, learner.model.state_dict())
-            summary = {"part": k, "top1": _accuracy(learner, loaders), "epochs": args.epochs}
-            files.write_json(
-                learner.folder / "summary.json", {**summary, "updates": learner.updates, "seconds": learner.seconds}
-            )
+            summary = {
+                "part": k,
+                "top1": _accuracy(learner, loaders),
+                "epochs": args.epochs,
+                "updates": learner.updates,
+                "seconds": learner.seconds,
+                "options": learner.options,
+            }
+            files.write_json(learner.folder / "summary.json", summary)
 
     def _part(self, k: int, model: nn.Module, args, updates: int) -> Learner:
         folder, box = self.parts_folder / str(k), self.parts.plan.boxes()[k]
@@ -133,6 +146,17 @@ class Run:
 
     def _done(self, k: int) -> bool:
         return (self.parts_folder / str(k) / "summary.json").exists()
+
+    def _check_done(self, k: int, args: argparse.Namespace) -> None:
+        """Raise TrainError if part k was trained with other options."""
+        before, now = self._part_summary(k)["options"], options.of_training(args)
+        try:
+            options.check_same({name: value for name, value in before.items() if name in now}, now)
+        except ValueError as e:
+            raise TrainError(
+                f"part {k} is done, with other options (for the parts, {e}); use those, "
+                f"or remove {self.parts_folder / str(k)} to train it anew"
+            ) from e
 
     def _part_summary(self, k: int) -> dict:
         return json.loads((self.parts_folder / str(k) / "summary.json").read_text())
@@ -155,8 +179,9 @@ class Run:
             TrainError: some failed.
         """
         if self.ranks.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=WAIT)
-            dist.barrier()
+            with self.keeper.away():
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=WAIT)
+                dist.barrier()
         failed = [k for k in range(self.args.parts) if not self._done(k)]
         if failed and not self.ranks.primary:
             raise SystemExit(1)  # the first rank says why
@@ -242,9 +267,9 @@ class Run:
         with self.keeper:
             try:
                 summary = self._stages()
-            except RuntimeError as e:  # other ranks that stop take the process group with them
-                self.keeper.check()
-                raise e
+            except RuntimeError:  # other ranks that stop take the process group with them, and workers the loader
+                self.keeper.check("the last checkpoints are kept")
+                raise
         if self.ranks.primary:
             files.write_json(self.folder / "summary.json", summary)
             print(
@@ -273,7 +298,8 @@ class Run:
 
     def _open(self) -> None:
         if (self.folder / "args.yaml").exists():
-            if not self.resuming:
+            restarted = self.resuming and (self.folder / "args.yaml").read_text().startswith(_signature())
+            if self.args.resume is None and not restarted:
                 raise TrainError(
                     f"{self.folder} holds a run already; go on with --resume, or choose another --experiment"
                 )
@@ -283,7 +309,8 @@ class Run:
             files.save_plan(self.parts_folder, self.parts.plan)
             files.save_plan(self.folder, self.parts.plan)
             with files.replacing(self.folder / "args.yaml") as temporary:  # last: with it there is a run
-                temporary.write_text(yaml.safe_dump(vars(self.args), default_flow_style=None))
+                temporary.write_text(_signature() + yaml.safe_dump(vars(self.args), default_flow_style=None))
+        files.remove_temporaries(self.folder, self.begun)
         plan = self.parts.plan
         verdict = "exact" if plan.exact else f"approximate in {len(plan.approximations)} places"
         print(
@@ -329,6 +356,11 @@ class Run:
 def _accuracy(learner: Learner, loaders) -> float:
     """The accuracy after the last epoch; now, if there was none."""
     return learner.history[-1]["top1"] if learner.history else evaluate([learner], loaders[1], Engine())[0]
+
+
+def _signature() -> str:
+    """The first line of args.yaml: by it torchrun's second start knows the run of its first."""
+    return f"# torchrun {os.environ.get(RUN_ID)}\n"
 
 
 def _cores() -> int:
