@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,9 +135,12 @@ def workers(process):
     return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
 
 
-def same(a, b):
-    names = [*WEIGHTS, "global/summary.csv", *(f"parts/{k}/{part_name(k, 4)}" for k in range(4))]
+def same_files(a, b, *names):
     return [name for name in names if (a / name).read_bytes() != (b / name).read_bytes()] == []
+
+
+def same(a, b):
+    return same_files(a, b, *WEIGHTS, "global/summary.csv", *(f"parts/{k}/{part_name(k, 4)}" for k in range(4)))
 
 
 @pytest.fixture(scope="module")
@@ -224,17 +228,51 @@ def test_a_run_that_exists_is_not_begun_again(one, capsys):
     assert "a run of another model or split" in capsys.readouterr().err
 
 
+def test_what_a_run_was_trained_with_stays(one, tmp_path, capsys):
+    """Finished parts and begun stages are not mixed with others of other options, or other numbers of ranks."""
+    shutil.copytree(one, tmp_path / "one")
+    arguments = ["train", *RUN, "--parts", "4", "--resume", str(tmp_path / "one")]
+    assert main([*arguments, "--part-lr", "0.1"]) == 1
+    assert "part 0 is done, with other options (for the parts, --lr was 0.05, not 0.1)" in capsys.readouterr().err
+    assert main([*arguments, "--smoothing", "0.3"]) == 1
+    assert "--smoothing was 0.1, not 0.3" in capsys.readouterr().err
+    done = torchrun(2, *arguments[1:])
+    assert done.returncode == 1 and "does not fit (--images was 64, not 128" in done.stderr
+    assert main(arguments) == 0 and same_files(one, tmp_path / "one", "global/last/model.safetensors")
+
+
+def test_leftovers_of_a_killed_process_are_removed(one, tmp_path):
+    shutil.copytree(one, tmp_path / "one")
+    left = [tmp_path / "one" / name for name in ("parts/0/.summary.json.x", "global/last/.model.safetensors.y")]
+    for path in left:
+        path.write_bytes(b"half")
+        os.utime(path, (0, 0))
+    assert main(["train", *RUN, "--parts", "4", "--resume", str(tmp_path / "one")]) == 0
+    assert not any(path.exists() for path in left)
+
+
+def test_torchrun_does_not_go_on_with_the_run_of_another(one, tmp_path):
+    shutil.copytree(one, tmp_path / "one")
+    arguments = [*RUN, "--parts", "4", "--output", str(tmp_path), "--experiment", "one"]
+    done = subprocess.run(
+        [*TORCHRUN, "1", "--max-restarts", "1", *MODULE, *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and done.stderr.count("holds a run already") == 2
+
+
 def test_resume_finds_the_last_run_that_is_not_done(one, tmp_path):
     def folder(*arguments):
         return Run(options.parse([*RUN, "--parts", "4", "--output", str(tmp_path), *arguments])).folder.name
 
     assert folder("--resume") == folder() == "test_resnet-4"
-    for name in ("test_resnet-4", "test_resnet-4-1"):
+    for name in ("test_resnet-4", "test_resnet-4-1", "test_resnet-40"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.yaml").touch()
     (tmp_path / "test_resnet-4-1" / "summary.json").touch()
     assert folder("--resume") == "test_resnet-4" and folder() == "test_resnet-4-2"
     assert folder("--resume", str(one)) == "one"
+    with pytest.raises(TrainError, match="nowhere: no run there"):
+        folder("--resume", "nowhere")
 
 
 def learner(folder, *options_given):
@@ -268,6 +306,14 @@ def test_a_checkpoint_holds_all(opt, sched, tmp_path):
     for a, b in zip(expected.state()[0].items(), second.state()[0].items()):
         assert a[0] == b[0] and torch.equal(a[1], b[1]), a[0]
     assert json.dumps(expected.state()[1]) == json.dumps(second.state()[1])
+
+
+def test_an_optimizer_whose_state_is_not_saved(tmp_path):
+    first = learner(tmp_path, "--opt", "adafactorbv")
+    updates(first, 0, 1)
+    with pytest.raises(TrainError, match="--opt adafactorbv has a state that is not saved"):
+        checkpoints.save(first)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
