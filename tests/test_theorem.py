@@ -125,6 +125,15 @@ def test_features_are_cut_for_a_fully_connected_network(domain):
     assert int((first != 0).sum()) == rows * extent and bool((first[:, start : start + extent] != 0).all())
 
 
+def test_large_strides():
+    """Five convolutions of stride 4: 1024 samples from one position to the next."""
+    layers = [m for a, b in zip((1, 8, 8, 8, 8), (8, 8, 8, 8, 8)) for m in (nn.Conv1d(a, b, 4, stride=4), nn.Tanh())]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 160, 3))
+    x = images(1, 1, 163_840)
+    parts, merged = split(net, Domain.grid(2), x)
+    assert close(merged(x), parts(x).sum(0))
+
+
 def test_the_default_cuts_features():
     assert str(timm_dd.split(mlp([12, 8, 3]), 4, example_input=torch.empty(1, 12)).plan.domain) == "grid 4"
 
@@ -143,6 +152,27 @@ def test_an_autoencoder_reconstructs_box_by_box(domain):
     assert close(timm_dd.merge(again).double()(x), whole)
     with pytest.raises(MergeError, match="no weights of their own"):
         timm_dd.merge(parts, head="mean")
+
+
+class Convolutional(nn.Module):
+    """An auto-encoder of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 8, 2, stride=2), nn.ConvTranspose2d(8, 3, 2, stride=2)
+
+    def forward(self, x):
+        return self.up(torch.tanh(self.down(x)))
+
+
+def test_a_convolutional_autoencoder():
+    """Its parts' outputs add up at every position, so that their mean is the reconstruction, (2.22)."""
+    x = images(2, 3, 16, 16)
+    parts, merged = split(Convolutional(), Domain.full(4), x, reconstruct=True)
+    assert close(merged(x), parts(x).sum(0))
+    assert close(timm_dd.merge(parts, head="mean").double()(x), parts(x).mean(0))
+    with pytest.raises(SplitError, match="of a box of 5 pixels comes an output of 4"):
+        timm_dd.split(Convolutional(), 3, example_input=torch.empty(1, 3, 16, 16), reconstruct=True)
 
 
 def test_reconstructions_of_boxes_of_several_sizes_are_a_list():
@@ -183,6 +213,31 @@ def test_features_are_cut_for_a_recurrent_network(kind, kwargs, domain):
     directions = 2 if kwargs.get("bidirectional") else 1
     halves = [torch.cat([o.unflatten(-1, (directions, -1))[..., d, :] for o in own], -1) for d in range(directions)]
     assert close(states, torch.cat(halves, -1))
+
+
+class Given(nn.Module):
+    """A recurrent network that is given its first state: zeros that it makes, or a parameter."""
+
+    def __init__(self, kind, learned):
+        super().__init__()
+        self.rnn, self.out = kind(11, 12, batch_first=True), nn.Linear(12, 4)
+        self.first = nn.Parameter(torch.rand(1, 1, 12)) if learned else None
+
+    def forward(self, x):
+        if self.first is None:
+            state = torch.zeros(1, x.size(0), 12, dtype=torch.float64).to(x.device)
+        else:
+            state = self.first.expand(-1, x.shape[0], -1).contiguous()
+        return self.out(self.rnn(x, (state, state) if isinstance(self.rnn, nn.LSTM) else state)[0][:, -1])
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_given_states_are_cut(kind, learned):
+    x = images(3, 5, 11)
+    parts, merged = split(Given(kind, learned), Domain.grid(4), x)
+    assert parts.plan.exact and parts[0].rnn.hidden_size == 3
+    assert close(merged(x), parts(x).sum(0))
 
 
 def test_a_recurrent_part_keeps_its_weights_in_one_place():

@@ -10,7 +10,7 @@ from test_theorem import ALIGNED, FEATURES, Sequence, Valid, mlp, split
 from torch import nn
 
 import timm_dd
-from timm_dd import Domain, SplitError
+from timm_dd import Domain, MergeError, SplitError
 from timm_dd.verify import verify
 
 
@@ -52,6 +52,8 @@ def test_features_are_claimed_and_hold_on_boxes(domain):
         ("tinynet_e", 4, None, 64),
         ("dd_vgg3", 4, Domain.grid(2, 2), 32),
         ("densenet121", 2, Domain.grid(2, 1, overlap=5), 64),
+        ("tf_mobilenetv3_small_minimal_100", 4, Domain.grid(2, 2), 65),  # padding that depends on the size
+        ("tf_mobilenetv3_small_minimal_100", 4, Domain.grid(2, 2), 64),
     ],
 )
 def test_no_false_alarm(name, parts, domain, size):
@@ -79,6 +81,16 @@ def test_positions_that_no_pixel_moves_are_not_compared():
     report = verify(timm_dd.merge(parts), parts)
     assert report.failures == []
     assert report.layers[0].box <= 1e-12 and [row.box for row in report.layers[1:]] == [None] * 3
+
+
+def test_a_resampling_that_aligns_corners_is_not_compared():
+    up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+    net = nn.Sequential(
+        nn.Conv2d(2, 8, 1), up, nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    )
+    parts = shake(timm_dd.split(net, 4, example_input=torch.empty(1, 2, 16, 16), domain=Domain.grid(2, 2)))
+    report = verify(timm_dd.merge(parts), parts)
+    assert report.failures == [] and [row.box is None for row in report.layers] == [False, True, True]
 
 
 def test_a_sum_at_positions_that_one_part_sees_is_not_compared():
@@ -109,10 +121,36 @@ def test_a_block_in_the_wrong_place_fails():
     assert "FAILED sum of the parts' outputs, own box" in report.text()
 
 
-def test_parts_in_float32_have_a_wider_tolerance():
-    parts = shake(timm_dd.split("resnet10t", 4, img_size=64)).float()
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_what_merge_sums_is_rounded(dtype, most):
+    """A summed bias is rounded as it is stored; blocks that are placed keep all digits."""
+    parts = shake(timm_dd.split("resnet10t", 4, img_size=64)).to(dtype)
     report = verify(timm_dd.merge(parts), parts)
-    assert report.failures == [] and 1e-9 < report.tolerance < 1e-4
+    assert report.failures == [] and 1e-9 < report.tolerance <= most
+    assert all(row.whole <= 1e-12 for row in report.layers[:-1])
+    bare = shake(timm_dd.split("resnet10t", 4, img_size=64, num_classes=0)).to(dtype)
+    assert verify(timm_dd.merge(bare), bare).tolerance == 1e-9
+
+
+def test_weights_that_are_not_finite_fail():
+    for domain in (Domain.full(4), Domain.grid(2, 2)):
+        parts = shake(timm_dd.split("resnet10t", 4, img_size=64, domain=domain))
+        merged = timm_dd.merge(parts)
+        merged.layer1[0].conv1.weight.data[0] = torch.nan
+        assert any("layer1.0.conv1, whole image" in f for f in verify(merged, parts).failures)
+
+
+def test_a_mean_head():
+    parts, _ = split(mlp([21, 24, 17, 5]), Domain.grid(4), images(1, 21))
+    report = verify(timm_dd.merge(parts, head="mean"), parts, head="mean")
+    assert report.failures == [] and report.box <= 1e-12
+    assert verify(timm_dd.merge(parts, head="mean"), parts).failures != []
+
+
+def test_parts_that_cannot_be_merged_are_refused():
+    parts = timm_dd.split("resnet10t", 4, width_divisor=2)
+    with pytest.raises(MergeError, match="divided by 2"):
+        verify(timm_dd.models.create("resnet10t"), parts)
 
 
 # ---- theorem 2.2

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from timm.layers import ScaledStdConv2dSame
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
+from timm.layers.std_conv import StdConv2dSame
+
 from .errors import SplitError
 from .planner import Planner
 from .rules.laws import COPY, Kind
 from .rules.registry import Op, Value
 from .widths import FrozenAxis, Window
+
+SAME = (Conv2dSame, StdConv2dSame, ScaledStdConv2dSame, AvgPool2dSame, MaxPool2dSame)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,8 @@ def _is_aligned(planner: Planner, value: Value) -> bool:
     if not value.at:  # a step inside an operation
         return True
     sizes = planner.sizes
+    if sizes.boxed and not _looks_alike(planner, value):
+        return False
     lost = set().union(*(sizes.moving(v) for v in value.inputs)) - sizes.moving(value)
     try:
         for dim in (d for d, axis in _dims(value) if axis is None):
@@ -87,3 +96,18 @@ def _is_aligned(planner: Planner, value: Value) -> bool:
     except SplitError:  # the pixels of a position are not known
         return False
     return True
+
+
+def _looks_alike(planner: Planner, value: Value) -> bool:
+    """Whether an operation at the size of a part's map computes what it does at that of the global one: padding as
+    TensorFlow's depends on the size, and so does a resampling that aligns corners."""
+    op = value.op
+    settings = {**(vars(op.module) if op.module is not None else {}), **op.node.kwargs}
+    if settings.get("align_corners"):
+        return False
+    if not isinstance(op.module, SAME):
+        return True
+    stride = op.module.stride if isinstance(op.module.stride, tuple) else (op.module.stride,) * 2
+    whole, *_ = value.inputs[0].at
+    parts = (value.inputs[0].at[i] for i in planner.sizes.of_part)
+    return all((n - m) % s == 0 for t in parts for n, m, s in zip(whole.shape[2:], t.shape[2:], stride))

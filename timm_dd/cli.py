@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="theorems 2.1 and 2.2 in numbers; exit 1 where a claim fails")
     verify.add_argument("composed", metavar="COMPOSED")
     verify.add_argument("parts", metavar="PARTS")
+    verify.add_argument("--head", choices=["sum", "mean"], default="sum", help="as given to merge")
     verify.add_argument("--data-dir", metavar="DIR", help="validation images: losses, accuracies and the bound (2.19)")
     verify.add_argument("--dataset", default="", metavar="NAME", help="digits, or a timm dataset, instead of a folder")
     verify.add_argument("--val-split", default="validation", metavar="NAME")
@@ -148,7 +149,8 @@ def _verify(args: argparse.Namespace) -> int:
     parts = Parts.load(args.parts)
     model = models.create(parts.plan.model, **parts.plan.model_args)
     files.load_composed(args.composed, model)
-    report = verify(model, parts, batches=_labelled_images(args, model, parts.plan.input_size))
+    batches = _labelled_images(args, model, parts.plan.input_size)
+    report = verify(model, parts, batches=batches, head=args.head)
     print(report.text())
     return 1 if report.failures else 0
 
@@ -163,7 +165,10 @@ def _labelled_images(args: argparse.Namespace, model: nn.Module, size: Sequence[
     given = options.parse([*source, "--dataset", args.dataset, "--val-split", args.val_split])
     given.workers = min(given.workers, os.cpu_count() or 1)
     config = Path(args.composed) / "config.json"
-    saved = json.loads(config.read_text(encoding="utf-8"))["pretrained_cfg"] if config.exists() else {}
+    try:
+        saved = json.loads(config.read_text(encoding="utf-8"))["pretrained_cfg"] if config.exists() else {}
+    except (ValueError, KeyError, TypeError) as e:
+        raise MergeError(f"{config} is damaged ({e}); compose the parts again") from e
     vars(given).update({k: saved[k] for k in ("mean", "std", "interpolation", "crop_pct") if k in saved})
     given.input_size = size
     return data.validation(given, data.data_config(given, model))

@@ -123,7 +123,7 @@ class Planner:
         self, gm: fx.GraphModule, divisor: int, domain: Domain, input_size: Sequence[int], output: str = "logits"
     ):
         self.gm, self.divisor, self.domain, self.input_size = gm, divisor, domain, tuple(input_size)
-        self.output = output
+        self.output, self.apart = output, False  # whether the parts' outputs are put side by side
         self.sizes = Sizes(gm, input_size, domain.boxes(spatial(input_size)))
         self.tensors = {
             **dict(gm.named_buffers(remove_duplicate=False)),
@@ -280,6 +280,14 @@ class Planner:
         for dim in range(len(image.shape) - len(spatial(self.input_size)), len(image.shape)):
             if value.axes[dim] is not None:
                 unify(value.axes[dim], Axis.of(self.sizes.window(image, dim)))
+                self.apart = True
+                continue
+            for i in self.sizes.of_part:
+                if value.at[i].shape[dim] != image.at[i].shape[dim]:
+                    raise SplitError(
+                        f"{value.op.where()}: of a box of {image.at[i].shape[dim]} pixels comes an output of "
+                        f"{value.at[i].shape[dim]}; use boxes whose sizes the strides divide"
+                    )
 
     def _place(self, value: Any, at: list) -> None:
         if isinstance(value, Value):
@@ -367,9 +375,7 @@ class Planner:
             constants={name: self._tensor(name, t) for name, t in self.tensors.items() if name not in stored},
             edits=tuple(self._edits()),
             outputs=tuple(dict.fromkeys(self._outputs())),
-            head=()
-            if UNSCALABLE in head or self.output == "boxes"
-            else tuple(n for n in self.tensors if self.alias[n] in head),
+            head=() if UNSCALABLE in head or self.apart else tuple(n for n in self.tensors if self.alias[n] in head),
             approximations=tuple(self.approximations),
             layers=tuple(self._layers()),
         )

@@ -20,7 +20,7 @@ from .errors import SplitError, headline
 from .trace import evaluate
 from .widths import Window
 
-PROBE = 40_320  # 8!: divisible by every stride up to 10 and by 128
+PROBE = 3_548_160  # 2^10 · 3² · 5 · 7 · 11: divisible by every stride up to 12 and by 1024
 UNKNOWN = object()
 
 

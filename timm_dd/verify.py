@@ -18,6 +18,7 @@ from torch import fx, nn
 from .claims import Claim, claims
 from .domain import Box, Domain, spatial
 from .errors import SplitError
+from .merge import check_mergeable
 from .plan import Plan
 from .planner import analyse
 from .rules import has_rule
@@ -28,7 +29,7 @@ from .trace import skeleton, trace
 from .widths import FrozenAxis, Window
 
 EXACT = 1e-9  # relative, for tensors stored in float64
-ROUNDINGS = 100  # of tensors stored in fewer digits
+ROUNDINGS, COARSEST = 100, 1e-2  # of tensors stored in fewer digits
 
 
 @dataclass(frozen=True)
@@ -139,33 +140,45 @@ def _figure(error: float | None) -> str:
     return "-" if error is None else f"{error:.1e}"
 
 
-def verify(model: nn.Module, parts: Parts, x: torch.Tensor | None = None, batches: Iterable | None = None) -> Report:
+def verify(
+    model: nn.Module,
+    parts: Parts,
+    x: torch.Tensor | None = None,
+    batches: Iterable | None = None,
+    *,
+    head: str = "sum",
+) -> Report:
     """Hold the composed `model` and its `parts` to the plan's claims.
 
     Args:
         model: from `merge`, not trained since.
         x: images (B, C, *size) to compute with; by default two of random numbers.
         batches: (images, labels) for theorem 2.2, computed in the parts' own precision.
+        head: with which the model was merged.
 
     Raises:
+        MergeError: parts that cannot be merged, or not with this head.
         SplitError: the model is not the one that was split, or has fewer classes than the labels.
 
     Source: gu2022 theorems 2.1 and 2.2.
     """
     plan, size = parts.plan, parts.plan.input_size
+    check_mergeable(plan, head)
     labelled = None if batches is None else evaluate(model, parts, batches)
-    tolerance = max(map(_tolerance, (*model.state_dict().values(), *parts.state_dict().values())))
     if x is None:
         x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     graph = trace(skeleton(model), has_rule, size)
     planner = analyse(graph, plan.divisor, plan.domain, size, output=plan.output, replicate=True)
     rows, outputs = claims(planner)
     reference = split(model, 1, domain=Domain.full(1), example_input=x)[0]
-    nets = [copy.deepcopy(net).double().eval() for net in (reference, *parts)]
-    full, every = Domain.full(plan.parts).boxes(spatial(size)), [*rows, *outputs]
-    box = _compare(nets, plan, every, plan.boxes(), x.double())
-    whole = box if plan.boxes() == full else None if _windows(plan) else _compare(nets, plan, every, full, x.double())
-    exact = plan.divisor == plan.parts and not planner.approximations
+    nets = [copy.deepcopy(net).to("cpu", torch.float64).eval() for net in (reference, *parts)]
+    for part in nets[1:] if head == "mean" else ():
+        for name in plan.head:
+            _tensor(part, name).div_(plan.parts)  # (2.22)
+    full, every, x = Domain.full(plan.parts).boxes(spatial(size)), [*rows, *outputs], x.to("cpu", torch.float64)
+    box = _compare(nets, plan, every, plan.boxes(), x)
+    whole = box if plan.boxes() == full else None if _windows(plan) else _compare(nets, plan, every, full, x)
+    exact = not planner.approximations
     return Report(
         tuple(
             LayerErrors(c.path, c.operation, whole and whole.error([c]), box.error([c]), box.field([c]), c.exact)
@@ -175,14 +188,20 @@ def verify(model: nn.Module, parts: Parts, x: torch.Tensor | None = None, batche
         box.error(outputs),
         exact,
         exact and box.field(outputs) == 1,
-        tolerance,
+        _tolerance(plan, parts[0].state_dict()),
         labelled,
     )
 
 
-def _tolerance(t: torch.Tensor) -> float:
-    coarse = t.is_floating_point() and t.dtype != torch.float64
-    return ROUNDINGS * torch.finfo(t.dtype).eps if coarse else EXACT
+def _tensor(part: fx.GraphModule, name: str) -> torch.Tensor:
+    return part.get_parameter(name).data
+
+
+def _tolerance(plan: Plan, state: Mapping[str, torch.Tensor]) -> float:
+    """Blocks keep every digit where they are placed; what merge sums or averages is rounded as it is stored."""
+    rounded = [state[name] for name, t in plan.tensors.items() if t.reduce != "place" or t.outside == "mean"]
+    eps = max((torch.finfo(t.dtype).eps for t in rounded if t.is_floating_point()), default=0.0)
+    return max(EXACT, min(ROUNDINGS * eps, COARSEST))
 
 
 def _windows(plan: Plan) -> dict[str, tuple[FrozenAxis | None, ...]]:
@@ -237,12 +256,13 @@ def _compare(
         for node, claim in comparable.items():
             axes = [c or (None if whole_image else p) for c, p in zip(claim.channels, claim.places)]
             at = _block(y[node].shape, axes, k, plan.divisor)
+            outside = inside[node][at].isnan() & ~y[node][at].isnan()  # a NaN of the weights' own is a failure
             if claim.kind is Kind.PARTIAL:
                 total, clean = sums.setdefault(node, (torch.zeros_like(y[node]), torch.ones_like(y[node]).bool()))
                 total[at] += own[node]
-                clean[at] &= ~inside[node][at].isnan()
+                clean[at] &= ~outside
             else:
-                result.add(node, y[node][at], own[node], ~inside[node][at].isnan())
+                result.add(node, y[node][at], own[node], ~outside)
     for node, (total, clean) in sums.items():
         result.add(node, y[node], total, clean)
     return result

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import torch
 from torch import nn
 
 from ..widths import Axis
 from .laws import Context, Relation, contract, pointwise
-from .registry import Op, Value, rule
+from .registry import Edit, Op, Value, rule
 
 GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 3}
 
@@ -23,7 +24,8 @@ def recurrent(op: Op, x: Value, hx=None):
     states = (out, hidden) if m.mode == "LSTM" else (out,)
     given = hx if isinstance(hx, tuple) else () if hx is None else (hx,)
     for state, axis in zip(given, states):
-        op.unify(state.axes[-1], axis)
+        if not _made_for(op, state, axis):
+            op.unify(state.axes[-1], axis)
     directions = 2 if m.bidirectional else 1
     both = Axis.of(directions, *out.terms[0])
     gates = Axis.of(GATES[m.mode], *hidden.terms[0])
@@ -53,3 +55,21 @@ def recurrent(op: Op, x: Value, hx=None):
     value = op.result((*x.axes[:-1], both), law, x, *given)
     ends = tuple(op.result((*(None,) * (len(x.axes) - 1), s), law, x, *given) for s in states)
     return value, ends if m.mode == "LSTM" else ends[0]
+
+
+def _made_for(op: Op, state: Value, axis: Axis) -> bool:
+    """Whether `state` are zeros made on the way, ``torch.zeros(layers, batch, hidden)``: a part makes as many as it
+    needs."""
+    maker = state
+    while maker.op.node.target in ("to", "float", "double", "type_as", "contiguous"):
+        maker = maker.inputs[0]
+    node = maker.op.node
+    if maker.inputs or node.target not in (torch.zeros, torch.ones) or not node.args:
+        return False
+    packed = isinstance(node.args[0], (tuple, list))
+    sizes = node.args[0] if packed else node.args
+    if sizes[-1] != axis.size:
+        return False
+    where = ("args", 0, len(sizes) - 1) if packed else ("args", len(sizes) - 1)
+    op.planner.edits.append(Edit(node.name, None, where, axis))
+    return True

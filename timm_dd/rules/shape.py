@@ -243,7 +243,7 @@ def expand(op: Op, x: Value, *sizes) -> Value:
         given = None if like else _at(op.node, where)
         if old == 1 < size and dim and (like or isinstance(given, int)):
             axes[dim] = Axis.of(Width(size, active=False))
-        if axes[dim] is not None and not like and given != -1:
+        if axes[dim] is not None and axes[dim].size == size and not like and given != -1:
             op.arg(*where, value=axes[dim])
     return op.result(axes, laws.linear, x)
 
