@@ -69,6 +69,13 @@ def test_parts_train_on_their_crops(domain):
     assert all(p.grad is not None for p in parts.parameters())
 
 
+@pytest.mark.parametrize("name", ["mobilenetv4_hybrid_medium", "lambda_resnet26t"])
+def test_views_whose_sizes_the_graph_computes_follow_the_box(name):
+    """Attention over positions: 8×8 in the model, 5×5 in a part."""
+    parts = timm_dd.split(name, 4, domain=Domain.grid(2, 2, overlap=32), img_size=256, num_classes=7).eval()
+    assert parts(torch.randn(1, 3, 256, 256)).shape == (4, 1, 7)
+
+
 # ---- fresh parts
 
 

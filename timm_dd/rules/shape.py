@@ -59,6 +59,8 @@ def flatten(op: Op, x: Value, *args, **kwargs) -> Value:
 def reshape(op: Op, x: Value, *shape, **kwargs) -> Value:
     """Sizes that count channels or positions become the part's own; -1 and the batch stay."""
     value = _view(op, x)
+    if len(op.node.all_input_nodes) > 2:  # sizes of its own, beside the batch: they are right at any image size
+        op.resize = lambda t, *sizes, **named: t.reshape(*sizes, **named)
     first = kwargs.get("shape", shape[0] if shape else None)
     packed = isinstance(first, (tuple, list))
     base = (("kwargs", "shape") if "shape" in kwargs else ("args", 1)) if packed else None
