@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -207,3 +208,14 @@ class Engine:
     def __exit__(self, *_) -> None:
         if self.pool is not None:
             self.pool.shutdown()
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_cores(among: int) -> None:
+    """Give each operation of this process its share of the cores. In the part stage that is one among K, whatever the
+    number of ranks: sums over more threads are rounded otherwise, and a part would differ."""
+    torch.set_num_threads(max(1, cores() // max(among, 1)))

@@ -29,7 +29,7 @@ from ..split import Parts, split
 from ..table import table
 from . import data, options
 from .checkpoints import Keeper, restore
-from .engines import Engine, Learner
+from .engines import Engine, Learner, cores, share_cores
 from .loop import evaluate, fit, guard
 
 RUN_ID = "TORCHELASTIC_RUN_ID"
@@ -117,12 +117,12 @@ class Run:
             self._check_done(k, args)
         if not own:
             return
-        _threads(self.args.parts)
+        share_cores(self.args.parts)
         loaders = data.loaders(args, self.data_config, self.train_set, self.val_set, self.device, distributed=False)
         learners = [self._part(k, self.parts[k], args, len(loaders[0])) for k in own]
         for learner in learners if self.resuming else ():
             guard(learner, partial(restore, learner), apart=True)
-        with Engine(args.engine, len(own), self.device, _cores() // self.ranks.local_world) as engine:
+        with Engine(args.engine, len(own), self.device, cores() // self.ranks.local_world) as engine:
             fit(learners, loaders, args.epochs, args.seed, "parts", self.keeper, engine, apart=True)
         for k, learner in zip(own, learners):
             if learner.failure is not None:
@@ -220,7 +220,7 @@ class Run:
         return self._fit(learner, loaders, args.epochs, "baseline"), learner.seconds
 
     def _loaders(self, args) -> tuple:
-        _threads(self.ranks.local_world)
+        share_cores(self.ranks.local_world)
         return data.loaders(
             args, self.data_config, self.train_set, self.val_set, self.device, distributed=self.ranks.world > 1
         )
@@ -361,13 +361,3 @@ def _accuracy(learner: Learner, loaders) -> float:
 def _signature() -> str:
     """The first line of args.yaml: by it torchrun's second start knows the run of its first."""
     return f"# torchrun {os.environ.get(RUN_ID)}\n"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _threads(share: int) -> None:
-    """CPU threads of this process, as if `share` processes shared the machine. In the part stage that is the number of
-    parts, whatever the number of ranks: sums over more threads are rounded otherwise, and a part would differ."""
-    torch.set_num_threads(max(1, _cores() // max(share, 1)))

@@ -1,0 +1,158 @@
+"""How much faster all K parts take a step than the global network, engine by engine, beside what the FLOPs allow.
+
+    pip install '.[report]' && python benchmarks/epoch_ratio.py          # into epoch_ratio.csv and epoch_ratio.png
+
+Global network and parts take their steps in turn, in one process, on a batch that stands in memory: forward, backward
+and optimizer, without a loader. A ratio is the global network's median over the parts'; "limit" is that of their
+multiply-adds, all K parts together. --rounds sets how often; names of settings as arguments take only these.
+"""
+
+import argparse
+import csv
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from common import provenance
+
+import timm_dd
+from timm_dd import Domain, models
+from timm_dd.train import options
+from timm_dd.train.engines import Engine, Learner, cores, share_cores
+
+ENGINES = ("sequential", "threads")
+
+
+class Setting(NamedTuple):
+    model: str
+    parts: int
+    domain: Domain
+    size: int
+    batch: int
+
+    @property
+    def given(self) -> dict:
+        return {"domain": self.domain, "img_size": self.size, "num_classes": 10}
+
+
+SETTINGS = {
+    "resnet32": Setting("dd_resnet32", 4, Domain.grid(2, 2), 32, 128),
+    "resnet32-overlap": Setting("dd_resnet32", 4, Domain.grid(2, 2, overlap=4), 32, 128),
+    "resnet32-8": Setting("dd_resnet32", 8, Domain.grid(2, 4), 32, 128),
+    "resnet32-16": Setting("dd_resnet32", 16, Domain.grid(4, 4), 32, 128),
+    "resnet50": Setting("resnet50", 4, Domain.grid(2, 2), 224, 16),
+}
+
+
+def learner(name: str, model: torch.nn.Module, crop: Callable, batch: int, folder: str) -> Learner:
+    args = options.parse(["--dataset", "digits", "--channels-last", "--lr", "0.01"])
+    model = model.to(memory_format=torch.channels_last).train()
+    return Learner(name, model, crop, args, torch.device("cpu"), 1000, batch, 0, Path(folder))
+
+
+def seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure(setting: Setting, rounds: int, folder: str) -> dict[str, float]:
+    """Median seconds of a step of the global network, and of all parts with each engine."""
+    x, y = torch.randn(setting.batch, 3, setting.size, setting.size), torch.randint(10, (setting.batch,))
+    whole = learner("global", models.create(setting.model, num_classes=10), lambda x: x, setting.batch, folder)
+    split = timm_dd.split(setting.model, setting.parts, **setting.given)
+    parts = [
+        learner(f"part {k}", part, box.crop, setting.batch, folder)
+        for k, (part, box) in enumerate(zip(split, split.plan.boxes()))
+    ]
+    share_cores(setting.parts)
+    engines = {name: Engine(name, setting.parts, torch.device("cpu"), cores()) for name in ENGINES}
+    times: dict[str, list[float]] = {name: [] for name in ("global", *ENGINES)}
+    for _ in range(rounds + 1):
+        share_cores(1)
+        times["global"].append(seconds(partial(whole.step, x, y)))
+        share_cores(setting.parts)
+        for name, engine in engines.items():
+            times[name].append(seconds(lambda e=engine: e.run([partial(p.step, x, y) for p in parts])))
+    for engine in engines.values():
+        engine.__exit__()
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def rows(names: list[str], rounds: int):
+    for name in names:
+        setting = SETTINGS[name]
+        cost = timm_dd.profile(
+            setting.model,
+            setting.parts,
+            domain=setting.domain,
+            img_size=setting.size,
+            num_classes=10,
+            narrow="replicate",
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(setting, rounds, folder)
+        limit = cost.whole.multiply_adds / cost.part.multiply_adds / setting.parts
+        for engine in ENGINES:
+            yield {
+                "setting": name,
+                "model": setting.model,
+                "parts": setting.parts,
+                "domain": str(setting.domain),
+                "batch": setting.batch,
+                "engine": engine,
+                "global_s": f"{found['global']:.4f}",
+                "parts_s": f"{found[engine]:.4f}",
+                "ratio": f"{found['global'] / found[engine]:.2f}",
+                "limit": f"{limit:.2f}",
+            }
+
+
+def draw(table: list[dict], path: Path) -> None:
+    """Bars of the ratios, with the limit as a line over each setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names, width = list(dict.fromkeys(row["setting"] for row in table)), 0.8 / len(ENGINES)
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    for i, engine in enumerate(ENGINES):
+        ratios = [float(row["ratio"]) for row in table if row["engine"] == engine]
+        places = [n + (i - (len(ENGINES) - 1) / 2) * width for n in range(len(names))]
+        axes.bar_label(axes.bar(places, ratios, width, label=engine), fmt="%.1f")
+    limits = [next(float(row["limit"]) for row in table if row["setting"] == name) for name in names]
+    axes.hlines(
+        limits, [n - 0.4 for n in range(len(names))], [n + 0.4 for n in range(len(names))], "black", label="FLOPs"
+    )
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yscale("log")
+    axes.set_ylabel("seconds of the global network over all parts'")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="SETTING", help=", ".join(SETTINGS))
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    origin, table, path = provenance(), [], Path(__file__).with_suffix(".csv")
+    for row in rows(args.settings or list(SETTINGS), args.rounds):
+        table.append({**row, **origin})
+        print("  ".join(map(str, row.values())), flush=True)
+    if not args.settings:
+        with path.open("w", newline="") as f:
+            writer = csv.DictWriter(f, list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+        draw(table, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
