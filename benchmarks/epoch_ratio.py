@@ -132,6 +132,7 @@ def draw(table: list[dict], path: Path) -> None:
     )
     axes.set_xticks(range(len(names)), names)
     axes.set_yscale("log")
+    axes.set_ylim(bottom=1)
     axes.set_ylabel("seconds of the global network over all parts'")
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -56,6 +56,14 @@ def test_block(block, folder):
     run(*BLOCKS[block], folder)
 
 
+def test_ratios_are_those_of_the_table():
+    rows = list(csv.DictReader((ROOT / "benchmarks/epoch_ratio.csv").open()))
+    found = {(r["setting"], r["engine"]): (r["ratio"], r["limit"]) for r in rows}
+    for setting, start in (("resnet32", "4 | 16×16"), ("resnet32-overlap", "4 | 20×20"), ("resnet32-8", "8 | 16×8")):
+        (one, limit), (threads, _) = found[setting, "sequential"], found[setting, "threads"]
+        assert f"| {start} | {float(one):.1f}× | {float(threads):.1f}× | {float(limit):.1f}× |" in TEXT
+
+
 @pytest.mark.parametrize("parts", ["2", "4", "8"])
 def test_totals_are_those_of_the_tables(parts):
     names = (ROOT / "benchmarks/zoo/names.txt").read_text().split()

@@ -337,6 +337,25 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path):
     assert checkpoints.restore(learner(tmp_path, "--workers", "3", "--output", "elsewhere"))
 
 
+def test_statistics_are_taken_anew(one, tmp_path):
+    """Before fine-tuning: those of torch's update_bn on whole training images; the composed files stay as merged."""
+    arguments = [*RUN, "--parts", "4", "--epochs", "0", "--no-aug", "--shift", "0", "--drop-path", "0"]
+    assert main(["train", *arguments, "--output", str(tmp_path), "--experiment", "run"]) == 0
+    run = tmp_path / "run"
+    args = options.parse(arguments)
+    train, val, _ = data.datasets(args)
+    model = timm_dd.merge(run / "parts")
+    loader, _ = data.loaders(args, data.data_config(args, model), train, val, torch.device("cpu"), distributed=False)
+    data.seed_epoch(42, 0)
+    torch.optim.swa_utils.update_bn(loader, model)
+    found = load_file(run / "global" / "last" / "model.safetensors")
+    assert all(torch.allclose(v, found[k]) for k, v in model.state_dict().items())
+    assert not torch.equal(
+        found["bn1.running_mean"], load_file(run / "composed" / "model.safetensors")["bn1.running_mean"]
+    )
+    assert "updated" in json.loads((run / "summary.json").read_text())
+
+
 def test_ranks_count_every_image_once(one, tmp_path):
     """360 images on 2 ranks in batches of 64: the sampler's padding is not counted."""
     arguments = [*RUN, "--parts", "4", "--epochs", "0", "--output", str(tmp_path), "--experiment", "two"]

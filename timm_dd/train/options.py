@@ -141,6 +141,12 @@ def _stages(g) -> None:
     defaults = {"epochs": 300, "warmup_epochs": 5, "shift": 0}
     for name, kind in STAGED.items():
         g.add_argument(_flag(name), default=defaults.get(name), **kind)
+    g.add_argument(
+        "--update-bn",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="before fine-tuning, take the composed model's BatchNorm statistics anew from whole images",
+    )
     for stage in ("part", "baseline"):
         for name, kind in STAGED.items():
             g.add_argument(

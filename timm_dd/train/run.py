@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import update_bn
 
 from .. import files, models
 from ..errors import TrainError
@@ -194,8 +196,9 @@ class Run:
                 f"{self.parts_folder}/k is removed"
             )
 
-    def tune(self) -> tuple[float, float, float, float]:
-        """Compose and fine-tune; returns the accuracies of the parts together, composed, and tuned, and the seconds."""
+    def tune(self) -> dict[str, float]:
+        """Compose, take the BatchNorm statistics anew, and fine-tune; returns the accuracies of the parts together and
+        of the composed model after each step, and the seconds of the last."""
         composed = self.folder / "composed"
         if self.ranks.primary:
             merge_files(self.parts_folder, composed, data=self.data_config)
@@ -206,9 +209,12 @@ class Run:
         loaders = self._loaders(args)
         together = self._together(loaders[1])
         learner = self._global("composed model", model, args, len(loaders[0]), self.folder / "global")
-        before = evaluate([learner], loaders[1], Engine())[0]
-        after = self._fit(learner, loaders, args.epochs, "fine-tuning")
-        return together, before, after, learner.seconds
+        found = {"together": together, "composed": evaluate([learner], loaders[1], Engine())[0]}
+        if args.update_bn and any(isinstance(m, _NormBase) for m in model.modules()):
+            data.seed_epoch(args.seed, args.epochs)
+            update_bn(loaders[0], learner.model, self.device)
+            found["updated"] = evaluate([learner], loaders[1], Engine())[0]
+        return {**found, "tuned": self._fit(learner, loaders, args.epochs, "fine-tuning"), "seconds": learner.seconds}
 
     def baseline(self) -> tuple[float, float]:
         """Train the model from a random start (GNet-R); returns accuracy and seconds."""
@@ -284,14 +290,9 @@ class Run:
         self.train_parts()
         self.meet()
         parts = [self._part_summary(k) for k in range(self.args.parts)]
-        together, before, after, seconds = self.tune()
-        summary = {
-            "parts": [p["top1"] for p in parts],
-            "together": together,
-            "composed": before,
-            "tuned": after,
-            "seconds": {"parts": max(p["seconds"] for p in parts), "composed": seconds},
-        }
+        tuned = self.tune()
+        seconds = {"parts": max(p["seconds"] for p in parts), "composed": tuned.pop("seconds")}
+        summary = {"parts": [p["top1"] for p in parts], **tuned, "seconds": seconds}
         if self.args.baseline:
             summary["baseline"], summary["seconds"]["baseline"] = self.baseline()
         return summary
@@ -337,6 +338,8 @@ class Run:
             )
         rows.append(["sum of the parts, own boxes", f"{summary['together']:.2f}", "", ""])
         rows.append(["composed, before fine-tuning", f"{summary['composed']:.2f}", "0", ""])
+        if "updated" in summary:
+            rows.append(["composed, BatchNorm anew", f"{summary['updated']:.2f}", "0", ""])
         rows.append(
             [
                 "composed, after fine-tuning",
