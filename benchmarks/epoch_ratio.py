@@ -21,7 +21,7 @@ import torch
 from common import provenance
 
 import timm_dd
-from timm_dd import Domain, models
+from timm_dd import Box, Domain, models
 from timm_dd.train import options
 from timm_dd.train.engines import Engine, Learner, cores, share_cores
 
@@ -49,10 +49,10 @@ SETTINGS = {
 }
 
 
-def learner(name: str, model: torch.nn.Module, crop: Callable, batch: int, folder: str) -> Learner:
+def learner(name: str, model: torch.nn.Module, box: Box | None, batch: int, folder: str) -> Learner:
     args = options.parse(["--dataset", "digits", "--channels-last", "--lr", "0.01"])
     model = model.to(memory_format=torch.channels_last).train()
-    return Learner(name, model, crop, args, torch.device("cpu"), 1000, batch, 0, Path(folder))
+    return Learner(name, model, box, args, torch.device("cpu"), 1000, batch, 0, Path(folder))
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -64,10 +64,10 @@ def seconds(work: Callable[[], None]) -> float:
 def measure(setting: Setting, rounds: int, folder: str) -> dict[str, float]:
     """Median seconds of a step of the global network, and of all parts with each engine."""
     x, y = torch.randn(setting.batch, 3, setting.size, setting.size), torch.randint(10, (setting.batch,))
-    whole = learner("global", models.create(setting.model, num_classes=10), lambda x: x, setting.batch, folder)
+    whole = learner("global", models.create(setting.model, num_classes=10), None, setting.batch, folder)
     split = timm_dd.split(setting.model, setting.parts, **setting.given)
     parts = [
-        learner(f"part {k}", part, box.crop, setting.batch, folder)
+        learner(f"part {k}", part, box, setting.batch, folder)
         for k, (part, box) in enumerate(zip(split, split.plan.boxes()))
     ]
     share_cores(setting.parts)

@@ -279,7 +279,7 @@ def learner(folder, *options_given):
     args = options.parse([*RUN, "--parts", "2", *options_given])
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=10, drop_rate=0.5)
-    return Learner("model", model, lambda x: x, args, torch.device("cpu"), 5, 4, 7, folder)
+    return Learner("model", model, None, args, torch.device("cpu"), 5, 4, 7, folder)
 
 
 def updates(learner, first, last):
@@ -335,6 +335,33 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path):
     with pytest.raises(TrainError, match=r"--lr was 0.05, not 0.1\); resume with the options"):
         checkpoints.restore(learner(tmp_path, "--lr", "0.1"))
     assert checkpoints.restore(learner(tmp_path, "--workers", "3", "--output", "elsewhere"))
+
+
+def test_a_box_roams_while_its_part_trains(tmp_path):
+    """With the probability of --roam, to any place of the image, and never when it is evaluated."""
+    seen = []
+
+    class Looks(torch.nn.Linear):
+        def forward(self, x):
+            seen.append((int(x[0, 0, 0, 0]), int(x[0, 0, 0, -1]), self.training))
+            return super().forward(x[:, 0, 0])
+
+    x = torch.arange(32 * 32.0).reshape(1, 1, 32, 32).expand(2, 3, -1, -1)
+    for roam in (0.0, 0.5, 1.0):
+        seen.clear()
+        args = options.parse([*RUN, "--roam", str(roam)])
+        box = timm_dd.Box((16, 0), (16, 16))
+        looks = Learner("part 2", Looks(16, 10), box, args, torch.device("cpu"), 300, 2, 7, tmp_path)
+        for _ in range(300):
+            looks.step(x, torch.tensor([1, 2]))
+        moved = [first for first, last, _ in seen if first != 16 * 32]
+        assert abs(len(moved) / 300 - roam) < 0.1
+        assert all(last - first == 15 for first, last, _ in seen)
+        if roam:
+            assert {first // 32 for first in moved} == {first % 32 for first in moved} == set(range(17))
+        looks.model.eval()
+        looks.logits(x)
+        assert seen[-1] == (16 * 32, 16 * 32 + 15, False)
 
 
 def test_statistics_are_taken_anew(one, tmp_path):
@@ -499,6 +526,7 @@ BAD = [
     (lambda t, f: [*RUN, "--output", str(f / "train" / "a" / "0.png")], 1, "cannot write"),
     (lambda t, f: ["--model", "test_resnet"], 2, "nothing to train on"),
     (lambda t, f: [*RUN, "--parts", "0"], 2, "from 1 up"),
+    (lambda t, f: [*RUN, "--roam", "1.5"], 2, "a probability from 0 to 1"),
     (lambda t, f: [*RUN, "--grid", "two"], 2, "expected rows x columns"),
     (lambda t, f: [*RUN, "-c", "nothing.yaml"], 2, "no config"),
     (lambda t, f: [*RUN, "--decay-milestones", "1", "2", "--decay-rates", "0.1"], 2, "give as many"),

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from random import Random
 from typing import Any
 
 import torch
@@ -38,6 +39,10 @@ class Box:
         for axis, (start, extent) in enumerate(zip(self.start, self.extent), start=x.ndim - len(self.start)):
             x = x.narrow(axis, start, extent)
         return x
+
+    def anywhere(self, size: Sequence[int], random: Random) -> Box:
+        """A box of the same extent at a random place of an image of `size`."""
+        return Box(tuple(random.randint(0, n - e) for n, e in zip(size, self.extent)), self.extent)
 
     def __str__(self) -> str:
         return " × ".join(f"{s}:{s + e}" for s, e in zip(self.start, self.extent))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from timm.utils import dispatch_clip_grad
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..domain import Box
 from ..errors import TrainError
 from . import options, schedule
 
@@ -32,7 +34,7 @@ class Learner:
     that share a process do not disturb each other, and one that was interrupted goes on as if it had not been.
 
     Args:
-        crop: the view of a batch that the network sees.
+        box: what the network sees of a batch; None for all of it. While it trains, ``--roam`` moves the box.
         global_batch: images of an update over all ranks, for ``--lr-base``.
         folder: for its ``summary.csv`` and its checkpoints.
 
@@ -47,7 +49,7 @@ class Learner:
         self,
         name: str,
         model: nn.Module,
-        crop: Callable[[torch.Tensor], torch.Tensor],
+        box: Box | None,
         args: argparse.Namespace,
         device: torch.device,
         updates_per_epoch: int,
@@ -55,7 +57,7 @@ class Learner:
         seed: int,
         folder: Path,
     ):
-        self.name, self.model, self.crop, self.args, self.device = name, model, crop, args, device
+        self.name, self.model, self.box, self.args, self.device = name, model, box, args, device
         self.seed, self.folder = seed, folder
         self.options = {**options.of_training(args), "updates_per_epoch": updates_per_epoch, "images": global_batch}
         lr = args.lr if args.lr is not None else args.lr_base * global_batch / 256
@@ -83,7 +85,7 @@ class Learner:
         """One update on a batch."""
         with self._own_random():
             with torch.autocast(self.device.type, self.dtype, enabled=self.args.amp):
-                loss = self.loss(self.model(self._view(x)), y)
+                loss = self.loss(self.model(self._view(x, self._place(x))), y)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         if self.args.clip_grad is not None:
@@ -118,10 +120,17 @@ class Learner:
     @torch.no_grad()
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.args.amp):
-            return self.model(self._view(x)).float()
+            return self.model(self._view(x, self.box)).float()
 
-    def _view(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.crop(x)
+    def _place(self, x: torch.Tensor) -> Box | None:
+        """The box of this update: its own, or with the probability ``--roam`` one anywhere in the image."""
+        random = Random((self.seed << 32) + self.updates)
+        if self.box is None or random.random() >= self.args.roam:
+            return self.box
+        return self.box.anywhere(x.shape[2:], random)
+
+    def _view(self, x: torch.Tensor, box: Box | None) -> torch.Tensor:
+        x = x if box is None else box.crop(x)
         return x.contiguous(memory_format=torch.channels_last) if self.args.channels_last else x
 
     @contextmanager

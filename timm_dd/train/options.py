@@ -142,6 +142,13 @@ def _stages(g) -> None:
     for name, kind in STAGED.items():
         g.add_argument(_flag(name), default=defaults.get(name), **kind)
     g.add_argument(
+        "--roam",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="with probability P a part trains on a box anywhere in the images instead of its own, update by update",
+    )
+    g.add_argument(
         "--update-bn",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -217,6 +224,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if known is not None:
         p.set_defaults(**_config(p, known.config))
     args = p.parse_args(argv)
+    if not 0 <= args.roam <= 1:
+        p.error(f"--roam is a probability from 0 to 1, got {args.roam}")
     if args.parts < 1:
         p.error(f"--parts is a whole number from 1 up, got {args.parts}")
     if not args.dataset and not args.data_dir:

@@ -144,7 +144,7 @@ class Run:
     def _part(self, k: int, model: nn.Module, args, updates: int) -> Learner:
         folder, box = self.parts_folder / str(k), self.parts.plan.boxes()[k]
         (folder / "failure.json").unlink(missing_ok=True)
-        return self._learner(f"part {k}", model, box.crop, args, updates, args.batch_size, k, folder)
+        return self._learner(f"part {k}", model, box, args, updates, args.batch_size, k, folder)
 
     def _done(self, k: int) -> bool:
         return (self.parts_folder / str(k) / "summary.json").exists()
@@ -163,12 +163,12 @@ class Run:
     def _part_summary(self, k: int) -> dict:
         return json.loads((self.parts_folder / str(k) / "summary.json").read_text())
 
-    def _learner(self, name, model, crop, args, updates, batch, stream, folder) -> Learner:
+    def _learner(self, name, model, box, args, updates, batch, stream, folder) -> Learner:
         model = (
             model.to(self.device, memory_format=torch.channels_last) if args.channels_last else model.to(self.device)
         )
         seed = self.args.seed * 1000 + stream
-        learner = Learner(name, model, crop, args, self.device, updates, batch, seed, folder)
+        learner = Learner(name, model, box, args, self.device, updates, batch, seed, folder)
         folder.mkdir(parents=True, exist_ok=True)
         return learner
 
@@ -245,7 +245,7 @@ class Run:
                 model, device_ids=[self.device.index] if self.device.type == "cuda" else None
             )
         batch, stream = args.batch_size * self.ranks.world, 999 - self.ranks.rank
-        return self._learner(name, model, lambda x: x, args, updates, batch, stream, folder)
+        return self._learner(name, model, None, args, updates, batch, stream, folder)
 
     def _fit(self, learner: Learner, loaders, epochs: int, title: str) -> float:
         """Train the global model, keeping the last epoch's weights and the best; returns the last accuracy."""
