@@ -64,6 +64,15 @@ def test_ratios_are_those_of_the_table():
         assert f"| {start} | {float(one):.1f}× | {float(threads):.1f}× | {float(limit):.1f}× |" in TEXT
 
 
+def test_means_are_those_of_the_table():
+    rows = list(csv.DictReader((ROOT / "benchmarks/stage2_start.csv").open()))
+    for roam, name in (("0.0", "0"), ("0.5", "0.5"), ("0.75", "0.75"), ("1.0", "1")):
+        seeds = [r for r in rows if r["roam"] == roam]
+        keys = ("parts", "together", "composed", "updated", "tuned")
+        means = (sum(float(r[k]) for r in seeds) / len(seeds) for k in keys)
+        assert f"| {name} | {' | '.join(f'{m:.2f}' for m in means)} |" in TEXT
+
+
 @pytest.mark.parametrize("parts", ["2", "4", "8"])
 def test_totals_are_those_of_the_tables(parts):
     names = (ROOT / "benchmarks/zoo/names.txt").read_text().split()
