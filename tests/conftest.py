@@ -1,4 +1,7 @@
-"""What the tests share: shaken weights, and the networks that nobody else has."""
+"""What the tests share: shaken weights, networks that nobody else has, and a training run."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -6,6 +9,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 import timm_dd
+from timm_dd.cli import main
+from timm_dd.files import part_name
 
 RELATIVE = 1e-9  # in float64: the bar of an exact claim
 
@@ -95,3 +100,32 @@ def dd_plain(pretrained=False, **kwargs):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+# ---- training runs
+
+RUN = [
+    "--dataset", "digits", "--model", "test_resnet", "--overlap", "4", "--shift", "2", "--part-epochs", "2",
+    "--epochs", "1", "--warmup-epochs", "0", "--lr", "0.05", "-b", "64", "-j", "0", "--drop-path", "0.2",
+    "--train-num-samples", "256", "--device", "cpu",
+]  # fmt: skip
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+MODULE = ["-m", "timm_dd.train"]
+
+
+def torchrun(ranks, *arguments):
+    return subprocess.run([*TORCHRUN, str(ranks), *MODULE, *arguments], capture_output=True, text=True, timeout=300)
+
+
+def bytes_of_parts(run, parts):
+    return [(run / "parts" / str(k) / part_name(k, parts)).read_bytes() for k in range(parts)]
+
+
+@pytest.fixture(scope="session")
+def one(tmp_path_factory):
+    """A run in one process, with the baseline."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert main(["train", *RUN, "--parts", "4", "--baseline", "--output", str(folder), "--experiment", "one"]) == 0
+    return folder / "one"

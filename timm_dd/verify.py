@@ -174,7 +174,7 @@ def verify(
     nets = [copy.deepcopy(net).to("cpu", torch.float64).eval() for net in (reference, *parts)]
     for part in nets[1:] if head == "mean" else ():
         for name in plan.head:
-            _tensor(part, name).div_(plan.parts)  # (2.22)
+            part.get_parameter(name).data.div_(plan.parts)  # (2.22)
     full, every, x = Domain.full(plan.parts).boxes(spatial(size)), [*rows, *outputs], x.to("cpu", torch.float64)
     box = _compare(nets, plan, every, plan.boxes(), x)
     whole = box if plan.boxes() == full else None if _windows(plan) else _compare(nets, plan, every, full, x)
@@ -191,10 +191,6 @@ def verify(
         _tolerance(plan, parts[0].state_dict()),
         labelled,
     )
-
-
-def _tensor(part: fx.GraphModule, name: str) -> torch.Tensor:
-    return part.get_parameter(name).data
 
 
 def _tolerance(plan: Plan, state: Mapping[str, torch.Tensor]) -> float:

@@ -1,0 +1,243 @@
+"""Nothing is lost: runs that are killed, stopped or resumed, parts that fail, checkpoints."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import MODULE, RUN, TORCHRUN, bytes_of_parts, torchrun
+
+from timm_dd.cli import main
+from timm_dd.errors import TrainError
+from timm_dd.files import part_name
+from timm_dd.train import checkpoints, options
+from timm_dd.train.engines import Learner
+from timm_dd.train.run import Run
+
+LONGER = [*RUN, "--parts", "4", "--part-epochs", "3", "--epochs", "3", "--checkpoint-every", "0.05"]
+WEIGHTS = ("composed/model.safetensors", "global/last/model.safetensors", "global/best/model.safetensors")
+
+
+def start(command, *arguments):
+    return subprocess.Popen(
+        [*command, *LONGER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+
+
+def after_lines(process, n):
+    """Wait until a process has printed n lines, or ended."""
+    for _ in zip(range(n), process.stdout):
+        pass
+
+
+def workers(process):
+    return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+
+
+def same_files(a, b, *names):
+    return [name for name in names if (a / name).read_bytes() != (b / name).read_bytes()] == []
+
+
+def same(a, b):
+    return same_files(a, b, *WEIGHTS, "global/summary.csv", *(f"parts/{k}/{part_name(k, 4)}" for k in range(4)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two ranks that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = subprocess.run([*TORCHRUN, "2", *MODULE, *LONGER, "--output", folder, "--experiment", "run"], timeout=300)
+    assert done.returncode == 0
+    return folder / "run"
+
+
+def test_a_run_that_was_killed_five_times_ends_with_the_same_bits(whole, tmp_path):
+    """Two ranks, either of them killed at a random line of what the run prints; then it goes on to its end."""
+    draw = random.Random(0)
+    arguments = ["--output", str(tmp_path), "--experiment", "run", "--resume", "auto"]
+    for kill in range(5):
+        process = start([*TORCHRUN, "2", *MODULE], *arguments)
+        after_lines(process, 3 + kill if kill < 4 else draw.randint(1, 3))
+        for pid in workers(process)[draw.randrange(2) :][:1]:
+            os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=120)
+    last = start([*TORCHRUN, "2", *MODULE], *arguments)
+    out, errors = last.communicate(timeout=300)
+    assert last.returncode == 0, errors
+    assert same(tmp_path / "run", whole)
+    assert len(list((tmp_path / "run" / "global").glob("checkpoint-*"))) == 2
+    assert [p for p in tmp_path.rglob(".*")] == []
+
+
+def test_torchrun_starts_a_killed_rank_again(whole, tmp_path):
+    """With --max-restarts no --resume is needed."""
+    command = [*TORCHRUN, "2", "--max-restarts", "1", *MODULE]
+    process = start(command, "--output", str(tmp_path), "--experiment", "run")
+    after_lines(process, 4)
+    os.kill(workers(process)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("request_to_stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(whole, request_to_stop, tmp_path):
+    """One process, stopped in stage 1 and again in stage 2; its parts have the bits of those of two ranks."""
+    arguments = ["--output", str(tmp_path), "--experiment", "run", "--resume"]
+    for lines in (3, 4):
+        process = start([sys.executable, *MODULE], *arguments)
+        after_lines(process, lines)
+        process.send_signal(request_to_stop)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert errors.splitlines()[-1] == (
+            f"timm-dd train: stopped by {request_to_stop.name}; all is saved, the same command with --resume goes on"
+        )
+    last = start([sys.executable, *MODULE], *arguments)
+    assert last.wait(timeout=300) == 0
+    assert bytes_of_parts(tmp_path / "run", 4) == bytes_of_parts(whole, 4)
+
+
+def test_a_part_that_fails_does_not_stop_the_others(one, tmp_path, monkeypatch, capsys):
+    step = Learner.step
+
+    def fail(self, x, y):
+        if self.name == "part 1" and self.updates == 5:
+            raise RuntimeError("out of luck")
+        step(self, x, y)
+
+    arguments = ["train", *RUN, "--parts", "4", "--output", str(tmp_path), "--experiment", "run", "--resume"]
+    monkeypatch.setattr(Learner, "step", fail)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "part 1 failed (out of luck); 3 of 4 parts are done and kept: --resume" in error
+    assert {p.parent.name for p in tmp_path.glob("run/parts/*/summary.json")} == {"0", "2", "3"}
+    monkeypatch.setattr(Learner, "step", step)
+    before = (tmp_path / "run/parts/0" / part_name(0, 4)).stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert (tmp_path / "run/parts/0" / part_name(0, 4)).stat().st_mtime_ns == before  # not trained again
+    assert bytes_of_parts(tmp_path / "run", 4) == bytes_of_parts(one, 4)
+
+
+def test_a_run_that_exists_is_not_begun_again(one, capsys):
+    arguments = ["train", *RUN, "--output", str(one.parent), "--experiment", "one"]
+    assert main([*arguments, "--parts", "4"]) == 1
+    assert "holds a run already; go on with --resume" in capsys.readouterr().err
+    assert main([*arguments, "--parts", "2", "--resume"]) == 1
+    assert "a run of another model or split" in capsys.readouterr().err
+
+
+def test_what_a_run_was_trained_with_stays(one, tmp_path, capsys):
+    """Finished parts and begun stages are not mixed with others of other options, or other numbers of ranks."""
+    shutil.copytree(one, tmp_path / "one")
+    arguments = ["train", *RUN, "--parts", "4", "--resume", str(tmp_path / "one")]
+    assert main([*arguments, "--part-lr", "0.1"]) == 1
+    assert "part 0 is done, with other options (for the parts, --lr was 0.05, not 0.1)" in capsys.readouterr().err
+    assert main([*arguments, "--smoothing", "0.3"]) == 1
+    assert "--smoothing was 0.1, not 0.3" in capsys.readouterr().err
+    done = torchrun(2, *arguments[1:])
+    assert done.returncode == 1 and "does not fit (--images was 64, not 128" in done.stderr
+    assert main(arguments) == 0 and same_files(one, tmp_path / "one", "global/last/model.safetensors")
+
+
+def test_leftovers_of_a_killed_process_are_removed(one, tmp_path):
+    shutil.copytree(one, tmp_path / "one")
+    left = [tmp_path / "one" / name for name in ("parts/0/.summary.json.x", "global/last/.model.safetensors.y")]
+    for path in left:
+        path.write_bytes(b"half")
+        os.utime(path, (0, 0))
+    assert main(["train", *RUN, "--parts", "4", "--resume", str(tmp_path / "one")]) == 0
+    assert not any(path.exists() for path in left)
+
+
+def test_torchrun_does_not_go_on_with_the_run_of_another(one, tmp_path):
+    shutil.copytree(one, tmp_path / "one")
+    arguments = [*RUN, "--parts", "4", "--output", str(tmp_path), "--experiment", "one"]
+    done = subprocess.run(
+        [*TORCHRUN, "1", "--max-restarts", "1", *MODULE, *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and done.stderr.count("holds a run already") == 2
+
+
+def test_resume_finds_the_last_run_that_is_not_done(one, tmp_path):
+    def folder(*arguments):
+        return Run(options.parse([*RUN, "--parts", "4", "--output", str(tmp_path), *arguments])).folder.name
+
+    assert folder("--resume") == folder() == "test_resnet-4"
+    for name in ("test_resnet-4", "test_resnet-4-1", "test_resnet-40"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.yaml").touch()
+    (tmp_path / "test_resnet-4-1" / "summary.json").touch()
+    assert folder("--resume") == "test_resnet-4" and folder() == "test_resnet-4-2"
+    assert folder("--resume", str(one)) == "one"
+    with pytest.raises(TrainError, match="nowhere: no run there"):
+        folder("--resume", "nowhere")
+
+
+def learner(folder, *options_given):
+    args = options.parse([*RUN, "--parts", "2", *options_given])
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10, drop_rate=0.5)
+    return Learner("model", model, None, args, torch.device("cpu"), 5, 4, 7, folder)
+
+
+def updates(learner, first, last):
+    for i in range(first, last):
+        generator = torch.Generator().manual_seed(i)
+        learner.model.train()
+        learner.step(torch.randn(4, 3, 32, 32, generator=generator), torch.randint(10, (4,), generator=generator))
+        if learner.updates % 5 == 0:
+            learner.end_epoch(10.0 * i)
+
+
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
+@pytest.mark.parametrize("opt", ["sgd", "adamw", "lamb", "lookahead_radam", "rmsproptf"])
+@pytest.mark.parametrize("sched", ["cosine", "plateau", "step"])
+def test_a_checkpoint_holds_all(opt, sched, tmp_path):
+    """Twelve updates at once, or with the middle of an epoch read back from disk by another learner: the same bits."""
+    given = ("--opt", opt, "--sched", sched, "--epochs", "4", "--plateau-epochs", "2", "--clip-grad", "1.0")
+    expected, first, second = (learner(tmp_path, *given) for _ in range(3))
+    updates(expected, 0, 12)
+    updates(first, 0, 7)
+    checkpoints.save(first)
+    assert checkpoints.restore(second)
+    updates(second, 7, 12)
+    for a, b in zip(expected.state()[0].items(), second.state()[0].items()):
+        assert a[0] == b[0] and torch.equal(a[1], b[1]), a[0]
+    assert json.dumps(expected.state()[1]) == json.dumps(second.state()[1])
+
+
+def test_an_optimizer_whose_state_is_not_saved(tmp_path):
+    first = learner(tmp_path, "--opt", "adafactorbv")
+    updates(first, 0, 1)
+    with pytest.raises(TrainError, match="--opt adafactorbv has a state that is not saved"):
+        checkpoints.save(first)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
+    first = learner(tmp_path)
+    for i in range(4):
+        updates(first, i, i + 1)
+        checkpoints.save(first)
+    newest, older = checkpoints.found(tmp_path)
+    assert (newest.name, older.name) == ("checkpoint-000000004.safetensors", "checkpoint-000000003.safetensors")
+    newest.write_bytes(newest.read_bytes()[:-100])
+    second = learner(tmp_path)
+    assert checkpoints.restore(second) and second.updates == 3
+    older.write_bytes(b"")
+    assert not checkpoints.restore(learner(tmp_path))
+
+
+def test_a_checkpoint_of_other_options_is_refused(tmp_path):
+    checkpoints.save(learner(tmp_path))
+    with pytest.raises(TrainError, match=r"--lr was 0.05, not 0.1\); resume with the options"):
+        checkpoints.restore(learner(tmp_path, "--lr", "0.1"))
+    assert checkpoints.restore(learner(tmp_path, "--workers", "3", "--output", "elsewhere"))
