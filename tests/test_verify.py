@@ -10,7 +10,7 @@ from test_theorem import ALIGNED, FEATURES, Sequence, Valid, mlp, split
 from torch import nn
 
 import timm_dd
-from timm_dd import Domain, MergeError, SplitError
+from timm_dd import Box, Domain, MergeError, SplitError
 from timm_dd.verify import verify
 
 
@@ -91,6 +91,18 @@ def test_a_resampling_that_aligns_corners_is_not_compared():
     parts = shake(timm_dd.split(net, 4, example_input=torch.empty(1, 2, 16, 16), domain=Domain.grid(2, 2)))
     report = verify(timm_dd.merge(parts), parts)
     assert report.failures == [] and [row.box is None for row in report.layers] == [False, True, True]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_one_part_may_see_the_whole_image(first):
+    """Beside another that sees a box."""
+    own = [Box((0, 0), (16, 16)), Box((0, 8), (16, 8))]
+    net = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    domain = Domain.custom(own[first:] + own[:first])
+    parts = shake(timm_dd.split(net, 2, example_input=torch.empty(1, 2, 16, 16), domain=domain))
+    report = verify(timm_dd.merge(parts), parts)
+    assert report.failures == [] and report.layers[0].box <= 1e-12
+    assert report.layers[0].field == (16 * 16 + 16 * 7) / (16 * 16 + 16 * 8)
 
 
 def test_a_sum_at_positions_that_one_part_sees_is_not_compared():

@@ -18,7 +18,7 @@ import torch
 
 from .domain import Domain, spatial
 from .table import table
-from .widths import FrozenAxis
+from .widths import FrozenAxis, block
 
 FORMAT = 1
 
@@ -50,9 +50,8 @@ class TensorPlan:
         return tuple(None if a is None else a.index(k, divisor) for a in self.axes)
 
     def block(self, k: int, divisor: int) -> tuple:
-        """Part k's elements of the global tensor, as an open index like that of ``numpy.ix_``."""
-        index = [torch.arange(n) if ix is None else ix for n, ix in zip(self.shape, self.index(k, divisor))]
-        return torch.meshgrid(*index, indexing="ij") if len(index) > 1 else tuple(index) or (...,)
+        """Part k's elements of the global tensor, as an open index."""
+        return block(self.shape, self.axes, k, divisor)
 
     def part_shape(self, k: int, divisor: int) -> tuple[int, ...]:
         return tuple(n if a is None else a.part_size(k, divisor) for n, a in zip(self.shape, self.axes))

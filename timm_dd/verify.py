@@ -26,7 +26,7 @@ from .rules.laws import Kind
 from .split import Parts, split
 from .table import table
 from .trace import skeleton, trace
-from .widths import FrozenAxis, Window
+from .widths import FrozenAxis, block
 
 EXACT = 1e-9  # relative, for tensors stored in float64
 ROUNDINGS, COARSEST = 100, 1e-2  # of tensors stored in fewer digits
@@ -203,11 +203,7 @@ def _tolerance(plan: Plan, state: Mapping[str, torch.Tensor]) -> float:
 def _windows(plan: Plan) -> dict[str, tuple[FrozenAxis | None, ...]]:
     """The weights that read only some positions in a part, and the axes of what they read."""
     read = {name: t.axes[1:] for name, t in plan.tensors.items() if len(t.axes) > 1}
-    return {name: axes for name, axes in read.items() if any(map(_has_window, axes))}
-
-
-def _has_window(axis: FrozenAxis | None) -> bool:
-    return axis is not None and any(isinstance(atom, Window) for term in axis.terms for atom in term)
+    return {name: axes for name, axes in read.items() if any(a is not None and a.is_windowed for a in axes)}
 
 
 # ---- theorem 2.1
@@ -243,15 +239,15 @@ def _compare(
 ) -> _Differences:
     """The maps of the composed network, nets[0], against those of the parts on their boxes."""
     composed, *parts = nets
-    nodes, whole_image = {c.node for c in wanted}, boxes[0].extent == spatial(plan.input_size)
+    nodes, full = {c.node for c in wanted}, [box.extent == spatial(plan.input_size) for box in boxes]
     y, result, sums = _Maps(composed, nodes).of(x), _Differences(), {}
-    comparable = {c.node: c for c in wanted if c.aligned or whole_image}
+    comparable = {c.node: c for c in wanted if c.aligned or all(full)}
     for k, (part, box) in enumerate(zip(parts, boxes)):
         own = _Maps(part, nodes).of(box.crop(x))
-        inside = _Maps(composed, nodes, _Outside(plan, k)).of(_nan_outside(x, box))
+        inside = y if full[k] else _Maps(composed, nodes, _Outside(plan, k)).of(_nan_outside(x, box))
         for node, claim in comparable.items():
-            axes = [c or (None if whole_image else p) for c, p in zip(claim.channels, claim.places)]
-            at = _block(y[node].shape, axes, k, plan.divisor)
+            axes = [c or (None if full[k] else p) for c, p in zip(claim.channels, claim.places)]
+            at = block(y[node].shape, [None, *axes], k, plan.divisor)
             outside = inside[node][at].isnan() & ~y[node][at].isnan()  # a NaN of the weights' own is a failure
             if claim.kind is Kind.PARTIAL:
                 total, clean = sums.setdefault(node, (torch.zeros_like(y[node]), torch.ones_like(y[node]).bool()))
@@ -274,8 +270,8 @@ class _Outside:
         axes = next((axes for name, axes in self.windows.items() if name.startswith(module + ".")), None)
         if axes is None:
             return x
-        whole = [None] * (x.ndim - 1 - len(axes))
-        at = _block(x.shape, [*whole, *axes], self.k, self.plan.divisor)
+        whole = [None] * (x.ndim - len(axes))
+        at = block(x.shape, [*whole, *axes], self.k, self.plan.divisor)
         hidden = torch.zeros_like(x)
         hidden[at] = x[at]
         return hidden
@@ -306,12 +302,6 @@ class _Maps(fx.Interpreter):
         if self.outside is not None:
             args = (self.outside.hide(target, args[0]), *args[1:])
         return super().call_module(target, args, kwargs)
-
-
-def _block(shape: Sequence[int], axes: Sequence[FrozenAxis | None], k: int, divisor: int) -> tuple:
-    """Part k's numbers of a map of `shape`, as an open index; `axes` are those after the batch."""
-    index = [torch.arange(n) if a is None else a.index(k, divisor) for n, a in zip(shape, [None, *axes])]
-    return torch.meshgrid(*index, indexing="ij")
 
 
 def _nan_outside(x: torch.Tensor, box: Box) -> torch.Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -331,6 +331,11 @@ class FrozenAxis:
         """Whether every part has all of it, spatial windows included."""
         return all(isinstance(a, int) for t in self.terms for a in t)
 
+    @property
+    def is_windowed(self) -> bool:
+        """Whether parts see different positions of it."""
+        return any(isinstance(a, Window) for t in self.terms for a in t)
+
     def part_size(self, k: int, divisor: int) -> int:
         return sum(math.prod(_run(a, k, divisor)[1] for a in t) for t in self.terms)
 
@@ -344,6 +349,13 @@ class FrozenAxis:
     @classmethod
     def from_json(cls, terms: list) -> FrozenAxis:
         return cls(tuple(tuple(_atom_from_json(a) for a in t) for t in terms))
+
+
+def block(shape: Sequence[int], axes: Sequence[FrozenAxis | None], k: int, divisor: int) -> tuple:
+    """Part k's elements of a tensor of `shape`, as an open index like that of ``numpy.ix_``; it has all along a dim
+    whose axis is None."""
+    index = [torch.arange(n) if a is None else a.index(k, divisor) for n, a in zip(shape, axes)]
+    return torch.meshgrid(*index, indexing="ij") if len(index) > 1 else tuple(index) or (...,)
 
 
 @functools.lru_cache(maxsize=64)  # layers in a row share axes

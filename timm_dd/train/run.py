@@ -123,6 +123,7 @@ class Run:
         loaders = data.loaders(args, self.data_config, self.train_set, self.val_set, self.device, distributed=False)
         learners = [self._part(k, self.parts[k], args, len(loaders[0])) for k in own]
         for learner in learners if self.resuming else ():
+            (learner.folder / "failure.json").unlink(missing_ok=True)
             guard(learner, partial(restore, learner), apart=True)
         with Engine(args.engine, len(own), self.device, cores() // self.ranks.local_world) as engine:
             fit(learners, loaders, args.epochs, args.seed, "parts", self.keeper, engine, apart=True)
@@ -143,7 +144,6 @@ class Run:
 
     def _part(self, k: int, model: nn.Module, args, updates: int) -> Learner:
         folder, box = self.parts_folder / str(k), self.parts.plan.boxes()[k]
-        (folder / "failure.json").unlink(missing_ok=True)
         return self._learner(f"part {k}", model, box, args, updates, args.batch_size, k, folder)
 
     def _done(self, k: int) -> bool:
@@ -204,10 +204,11 @@ class Run:
             merge_files(self.parts_folder, composed, data=self.data_config)
         if self.ranks.world > 1:
             dist.barrier()
-        model = merge(self.parts_folder)
+        parts = Parts.load(self.parts_folder)
+        model = merge(parts)
         args = options.stage(self.args, None)
         loaders = self._loaders(args)
-        together = self._together(loaders[1])
+        together = self._together(parts, loaders[1])
         learner = self._global("composed model", model, args, len(loaders[0]), self.folder / "global")
         found = {"together": together, "composed": evaluate([learner], loaders[1], Engine())[0]}
         if args.update_bn and any(isinstance(m, _NormBase) for m in model.modules()):
@@ -231,9 +232,8 @@ class Run:
             args, self.data_config, self.train_set, self.val_set, self.device, distributed=self.ranks.world > 1
         )
 
-    def _together(self, loader) -> float:
+    def _together(self, parts: Parts, loader) -> float:
         """The accuracy of the sum of the parts' logits, each part on its own box."""
-        parts = Parts.load(self.parts_folder)
         args = options.stage(self.args, "part")
         learners = [self._part(k, part, args, 1) for k, part in enumerate(parts)]
         return evaluate(learners, loader, Engine(), together=True)[-1]
