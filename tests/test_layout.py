@@ -14,7 +14,7 @@ ORDER = [
     "errors", "widths", "domain", "table", "models", "networks", "trace", "sizes", "rules.laws", "rules.registry",
     "rules.pool", "rules.conv", "rules.linear", "rules.norm", "rules.pointwise", "rules.shape", "rules.attention",
     "rules.recurrent", "rules", "plan", "planner", "claims",
-    "files", "split", "merge", "profile", "verify", "picture",
+    "files", "packed", "split", "merge", "profile", "verify", "picture",
     "train", "train.options", "train.data", "train.schedule", "train.engines", "train.checkpoints",
     "train.loop", "train.run", "train.demo", "train.__main__", "cli", "",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 from . import files, models
 from .domain import Domain, check_parts, default_domain, spatial
 from .errors import SplitError
+from .packed import Packed, pack
 from .plan import Plan, TensorPlan
 from .planner import make_plan
 from .rules import has_rule
@@ -57,6 +58,16 @@ class Parts(nn.ModuleList):
         own = [part(crop) for part, crop in zip(self, self.crops(x))]
         shapes = {y.shape for y in own if isinstance(y, torch.Tensor)}
         return default_collate(own) if len(shapes) <= 1 else own
+
+    def packed(self) -> Packed:
+        """All parts as one `torch.fx.GraphModule` on stacked crops, with copies of their weights:
+        ``packed(torch.stack(parts.crops(x)))`` is (K, B, classes). ``load`` and ``unload`` copy weights from the parts
+        and back.
+
+        Raises:
+            SplitError: the parts have different widths, or boxes of different sizes.
+        """
+        return pack(list(self))
 
     def save(self, folder: str | Path) -> None:
         """Write ``part-0000k-of-0000K.safetensors`` and ``plan.json``.

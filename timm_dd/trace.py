@@ -23,6 +23,7 @@ from .errors import SplitError, headline
 
 MAKERS = {torch.arange, torch.zeros, torch.ones, torch.empty, torch.full, torch.linspace, torch.tensor, torch.eye}
 DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
+CONTENTS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")  # of a module
 
 
 class Tracer(fx.Tracer):
@@ -105,11 +106,23 @@ def _clone(module: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor], me
     return new
 
 
-def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
-    """`graph` on the modules and tensors of `root`, all of them: fx itself drops those that no node uses."""
-    gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name=name)
-    for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-        gm.__dict__[kind] = root.__dict__[kind]
+class Graph(fx.GraphModule):
+    """A GraphModule whose deep copies have all of its tensors: fx itself drops those that no node uses."""
+
+    def __deepcopy__(self, memo: dict) -> Graph:
+        root = nn.Module()
+        for name in CONTENTS:
+            root.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        return graph_module(root, graph, type(self).__name__, type(self)).train(self.training)
+
+
+def graph_module(root: nn.Module, graph: fx.Graph, name: str, kind: type[Graph] = Graph) -> Graph:
+    """`graph` on the modules and tensors of `root`, all of them."""
+    gm = kind(nn.Module(), fx.Graph(), class_name=name)
+    for contents in CONTENTS:
+        gm.__dict__[contents] = root.__dict__[contents]
     gm.training = root.training
     gm.graph = graph
     return gm
@@ -118,8 +131,8 @@ def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
 def copy_graph(gm: fx.GraphModule) -> tuple[nn.Module, fx.Graph]:
     """The modules and the graph of a `GraphModule`, to be changed and made one with `graph_module`."""
     root = nn.Module()
-    for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-        root.__dict__[kind] = copy.copy(gm.__dict__[kind])
+    for contents in CONTENTS:
+        root.__dict__[contents] = copy.copy(gm.__dict__[contents])
     memo: dict[int, nn.Module] = {}
     for name, child in gm._modules.items():
         root._modules[name] = child if child is None else _clone(child, lambda t: t, memo)
