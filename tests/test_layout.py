@@ -15,8 +15,9 @@ ORDER = [
     "rules.pool", "rules.conv", "rules.linear", "rules.norm", "rules.pointwise", "rules.shape", "rules.attention",
     "rules.recurrent", "rules", "plan", "planner", "claims",
     "files", "packed", "split", "merge", "profile", "verify", "picture",
-    "train", "train.options", "train.data", "train.schedule", "train.engines", "train.checkpoints",
-    "train.loop", "train.run", "train.demo", "train.__main__", "cli", "",
+    "train", "train.options", "train.data", "train.schedule", "train.learner", "train.engines",
+    "train.checkpoints", "train.trackers", "train.composed", "train.loop", "train.run", "train.demo", "train.__main__",
+    "cli", "",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from timm_dd.cli import main
 from timm_dd.errors import TrainError
 from timm_dd.files import part_name
 from timm_dd.train import checkpoints, options
-from timm_dd.train.engines import Learner
+from timm_dd.train.learner import Learner
 from timm_dd.train.run import Run
 
 LONGER = [*RUN, "--parts", "4", "--part-epochs", "3", "--epochs", "3", "--checkpoint-every", "0.05"]

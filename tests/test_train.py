@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import timm_dd
 from timm_dd.cli import main
 from timm_dd.train import data, options, schedule
-from timm_dd.train.engines import Learner
+from timm_dd.train.learner import Learner
 
 
 def test_a_run_leaves_what_the_documentation_says(one):

@@ -115,7 +115,8 @@ class Graph(fx.GraphModule):
             root.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph, {}))
-        return graph_module(root, graph, type(self).__name__, type(self)).train(self.training)
+        kind = type(self).__mro__[1]  # fx gives every instance a class of its own
+        return graph_module(root, graph, type(self).__name__, kind).train(self.training)
 
 
 def graph_module(root: nn.Module, graph: fx.Graph, name: str, kind: type[Graph] = Graph) -> Graph:

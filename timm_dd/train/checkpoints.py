@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from .. import files
 from ..errors import TrainError, headline
-from .engines import Learner
+from .learner import Learner
 
 KEPT = 2
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data import FastCollateMixup, create_dataset, create_loader, resolve_data_config
 from torch.utils.data import Dataset, Subset
 from torchvision import transforms
 
@@ -81,9 +81,16 @@ def datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset, int | None]:
     train, val = sets
     if args.train_num_samples:
         train = First(train, args.train_num_samples, args.seed)
-    if len(train) < args.batch_size:
-        raise TrainError(f"{len(train)} training images make no batch of {args.batch_size}; use a smaller --batch-size")
+    if len(train) < images_of_an_update(args):
+        raise TrainError(
+            f"{len(train)} training images make no batch of {images_of_an_update(args)}; use a smaller --batch-size"
+        )
     return train, val, classes
+
+
+def images_of_an_update(args: argparse.Namespace) -> int:
+    """On one rank."""
+    return args.batch_size * args.grad_accum_steps
 
 
 def _digits(train: bool) -> Digits:
@@ -166,7 +173,8 @@ def loaders(
     common = _common(args, config, device, distributed)
     train_loader = create_loader(
         train,
-        batch_size=args.batch_size,
+        batch_size=images_of_an_update(args),
+        collate_fn=_mixup(args) if args.mixup else None,
         is_training=True,
         no_aug=args.no_aug,
         train_crop_mode=args.train_crop_mode,
@@ -183,6 +191,10 @@ def loaders(
     if args.no_aug or args.shift:
         train.transform = _plain(args, config, train.transform)
     return train_loader, _validation_loader(args, config, val, common)
+
+
+def _mixup(args: argparse.Namespace) -> FastCollateMixup:
+    return FastCollateMixup(args.mixup, label_smoothing=args.smoothing, num_classes=args.num_classes)
 
 
 def _validation_loader(args: argparse.Namespace, config: dict, val: Dataset, common: dict):

@@ -9,6 +9,7 @@ import csv
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,69 +17,100 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from .. import files
-from ..errors import headline
 from .checkpoints import Keeper, save
 from .data import seed_epoch
-from .engines import Engine, Learner
+from .engines import Engine
+from .learner import Learner
+from .trackers import Trackers
 
 
-def fit(
-    learners: Sequence[Learner],
-    loaders: tuple,
-    epochs: int,
-    seed: int,
-    title: str,
-    keeper: Keeper,
-    engine: Engine,
-    after_epoch: Callable[[], None] | None = None,
-    primary: bool = True,
-    apart: bool = False,
-) -> None:
-    """Train `learners` side by side until each has a history of `epochs`.
+@dataclass
+class Stage:
+    """Epochs of some learners on one data set.
 
-    Args:
+    Attributes:
         loaders: (train, validation).
         engine: of the learners' steps.
         after_epoch: called when an epoch's accuracies are known.
         primary: whether this process reports and writes.
         apart: whether one that fails leaves the others to go on; `Learner.failure` says why it did.
     """
-    train, val = loaders
-    for epoch in range(epochs):
-        due, start = [n for n in _alive(learners) if len(n.history) <= epoch], time.perf_counter()
-        if not due:
-            continue
-        _epoch(due, train, epoch, seed, f"{title} {epoch + 1}/{epochs}", keeper, engine, primary, apart)
-        due = _alive(due)
-        for learner, accuracy in zip(due, evaluate(due, val, engine, keeper=keeper if primary else None)):
-            guard(learner, partial(learner.end_epoch, accuracy), apart)
-        due, seconds = _alive(due), time.perf_counter() - start
-        for learner in due:
-            learner.seconds += seconds
-        if after_epoch is not None:
-            after_epoch()
-        if primary:
+
+    title: str
+    loaders: tuple
+    epochs: int
+    seed: int
+    keeper: Keeper
+    engine: Engine
+    trackers: Trackers
+    after_epoch: Callable[[], None] = lambda: None
+    primary: bool = True
+    apart: bool = False
+
+    def fit(self, learners: Sequence[Learner]) -> None:
+        """Train `learners` side by side until each has a history of all epochs."""
+        for epoch in range(self.epochs):
+            due, start = [n for n in _alive(learners) if len(n.history) <= epoch], time.perf_counter()
+            if not due:
+                continue
+            speed = self._epoch(due, epoch)
+            due = _alive(due)
+            keeper = self.keeper if self.primary else None
+            for learner, accuracy in zip(due, evaluate(due, self.loaders[1], self.engine, keeper=keeper)):
+                learner.guard(partial(learner.end_epoch, accuracy), self.apart)
+            due, seconds = _alive(due), time.perf_counter() - start
             for learner in due:
-                _write_summary(learner)
-                save(learner)
-            rates = " ".join(f"{n.name}: loss {n.history[-1]['loss']:.3f}, {n.history[-1]['top1']:.2f} %;" for n in due)
-            tqdm.write(f"{title} {epoch + 1}/{epochs}  {rates} {seconds * (epochs - epoch - 1):.0f} s left", sys.stdout)
-            sys.stdout.flush()
+                learner.seconds += seconds
+            self.after_epoch()
+            if self.primary:
+                self._keep(due)
+                self._say(due, epoch, f"{speed}, {seconds * (self.epochs - epoch - 1):.0f} s left")
+
+    def _keep(self, learners: Sequence[Learner]) -> None:
+        for learner in learners:
+            _write_summary(learner)
+            self.trackers.log(learner.name, len(learner.history), learner.history[-1])
+            save(learner)
+
+    def _say(self, learners: Sequence[Learner], epoch: int, speed: str) -> None:
+        rates = " ".join(
+            f"{n.name}: loss {n.history[-1]['loss']:.3f}, {n.history[-1]['top1']:.2f} %;" for n in learners
+        )
+        tqdm.write(f"{self.title} {epoch + 1}/{self.epochs}  {rates} {speed}", sys.stdout)
+        sys.stdout.flush()
+
+    def _epoch(self, learners: Sequence[Learner], epoch: int) -> str:
+        """The updates of an epoch that the learners have not taken yet; returns how fast they were."""
+        train, start, waited, images = self.loaders[0], time.perf_counter(), 0.0, 0
+        first = epoch * len(train)
+        if all(n.updates >= first + len(train) for n in learners):
+            return "done before"  # interrupted while it was evaluated
+        seed_epoch(self.seed, epoch)
+        sampler = getattr(train, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        for learner in learners:
+            learner.model.train()
+        title = f"{self.title} {epoch + 1}/{self.epochs}"
+        bar = tqdm(train, desc=title, leave=False, disable=not (self.primary and sys.stderr.isatty()))
+        asked = time.perf_counter()
+        for i, (x, y) in enumerate(bar):
+            waited += time.perf_counter() - asked
+            images += len(y)
+            due = [n for n in _alive(learners) if n.updates == first + i]
+            if due:
+                self.engine.step(due, x, y, self.apart)
+            if self.keeper.due and self.primary:
+                for learner in _alive(learners):
+                    learner.guard(learner.check_finite, self.apart)
+                self.keeper.keep(_alive(learners))
+            asked = time.perf_counter()
+        seconds = time.perf_counter() - start
+        return f"{images / seconds:.0f} images/s, {100 * waited / seconds:.0f} % of it waiting for data"
 
 
 def _alive(learners: Sequence[Learner]) -> list[Learner]:
     return [n for n in learners if n.failure is None]
-
-
-def guard(learner: Learner, work: Callable[[], None], apart: bool) -> None:
-    """Do `work`; if it fails and learners are kept apart, note that in the learner."""
-    try:
-        work()
-    except Exception as e:  # whatever ends one part must not end the others, but all need the loader
-        if not apart or "DataLoader worker" in str(e):
-            raise
-        learner.failure = headline(e)
-        tqdm.write(f"{learner.name} failed: {learner.failure}", sys.stdout)
 
 
 def _write_summary(learner: Learner) -> None:
@@ -87,29 +119,6 @@ def _write_summary(learner: Learner) -> None:
         writer = csv.writer(f)
         writer.writerow(["epoch", "train_loss", "eval_top1", "lr"])
         writer.writerows([i, row["loss"], row["top1"], row["lr"]] for i, row in enumerate(learner.history))
-
-
-def _epoch(
-    learners, loader, epoch: int, seed: int, title: str, keeper: Keeper, engine: Engine, primary: bool, apart: bool
-) -> None:
-    """The updates of an epoch that the learners have not taken yet."""
-    first = epoch * len(loader)
-    if all(n.updates >= first + len(loader) for n in learners):
-        return  # interrupted while it was evaluated
-    seed_epoch(seed, epoch)
-    sampler = getattr(loader, "sampler", None)
-    if hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(epoch)
-    for learner in learners:
-        learner.model.train()
-    bar = tqdm(loader, desc=title, leave=False, disable=not (primary and sys.stderr.isatty()))
-    for i, (x, y) in enumerate(bar):
-        due = [n for n in _alive(learners) if n.updates == first + i]
-        engine.run([partial(guard, n, partial(n.step, x, y), apart) for n in due])
-        if keeper.due and primary:
-            for learner in _alive(learners):
-                guard(learner, learner.check_finite, apart)
-            keeper.keep(_alive(learners))
 
 
 def evaluate(

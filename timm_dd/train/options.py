@@ -22,9 +22,10 @@ from ..domain import Domain, default_domain
 from ..errors import SplitError, TrainError, headline
 
 FREE = {  # may change when a run goes on
-    "checkpoint_every", "config", "device", "engine", "experiment", "output", "pin_mem", "resume",
-    "validation_batch_size", "workers",
+    "checkpoint_every", "config", "device", "engine", "experiment", "log_tensorboard", "log_wandb", "output", "pin_mem",
+    "resume", "validation_batch_size", "wandb_project", "workers",
 }  # fmt: skip
+SCALES = ("sum", "mean", "temperature")
 LAYOUTS = ("full", "centered8", "type-b")
 
 STAGED = {
@@ -86,6 +87,7 @@ def _data(g) -> None:
     g.add_argument("--color-jitter", type=float, default=0.4)
     g.add_argument("--aa", metavar="NAME", help="AutoAugment policy")
     g.add_argument("--reprob", type=float, default=0.0, help="random erasing")
+    g.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="mix pairs of images and their labels")
     g.add_argument(
         "-b", "--batch-size", type=int, default=128, metavar="N", help="a part's, and a rank's in the second stage"
     )
@@ -119,9 +121,16 @@ def _optimizer(g) -> None:
     g.add_argument("--opt-betas", type=float, nargs="+")
     g.add_argument("--momentum", type=float, default=0.9)
     g.add_argument("--weight-decay", type=float, default=2e-5)
+    g.add_argument(
+        "--grad-accum-steps", type=int, default=1, metavar="N", help="add up the gradients of N batches for an update"
+    )
     g.add_argument("--clip-grad", type=float, metavar="NORM")
     g.add_argument("--clip-mode", default="norm", choices=["norm", "value", "agc"])
     g.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    g.add_argument(
+        "--model-ema", action="store_true", help="a moving average of the weights is what each training gives"
+    )
+    g.add_argument("--model-ema-decay", type=float, default=0.9998, metavar="DECAY")
     g.add_argument("--lr-base", type=float, default=0.1, metavar="LR", help="for a batch of 256, scaled with the batch")
     g.add_argument("--sched", default="cosine", metavar="NAME")
     g.add_argument("--warmup-lr", type=float, default=1e-5, metavar="LR")
@@ -154,12 +163,32 @@ def _stages(g) -> None:
         default=True,
         help="before fine-tuning, take the composed model's BatchNorm statistics anew from whole images",
     )
+    g.add_argument(
+        "--calibrate",
+        choices=SCALES,
+        default="sum",
+        help="scale of the composed model's logits: the parts' sum, their mean, or fitted to training images",
+    )
+    g.add_argument(
+        "--off-diagonal-noise",
+        type=float,
+        default=0.0,
+        metavar="STD",
+        help="noise between the blocks before fine-tuning, in standard deviations of the weights inside; 0: zeros",
+    )
+    g.add_argument(
+        "--off-diagonal-lr",
+        type=float,
+        default=1.0,
+        metavar="FACTOR",
+        help="of the learning rate, for the weights between the blocks while the composed model is fine-tuned",
+    )
     for stage in ("part", "baseline"):
         for name, kind in STAGED.items():
-            g.add_argument(
-                _flag(f"{stage}_{name}"),
-                **{**kind, "help": argparse.SUPPRESS if name != "epochs" else f"{stage}: {kind['help']}"},
-            )
+            own = {"help": argparse.SUPPRESS if name != "epochs" else f"{stage}: {kind['help']}"}
+            if (stage, name) == ("part", "lr"):
+                own = {"nargs": "+", "help": "parts: learning rate, one for all or one for each"}
+            g.add_argument(_flag(f"{stage}_{name}"), **{**kind, **own})
 
 
 def _run(g) -> None:
@@ -182,14 +211,21 @@ def _run(g) -> None:
     )
     g.add_argument(
         "--engine",
-        choices=["auto", "sequential", "threads"],
+        choices=["auto", "sequential", "threads", "packed"],
         default="auto",
-        help="how the parts of a process take their steps; auto: on a CPU in threads, where there are cores to spare",
+        help="how the parts of a process take their steps: one after another, in threads (CPUs), as one network; auto: "
+        "the fastest in a trial, on CPUs of those that give the same bits",
+    )
+    g.add_argument(
+        "--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the networks with torch.compile"
     )
     g.add_argument("--seed", type=int, default=42)
     g.add_argument("--amp", action="store_true", help="mixed precision")
     g.add_argument("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"])
     g.add_argument("--channels-last", action="store_true")
+    g.add_argument("--log-tensorboard", action="store_true", help="every epoch's figures, into the run's folder")
+    g.add_argument("--log-wandb", action="store_true", help="every epoch's figures, to Weights & Biases")
+    g.add_argument("--wandb-project", metavar="NAME")
     g.add_argument("--device", metavar="NAME", help="cuda or cpu, by default cuda where there is one")
 
 
@@ -226,8 +262,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if not 0 <= args.roam <= 1:
         p.error(f"--roam is a probability from 0 to 1, got {args.roam}")
-    if args.parts < 1:
-        p.error(f"--parts is a whole number from 1 up, got {args.parts}")
+    for name in ("parts", "grad_accum_steps"):
+        if getattr(args, name) < 1:
+            p.error(f"{_flag(name)} is a whole number from 1 up, got {getattr(args, name)}")
+    if isinstance(args.part_lr, (int, float)):  # from YAML
+        args.part_lr = [args.part_lr]
+    if args.part_lr is not None and len(args.part_lr) not in (1, args.parts):
+        p.error(f"--part-lr has one rate for all {args.parts} parts or one for each, got {len(args.part_lr)}")
+    if args.mixup and args.batch_size % 2:
+        p.error(f"--mixup mixes pairs: --batch-size is even, got {args.batch_size}")
     if not args.dataset and not args.data_dir:
         p.error("nothing to train on: give --data-dir DIR, or --dataset digits")
     for stage in (None, "part", "baseline"):
@@ -265,9 +308,10 @@ def _config(p: argparse.ArgumentParser, name: str) -> dict:
     return {k: options[k].type(v) if isinstance(v, str) and options[k].type else v for k, v in values.items()}
 
 
-def stage(args: argparse.Namespace, name: str | None) -> argparse.Namespace:
-    """The options as a stage sees them: ``part``, ``baseline``, or None for the composed model. By default the parts
-    train as many epochs as the composed model, and the baseline as many as both."""
+def stage(args: argparse.Namespace, name: str | None, part: int = 0) -> argparse.Namespace:
+    """The options as a stage sees them: ``part``, which may have a learning rate of its own, ``baseline``, or None for
+    the composed model. By default the parts train as many epochs as the composed model, and the baseline as many as
+    both."""
     own = copy.copy(args)
     if name is None:
         return own
@@ -275,6 +319,8 @@ def stage(args: argparse.Namespace, name: str | None) -> argparse.Namespace:
         value = getattr(args, f"{name}_{option}")
         if value is not None:
             setattr(own, option, value)
+    if name == "part" and args.part_lr is not None:
+        own.lr = args.part_lr[part % len(args.part_lr)]
     if name == "baseline" and args.baseline_epochs is None:
         own.epochs = stage(args, "part").epochs + args.epochs
     return own

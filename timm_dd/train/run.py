@@ -27,12 +27,16 @@ from torch.optim.swa_utils import update_bn
 from .. import files, models
 from ..errors import TrainError
 from ..merge import merge, merge_files
+from ..plan import Plan
 from ..split import Parts, split
 from ..table import table
 from . import data, options
 from .checkpoints import Keeper, restore
-from .engines import Engine, Learner, cores, share_cores
-from .loop import evaluate, fit, guard
+from .composed import add_noise, between, calibrate, set_rate
+from .engines import Engine, cores, engine, share_cores
+from .learner import Learner
+from .loop import Stage, evaluate
+from .trackers import Trackers
 
 RUN_ID = "TORCHELASTIC_RUN_ID"
 WAIT = datetime.timedelta(days=7)  # the first rank to finish its parts waits for the last
@@ -72,6 +76,7 @@ class Run:
         self.device = self.ranks.device(args.device)
         self.train_set, self.val_set, classes = data.datasets(args)
         self.model_args = options.model_arguments(args, classes)
+        args.num_classes = self.model_args["num_classes"]
         self.data_config = data.data_config(args, models.create_empty(args.model, **self.model_args))
         self.size = tuple(self.data_config["input_size"][1:])
         self.keeper = Keeper(args.checkpoint_every)
@@ -112,26 +117,26 @@ class Run:
 
     def train_parts(self) -> None:
         """Train part k on rank k mod world size, those that are not done. One that fails does not stop the others."""
-        args = options.stage(self.args, "part")
         mine = [k for k in range(self.args.parts) if k % self.ranks.world == self.ranks.rank]
         own = [k for k in mine if not self._done(k)]
         for k in set(mine) - set(own):
-            self._check_done(k, args)
+            self._check_done(k)
         if not own:
             return
+        args = options.stage(self.args, "part")
         share_cores(self.args.parts)
         loaders = data.loaders(args, self.data_config, self.train_set, self.val_set, self.device, distributed=False)
-        learners = [self._part(k, self.parts[k], args, len(loaders[0])) for k in own]
+        learners = [self._part(k, self.parts[k], len(loaders[0])) for k in own]
         for learner in learners if self.resuming else ():
             (learner.folder / "failure.json").unlink(missing_ok=True)
-            guard(learner, partial(restore, learner), apart=True)
-        with Engine(args.engine, len(own), self.device, cores() // self.ranks.local_world) as engine:
-            fit(learners, loaders, args.epochs, args.seed, "parts", self.keeper, engine, apart=True)
+            learner.guard(partial(restore, learner), apart=True)
+        with engine(args.engine, learners, self.device, cores() // self.ranks.local_world) as by:
+            Stage("parts", loaders, args.epochs, args.seed, self.keeper, by, self.trackers, apart=True).fit(learners)
         for k, learner in zip(own, learners):
             if learner.failure is not None:
                 files.write_json(learner.folder / "failure.json", learner.failure)
                 continue
-            files.save_part(learner.folder, self.parts.plan, k, learner.model.state_dict())
+            files.save_part(learner.folder, self.parts.plan, k, learner.result.state_dict())
             summary = {
                 "part": k,
                 "top1": _accuracy(learner, loaders),
@@ -142,16 +147,16 @@ class Run:
             }
             files.write_json(learner.folder / "summary.json", summary)
 
-    def _part(self, k: int, model: nn.Module, args, updates: int) -> Learner:
-        folder, box = self.parts_folder / str(k), self.parts.plan.boxes()[k]
-        return self._learner(f"part {k}", model, box, args, updates, args.batch_size, k, folder)
+    def _part(self, k: int, model: nn.Module, updates: int) -> Learner:
+        args, folder, box = options.stage(self.args, "part", k), self.parts_folder / str(k), self.parts.plan.boxes()[k]
+        return self._learner(f"part {k}", model, box, args, updates, data.images_of_an_update(args), k, folder)
 
     def _done(self, k: int) -> bool:
         return (self.parts_folder / str(k) / "summary.json").exists()
 
-    def _check_done(self, k: int, args: argparse.Namespace) -> None:
+    def _check_done(self, k: int) -> None:
         """Raise TrainError if part k was trained with other options."""
-        before, now = self._part_summary(k)["options"], options.of_training(args)
+        before, now = self._part_summary(k)["options"], options.of_training(options.stage(self.args, "part", k))
         try:
             options.check_same({name: value for name, value in before.items() if name in now}, now)
         except ValueError as e:
@@ -211,11 +216,23 @@ class Run:
         together = self._together(parts, loaders[1])
         learner = self._global("composed model", model, args, len(loaders[0]), self.folder / "global")
         found = {"together": together, "composed": evaluate([learner], loaders[1], Engine())[0]}
-        if args.update_bn and any(isinstance(m, _NormBase) for m in model.modules()):
-            data.seed_epoch(args.seed, args.epochs)
-            update_bn(loaders[0], learner.model, self.device)
+        data.seed_epoch(args.seed, args.epochs)
+        if self._prepare(learner, parts.plan, loaders[0], args):
             found["updated"] = evaluate([learner], loaders[1], Engine())[0]
         return {**found, "tuned": self._fit(learner, loaders, args.epochs, "fine-tuning"), "seconds": learner.seconds}
+
+    def _prepare(self, learner: Learner, plan: Plan, loader, args) -> bool:
+        """Make the composed model ready to be fine-tuned; whether its accuracy may be another."""
+        weights = list(between(plan, learner.net)) if args.off_diagonal_noise or args.off_diagonal_lr != 1 else []
+        if args.off_diagonal_noise:
+            add_noise(weights, args.off_diagonal_noise, args.seed)
+        if args.off_diagonal_lr != 1:
+            set_rate(learner.optimizer, weights, args.off_diagonal_lr)
+        anew = args.update_bn and any(isinstance(m, _NormBase) for m in learner.net.modules())
+        if anew:
+            update_bn(loader, learner.model, self.device)
+        calibrate(learner.net, plan, args.calibrate, loader, self.device)
+        return anew or bool(args.off_diagonal_noise)
 
     def baseline(self) -> tuple[float, float]:
         """Train the model from a random start (GNet-R); returns accuracy and seconds."""
@@ -234,8 +251,7 @@ class Run:
 
     def _together(self, parts: Parts, loader) -> float:
         """The accuracy of the sum of the parts' logits, each part on its own box."""
-        args = options.stage(self.args, "part")
-        learners = [self._part(k, part, args, 1) for k, part in enumerate(parts)]
+        learners = [self._part(k, part, 1) for k, part in enumerate(parts)]
         return evaluate(learners, loader, Engine(), together=True)[-1]
 
     def _global(self, name: str, model: nn.Module, args, updates: int, folder: Path) -> Learner:
@@ -244,7 +260,7 @@ class Run:
             model = DistributedDataParallel(
                 model, device_ids=[self.device.index] if self.device.type == "cuda" else None
             )
-        batch, stream = args.batch_size * self.ranks.world, 999 - self.ranks.rank
+        batch, stream = data.images_of_an_update(args) * self.ranks.world, 999 - self.ranks.rank
         return self._learner(name, model, None, args, updates, batch, stream, folder)
 
     def _fit(self, learner: Learner, loaders, epochs: int, title: str) -> float:
@@ -252,14 +268,15 @@ class Run:
 
         def keep() -> None:
             if self.ranks.primary:
-                files.save_model(learner.folder / "last", learner.net, self.data_config)
+                files.save_model(learner.folder / "last", learner.result, self.data_config)
                 *before, last = [row["top1"] for row in learner.history] or [0.0]
                 if last > max(before, default=-1.0):
-                    files.save_model(learner.folder / "best", learner.net, self.data_config)
+                    files.save_model(learner.folder / "best", learner.result, self.data_config)
 
         if self.resuming:
             restore(learner)
-        fit([learner], loaders, epochs, self.args.seed, title, self.keeper, Engine(), keep, self.ranks.primary)
+        shared = (self.args.seed, self.keeper, Engine(), self.trackers, keep, self.ranks.primary)
+        Stage(title, loaders, epochs, *shared).fit([learner])
         if epochs == 0:
             keep()
         return _accuracy(learner, loaders)
@@ -270,7 +287,7 @@ class Run:
         """Both stages, and the baseline if asked for; writes and prints the summary on the first rank."""
         if self.ranks.primary:
             self._open()
-        with self.keeper:
+        with self.keeper, Trackers(self.args, self.folder, self.ranks.rank) as self.trackers:
             try:
                 summary = self._stages()
             except RuntimeError:  # other ranks that stop take the process group with them, and workers the loader

@@ -1,0 +1,257 @@
+"""Packed parts against the parts themselves: logits, gradients, statistics, optimizer state."""
+
+import copy
+
+import pytest
+import torch
+from conftest import RUN
+from torch import nn
+
+import timm_dd
+from timm_dd import Domain
+from timm_dd.packed import pack
+from timm_dd.train import options
+from timm_dd.train.engines import Auto, Engine, Packed, Threads, engine
+from timm_dd.train.learner import Learner
+
+CPU = torch.device("cpu")
+MODELS = [
+    "dd_resnet32", "resnet18", "densenet121", "ghostnet_100", "convnext_atto", "vgg11_bn", "resnetv2_50",
+    "mobilenetv3_small_100", "hrnet_w18_small", "resnest14d", "skresnet18", "cspresnet50",
+]  # fmt: skip
+
+
+def still(module):
+    """Without dropout, whose masks are others."""
+    for m in module.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_is_the_parts(name):
+    """Logits, gradients and BatchNorm statistics after a step in training, in float64."""
+    parts = timm_dd.split(name, 4, seed=1, img_size=64, num_classes=10, domain=Domain.grid(2, 2, overlap=32))
+    parts.double().train()
+    still(parts)
+    packed = parts.packed()
+    assert isinstance(packed, torch.fx.GraphModule) and packed.state_dict().keys() == parts[0].state_dict().keys()
+    x = torch.randn(6, 3, 64, 64, dtype=torch.float64)
+    crops, weight = torch.stack(parts.crops(x)), torch.randn(4, 6, 10, dtype=torch.float64)
+    for mode in (True, False):
+        packed.train(mode)
+        parts.train(mode)
+        packed.zero_grad()
+        parts.zero_grad()
+        own, all_at_once = parts(x), packed(crops)
+        torch.testing.assert_close(all_at_once, own, rtol=1e-7, atol=1e-9)
+        (own * weight).sum().backward()
+        (all_at_once * weight).sum().backward()
+        grads = dict(packed.named_parameters())
+        for k, part in enumerate(parts):
+            for key, p in part.named_parameters():
+                scale = float(p.grad.abs().max()) + 1e-3
+                torch.testing.assert_close(grads[key].grad[k], p.grad, rtol=1e-6, atol=1e-8 * scale, msg=key)
+    state = packed.state_dict()
+    for k, part in enumerate(parts):
+        for key, t in part.state_dict().items():
+            torch.testing.assert_close(state[key][k], t, rtol=1e-7, atol=1e-9)
+
+
+def test_load_and_unload():
+    parts, others = (timm_dd.split("resnet18", 4, seed=s, img_size=64, num_classes=10).eval() for s in (1, 2))
+    packed, x = parts.packed(), torch.randn(2, 3, 64, 64)
+    packed.load(others)
+    assert torch.allclose(packed(torch.stack(others.crops(x))), others(x), atol=1e-5)
+    packed.load(others)
+    packed.unload(parts)
+    for part, other in zip(parts, others):
+        assert all(torch.equal(a, b) for a, b in zip(part.state_dict().values(), other.state_dict().values()))
+    with torch.no_grad():
+        packed.conv1.weight.zero_()
+    assert parts[0].conv1.weight.abs().sum() > 0, "a copy, not a view"
+    with pytest.raises(timm_dd.SplitError, match="expected the 4 parts that are packed, got 3"):
+        packed.load(list(parts)[:3])
+
+
+def test_tied_weights_stay_tied():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv2d(3, 8, 1)
+            self.b, self.c = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+            self.c.weight = self.b.weight
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x)).relu()).mean((2, 3))
+
+    parts = timm_dd.split(Tied(), 2, example_input=torch.empty(1, 3, 8, 8))
+    packed, x = parts.packed(), torch.randn(2, 3, 8, 8)
+    assert packed.b.weight is packed.c.weight
+    for own, found in zip(parts(x), packed(torch.stack(parts.crops(x)))):
+        assert torch.allclose(own, found, atol=1e-6)
+
+
+BOXES = Domain.custom([timm_dd.Box((0, 0), (size, 16)) for size in (16, 16, 16, 24)])
+
+
+@pytest.mark.parametrize(
+    "name, given, message",
+    [
+        ("resnet18", {"parts": 3}, r"is \(22, 3, 7, 7\) in part 0 and \(21, 3, 7, 7\) in part 1"),
+        ("dd_vgg3", {"parts": 4, "domain": BOXES}, "part 3"),
+    ],
+)
+def test_parts_that_differ_are_refused(name, given, message):
+    with pytest.raises(timm_dd.SplitError, match=message):
+        timm_dd.split(name, **given, img_size=32).packed()
+
+
+def test_a_deep_copy_has_all_tensors():
+    """fx drops what no node uses."""
+    part = timm_dd.split("resnet18", 2, img_size=64)[0]
+    part.unused = nn.Linear(2, 2)
+    again = copy.deepcopy(part)
+    assert again.state_dict().keys() == part.state_dict().keys()
+    assert again.conv1.weight is not part.conv1.weight and torch.equal(again.conv1.weight, part.conv1.weight)
+    again.eval()
+    assert part.training and not again.bn1.training
+
+
+# ---- engines
+
+
+def learners(tmp_path, *given, parts=4):
+    args = options.parse([*RUN, "--model", "dd_resnet20", *given])
+    parts = timm_dd.split("dd_resnet20", parts, seed=3, img_size=32, num_classes=10)
+    boxes = parts.plan.boxes()
+    return [Learner(f"part {k}", p, boxes[k], args, CPU, 5, 16, k, tmp_path) for k, p in enumerate(parts.double())]
+
+
+def batches(n):
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(n):
+        yield torch.randn(16, 3, 32, 32, generator=generator).double(), torch.randint(10, (16,), generator=generator)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[], ["--opt", "adamw"], ["--clip-grad", "0.1"], ["--grad-accum-steps", "4"], ["--roam", "0.5"], ["--model-ema"]],
+    ids=lambda given: " ".join(given),
+)
+def test_engines_take_the_same_steps(given, tmp_path):
+    """Weights, statistics, averages and optimizer state after five updates; packed to rounding, threads bit for bit."""
+    found = []
+    for by in (Engine(), Threads(2), Packed()):
+        some = learners(tmp_path, *given)
+        for n in some:
+            n.model.train()
+        with by:
+            for x, y in batches(5):
+                by.step(some, x, y, apart=False)
+        found.append([n.state() for n in some])
+    expected, threads, packed = found
+    for (own, numbers), (bits, same), (close, also) in zip(expected, threads, packed):
+        assert own.keys() == bits.keys() == close.keys() and numbers == same == also
+        for key, t in own.items():
+            assert torch.equal(t, bits[key])
+            torch.testing.assert_close(close[key], t, rtol=1e-6, atol=1e-7, msg=key)
+
+
+def test_a_part_that_diverges_leaves_the_others(tmp_path):
+    """Packed: the losses are summed, the gradients are not."""
+    some, alone = learners(tmp_path), learners(tmp_path)
+    with torch.no_grad():
+        some[1].net.conv1.weight.fill_(float("nan"))
+    for x, y in batches(2):
+        Packed().step(some, x, y, apart=True)
+        Engine().step(alone, x, y, apart=True)
+    for n, other in zip(some, alone):
+        ok = n is not some[1]
+        assert torch.allclose(n.net.conv1.weight, other.net.conv1.weight) == ok
+        n.guard(n.check_finite, apart=True)
+        assert (n.failure is None) == ok
+
+
+def test_parts_that_cannot_be_packed_say_so(tmp_path):
+    some = learners(tmp_path, parts=3)
+    for x, y in batches(1):
+        with pytest.raises(timm_dd.SplitError, match="train the parts one after another"):
+            Packed().step(some, x, y, apart=True)
+
+
+def test_auto_takes_the_fastest(tmp_path):
+    """After as many updates with each; the first of each does not count."""
+
+    class Slow(Engine):
+        def __init__(self, seconds):
+            self.seconds, self.steps = list(seconds), 0
+
+        def step(self, *_):
+            self.steps += 1
+            clock[0] += self.seconds.pop(0)
+
+    clock = [0.0]
+    slow, fast = Slow([1, 5, 4, 6]), Slow([99, 3, 3, 3] + [3] * 9)
+    auto = Auto([slow, fast], CPU)
+    auto._now = lambda: clock[0]
+    for _ in range(17):
+        auto.step([], None, None, True)
+    assert (slow.steps, fast.steps) == (4, 13) and auto.best is fast
+
+
+def test_auto_on_a_cpu_takes_engines_of_the_same_bits(tmp_path):
+    some = learners(tmp_path)
+    torch.set_num_threads(1)
+    assert isinstance(engine("auto", some, CPU, 1), Engine)
+    auto = engine("auto", some, CPU, 2)
+    assert [type(e) for e in auto.engines] == [Engine, Threads]
+    auto.__exit__()
+
+
+class OutOfMemory(nn.Module):
+    """Has room for `limit` images."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.fc, self.limit, self.seen = nn.Linear(3, 10, dtype=torch.float64), limit, []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        if len(x) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.fc(x.mean((2, 3)))
+
+
+def test_out_of_memory_halves_the_batch_once(tmp_path, capsys):
+    args = options.parse(RUN)
+    nets = [OutOfMemory(16), OutOfMemory(8), OutOfMemory(4)]
+    for net in nets:
+        net.load_state_dict(nets[0].state_dict())
+    some = [Learner(f"part {k}", n, None, args, CPU, 5, 16, k, tmp_path) for k, n in enumerate(nets)]
+    for x, y in batches(2):
+        Engine().step([n for n in some if n.failure is None], x, y, apart=True)
+    assert nets[0].seen == [16, 16] and nets[1].seen == [16, 8, 8, 8, 8]
+    torch.testing.assert_close(nets[1].fc.weight, nets[0].fc.weight)
+    assert some[2].failure and "out of memory" in some[2].failure
+    said = capsys.readouterr().out
+    assert "part 1: out of memory; goes on with 8 images at a time, 16 for an update" in said
+
+
+def test_compiled_networks_take_the_same_steps(tmp_path):
+    """--torchcompile, with the backend that runs the captured graphs as they are; for single parts and packed."""
+    for by in (Engine, Packed):
+        some, compiled = learners(tmp_path), learners(tmp_path, "--torchcompile", "eager")
+        for x, y in batches(2):
+            by().step(some, x, y, apart=False)
+            by().step(compiled, x, y, apart=False)
+        for n, other in zip(some, compiled):
+            for key, t in n.net.state_dict().items():
+                torch.testing.assert_close(other.net.state_dict()[key], t)
+
+
+def test_pack_takes_any_like_parts():
+    parts = timm_dd.split("resnet18", 4, seed=0, img_size=64, num_classes=10).eval()
+    x = torch.randn(2, 3, 32, 32)
+    two = pack([parts[1], parts[3]])
+    torch.testing.assert_close(two(torch.stack([x, x])), torch.stack([parts[1](x), parts[3](x)]), rtol=1e-4, atol=1e-5)

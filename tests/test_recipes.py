@@ -1,0 +1,283 @@
+"""What people expect of a timm run: averages of weights, accumulation, mixup, rates, trackers, several nodes; and what
+is done to the composed model before it is fine-tuned."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import MODULE, RUN, bytes_of_parts
+from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import timm_dd
+from timm_dd import Domain
+from timm_dd.cli import main
+from timm_dd.errors import TrainError
+from timm_dd.train import composed, data, options
+from timm_dd.train.learner import Learner
+
+CPU = torch.device("cpu")
+SHORT = [*RUN, "--parts", "2", "--part-epochs", "1", "--epochs", "1", "--drop-path", "0"]
+
+
+def learner(net, folder, *given):
+    return Learner("net", net, None, options.parse([*RUN, *given]), CPU, 5, 16, 0, folder)
+
+
+def net():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    ).double()
+
+
+def batches(n, size=16):
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(n):
+        yield torch.randn(size, 3, 8, 8, generator=generator).double(), torch.randint(10, (size,), generator=generator)
+
+
+def run(tmp_path, *given):
+    assert main(["train", *SHORT, *given, "--output", str(tmp_path), "--experiment", "run"]) == 0
+    return tmp_path / "run"
+
+
+# ---- recipes
+
+
+@pytest.mark.parametrize("size", [16, 13])
+def test_accumulated_gradients_are_those_of_the_batch(size, tmp_path):
+    """Without BatchNorm: pieces of unequal sizes too."""
+    whole, pieces = learner(net(), tmp_path), learner(net(), tmp_path, "--grad-accum-steps", "4")
+    for x, y in batches(3, size):
+        whole.step(x, y)
+        pieces.step(x, y)
+    for a, b in zip(whole.net.parameters(), pieces.net.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert abs(whole.check_finite() - pieces.check_finite()) < 1e-9
+
+
+def test_an_update_has_the_images_of_all_its_batches():
+    args = options.parse([*RUN, "-b", "32", "--grad-accum-steps", "4"])
+    train, val, _ = data.datasets(args)
+    config = data.data_config(args, timm_dd.models.create("test_resnet", num_classes=10))
+    loader, validation = data.loaders(args, config, train, val, CPU, distributed=False)
+    assert len(next(iter(loader))[1]) == 128 and len(next(iter(validation))[1]) == 32
+
+
+def test_the_average_of_the_weights(tmp_path):
+    """timm's ModelEmaV3 over a copy that takes the same steps; it is what is evaluated, and what a part gives."""
+    own, reference = learner(net(), tmp_path, "--model-ema", "--model-ema-decay", "0.6"), learner(net(), tmp_path)
+    ema = ModelEmaV3(reference.net, decay=0.6)
+    for i, (x, y) in enumerate(batches(4)):
+        own.step(x, y)
+        reference.step(x, y)
+        ema.update(reference.net, step=i + 1)
+    for a, b in zip(own.result.parameters(), ema.module.parameters()):
+        assert torch.equal(a, b)
+    x = next(batches(1))[0]
+    assert torch.equal(own.logits(x), ema.module(x).float())
+    tensors, numbers = own.state()
+    again = learner(net(), tmp_path, "--model-ema", "--model-ema-decay", "0.6")
+    again.restore({key: t.clone() for key, t in tensors.items()}, json.loads(json.dumps(numbers)))
+    for x, y in batches(2):
+        own.step(x, y)
+        again.step(x, y)
+    assert all(torch.equal(a, b) for a, b in zip(own.result.parameters(), again.result.parameters()))
+
+
+def test_averages_are_what_a_run_gives(tmp_path):
+    folder = run(tmp_path, "--model-ema", "--model-ema-decay", "0.5")
+    for network, file in (("parts/0", "parts/0/part-00000-of-00002"), ("global", "global/last/model")):
+        checkpoint = load_file(next((folder / network).glob("checkpoint*")))
+        given = load_file(folder / f"{file}.safetensors")
+        assert all(torch.equal(t, checkpoint[f"ema.{key}"]) for key, t in given.items())
+        assert not torch.equal(given["conv1.0.weight"], checkpoint["model.conv1.0.weight"])
+
+
+def test_mixup_gives_soft_targets(tmp_path):
+    """timm's: pairs of images, targets that add up to one, with the label smoothing in them."""
+    args = options.parse([*RUN, "--mixup", "0.5", "--num-classes", "10"])
+    train, val, _ = data.datasets(args)
+    config = data.data_config(args, timm_dd.models.create("test_resnet", num_classes=10))
+    loader, _ = data.loaders(args, config, train, val, CPU, distributed=False)
+    data.seed_epoch(42, 0)
+    x, y = next(iter(loader))
+    assert y.shape == (64, 10) and torch.allclose(y.sum(1), torch.ones(64))
+    assert ((y > 0.02).sum(1) == 2).any() and abs(float(y.min()) - 0.1 / 10) < 1e-6
+    found = learner(net(), tmp_path, "--mixup", "0.5")
+    found.step(x.double(), y.double())
+    assert abs(found.check_finite() - float(F.cross_entropy(net()(x.double()).detach(), y.double()))) < 1e-9
+
+
+def test_mixup_in_a_run(tmp_path):
+    assert "tuned" in json.loads((run(tmp_path, "--mixup", "0.5") / "summary.json").read_text())
+
+
+def test_parts_with_rates_of_their_own(tmp_path):
+    """A rate of zero learns nothing."""
+    folder = run(tmp_path, "--part-lr", "0", "0.05", "--epochs", "0", "--seed", "5")
+    fresh = timm_dd.split("test_resnet", 2, seed=5, img_size=32, num_classes=10, domain=Domain.grid(1, 2, overlap=4))
+    found = timm_dd.Parts.load(folder / "parts")
+    assert torch.equal(found[0].conv1[0].weight, fresh[0].conv1[0].weight)
+    assert not torch.equal(found[1].conv1[0].weight, fresh[1].conv1[0].weight)
+
+
+def test_packed_in_a_run(tmp_path):
+    """The same accuracies as one after another, and the same weights to rounding."""
+    one = run(tmp_path / "a", "--engine", "sequential", "--epochs", "0", "--lr", "0.01")
+    two = run(tmp_path / "b", "--engine", "packed", "--epochs", "0", "--lr", "0.01")
+    for k in range(2):
+        a, b = (load_file(next((r / "parts" / str(k)).glob("part*.safetensors"))) for r in (one, two))
+        assert a.keys() == b.keys()
+        assert max(float((a[key].double() - b[key].double()).abs().max()) for key in a) < 1e-3
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run(tmp_path, "--log-tensorboard")
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [round(e.value, 3) for e in events.Scalars("part 1/top1")] == [round(summary["parts"][1], 3)]
+    assert events.Scalars("composed model/loss")[0].step == 1
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed(name, tmp_path, capsys, monkeypatch):
+    for module in (name, f"torch.utils.{name}"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert main(["train", *SHORT, f"--log-{name}", "--output", str(tmp_path)]) == 1
+    assert f"pip install 'timm_dd[{name}]'" in capsys.readouterr().err
+
+
+def test_two_nodes(tmp_path):
+    """Two torchruns that meet on loopback: the same parts as one process."""
+    one = run(tmp_path / "one")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    rest = [*MODULE, *SHORT, "--output", str(tmp_path), "--experiment", "two"]
+    nodes = [subprocess.Popen([*launch, "--node-rank", str(i), *rest], stderr=subprocess.PIPE) for i in range(2)]
+    for node in nodes:
+        _, errors = node.communicate(timeout=300)
+        assert node.returncode == 0, errors.decode()
+    assert bytes_of_parts(tmp_path / "two", 2) == bytes_of_parts(one, 2)
+
+
+# ---- the composed model before it is fine-tuned
+
+
+def parts_of(model="dd_resnet20", **given):
+    return timm_dd.split(model, 4, seed=0, img_size=32, num_classes=10, **given)
+
+
+def test_the_scale_of_the_smallest_cross_entropy():
+    """Logits that are s times too large, against a grid of factors."""
+    torch.manual_seed(3)
+    logits = 3 * torch.randn(2000, 10, dtype=torch.float64)
+    targets = torch.distributions.Categorical(logits=logits).sample()
+    for s in (0.25, 1.0, 8.0):
+        found = composed.fit_scale(logits * s, targets)
+        assert abs(found * s - 1) < 0.1
+        losses = {f: float(F.cross_entropy(logits * s * f, targets)) for f in (found * 0.98, found, found * 1.02)}
+        assert min(losses, key=losses.get) == found
+
+
+@pytest.mark.parametrize("how", options.SCALES)
+def test_calibration_is_folded_into_the_head(how):
+    parts = parts_of()
+    model, x = timm_dd.merge(parts).eval(), torch.randn(64, 3, 32, 32)
+    before, y = model(x).detach(), torch.randint(10, (64,))
+    factor = composed.calibrate(model, parts.plan, how, [(x, y)], CPU)
+    expected = {"sum": 1.0, "mean": 0.25, "temperature": composed.fit_scale(before.double(), y)}[how]
+    assert abs(factor - expected) < 1e-6
+    torch.testing.assert_close(model(x), before * factor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_a_head_is_not_scaled():
+    parts = timm_dd.split(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten()), 2, example_input=torch.empty(1, 3, 4, 4))
+    with pytest.raises(TrainError, match="use sum"):
+        composed.calibrate(timm_dd.merge(parts), parts.plan, "mean", [], CPU)
+
+
+def between(plan, model):
+    """Places that no part owns, by merging parts of ones."""
+    ones = timm_dd.merge(fill(parts_of(), 1.0)).state_dict()
+    return {name: ones[name] == 0 for name, p in model.named_parameters() if p.ndim == 4 and name != "conv1.weight"}
+
+
+def fill(parts, value):
+    with torch.no_grad():
+        for p in parts.parameters():
+            p.fill_(value)
+    return parts
+
+
+def test_noise_between_the_blocks_alone():
+    parts = parts_of()
+    model = timm_dd.merge(parts)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    composed.add_noise(list(composed.between(parts.plan, model)), 0.5, seed=1)
+    places = between(parts.plan, model)
+    assert len(places) > 10
+    for name, p in model.named_parameters():
+        if name not in places:
+            assert torch.equal(p, before[name]), name
+            continue
+        outside = places[name]
+        assert torch.equal(p[~outside], before[name][~outside])
+        assert abs(float(p[outside].std() / before[name][~outside].std()) - 0.5) < 0.1, name
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+@pytest.mark.parametrize("factor", [0.0, 0.3, 2.0])
+def test_a_rate_between_the_blocks(opt, factor, tmp_path):
+    """One update: inside the blocks as without, between them the factor times as far."""
+    parts, found = parts_of(), []
+    for own in (1.0, factor):
+        n = learner(timm_dd.merge(parts).double(), tmp_path, "--opt", opt, "--lr", "0.01")
+        weights = list(composed.between(parts.plan, n.net))
+        if own != 1.0:
+            composed.set_rate(n.optimizer, weights, own)
+        x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        n.step(x, torch.arange(16) % 10)
+        found.append(dict(n.net.named_parameters()))
+    places = between(parts.plan, n.net)
+    for name, plain in found[0].items():
+        outside = places.get(name, torch.zeros(plain.shape, dtype=torch.bool))
+        assert torch.equal(found[1][name][~outside], plain[~outside])
+        torch.testing.assert_close(found[1][name][outside], plain[outside] * factor, rtol=1e-9, atol=1e-12)
+
+
+def test_a_run_with_all_of_it(tmp_path):
+    """Frozen zeros between the blocks are still there after fine-tuning."""
+    folder = run(tmp_path, "--calibrate", "temperature", "--off-diagonal-lr", "0")
+    before, after = (load_file(folder / p / "model.safetensors") for p in ("composed", "global/last"))
+    zeros = {k: (v == 0) & (v.ndim == 4) for k, v in before.items()}
+    assert sum(int(z.sum()) for z in zeros.values()) > 1000
+    assert all(bool((after[k][z] == 0).all()) for k, z in zeros.items())
+
+
+BAD = [
+    (["--part-lr", "0.1", "0.2", "0.3"], "one rate for all 2 parts or one for each, got 3"),
+    (["--grad-accum-steps", "0"], "--grad-accum-steps is a whole number from 1 up"),
+    (["--mixup", "0.2", "-b", "33"], "--batch-size is even, got 33"),
+    (["--engine", "streams"], "invalid choice"),
+]
+
+
+@pytest.mark.parametrize("given, message", BAD, ids=[message for _, message in BAD])
+def test_bad_options(given, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        options.parse([*SHORT, *given])
+    assert message in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""The composed model before it is fine-tuned: the scale of its logits, and the weights between its blocks, which merge
+leaves zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import TrainError
+from ..plan import Plan, TensorPlan
+
+BATCHES = 16  # to fit a temperature to
+
+
+def calibrate(model: nn.Module, plan: Plan, how: str, loader, device: torch.device) -> float:
+    """Fold a factor into the head; returns it. The merged head sums the parts' logits, (2.16): ``mean`` divides them by
+    K, ``temperature`` takes the factor of the smallest cross entropy on training images (Guo et al. 2017).
+
+    Raises:
+        TrainError: the logits have no weights of their own to scale.
+    """
+    if how == "sum":
+        return 1.0
+    if not plan.head:
+        raise TrainError(f"--calibrate {how}: the logits of this model have no weights of their own; use sum")
+    factor = 1 / plan.parts if how == "mean" else _temperature(model, loader, device)
+    weights = model.state_dict()
+    for name in plan.head:
+        weights[name].mul_(factor)
+    return factor
+
+
+@torch.no_grad()
+def _temperature(model: nn.Module, loader, device: torch.device) -> float:
+    """The factor by which the logits are best scaled, the same on every rank."""
+    model.eval()
+    batches = [(model(x.to(device)), y) for x, y in islice(loader, BATCHES)]
+    logits, targets = (torch.cat(tensors) for tensors in zip(*batches))
+    factor = torch.tensor(fit_scale(logits.double(), targets), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(factor)
+        factor /= dist.get_world_size()
+    return float(factor)
+
+
+def fit_scale(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """The s that makes the cross entropy of s · logits smallest."""
+    log = torch.zeros((), dtype=logits.dtype, device=logits.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(logits * log.exp(), targets)
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return float(log.detach().exp())
+
+
+def between(plan: Plan, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(parameter, where it belongs to no part), of those that have such places."""
+    for name, p in model.named_parameters():
+        t = plan.tensors.get(name)
+        if t is not None and sum(axis is not None for axis in t.axes) > 1:
+            yield p, _outside(t, plan.parts).to(p.device)
+
+
+def _outside(t: TensorPlan, parts: int) -> torch.Tensor:
+    outside = torch.ones(t.shape, dtype=torch.bool)
+    for k in range(parts):
+        outside[t.block(k, parts)] = False
+    return outside
+
+
+@torch.no_grad()
+def add_noise(weights: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float, seed: int) -> None:
+    """Normal noise between the blocks, of `scale` times the standard deviation inside them."""
+    generator = torch.Generator().manual_seed(seed)
+    for p, outside in weights:
+        noise = torch.randn(p.shape, generator=generator).to(p) * (scale * p[~outside].std())
+        p.add_(noise * outside)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, weights: Sequence[tuple[torch.Tensor, torch.Tensor]], factor: float):
+    """From now on the weights between the blocks change by `factor` times what the optimizer says."""
+    before: dict[torch.Tensor, torch.Tensor] = {}
+
+    def remember(*_) -> None:
+        before.update((p, p.detach().clone()) for p, _ in weights)
+
+    @torch.no_grad()
+    def scale(*_) -> None:
+        for p, outside in weights:
+            p.copy_(torch.where(outside, torch.lerp(before[p], p, factor), p))
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(scale)

@@ -1,0 +1,250 @@
+"""A `Learner` is one network in training: its optimizer, schedule and progress, and how it takes an update."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from ..domain import Box
+from ..errors import TrainError, headline
+from . import options, schedule
+
+RANDOM = threading.Lock()  # torch has one random state for all threads
+
+
+class Learner:
+    """One network in training. The dropout of an update follows from `seed` and the update's number, so that learners
+    that share a process do not disturb each other, and one that was interrupted goes on as if it had not been.
+
+    Args:
+        box: what the network sees of a batch; None for all of it. While it trains, ``--roam`` moves the box.
+        global_batch: images of an update over all ranks, for ``--lr-base``.
+        folder: for its ``summary.csv`` and its checkpoints.
+
+    Attributes:
+        updates: how many it has taken.
+        options: what its weights depend on, the updates of an epoch and the images of an update among them.
+        history: loss, top1 and lr of each epoch that ended.
+        failure: why it cannot go on; None while it can.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        box: Box | None,
+        args: argparse.Namespace,
+        device: torch.device,
+        updates_per_epoch: int,
+        global_batch: int,
+        seed: int,
+        folder: Path,
+    ):
+        self.name, self.model, self.box, self.args, self.device = name, model, box, args, device
+        self.seed, self.folder = seed, folder
+        self.options = {**options.of_training(args), "updates_per_epoch": updates_per_epoch, "images": global_batch}
+        lr = args.lr if args.lr is not None else args.lr_base * global_batch / 256
+        self.optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr})
+        self.schedule = schedule.create(args, self.optimizer, updates_per_epoch)
+        self.forward = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
+        self.ema = ModelEmaV3(self.net, decay=args.model_ema_decay) if args.model_ema else None
+        self.criterion = criterion(args)
+        self.pieces = args.grad_accum_steps
+        self.dtype = getattr(torch, args.amp_dtype)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp and self.dtype is torch.float16)
+        self._draws = True
+        self.updates, self.seconds = 0, 0.0
+        self.history: list[dict[str, float]] = []
+        self.failure: str | None = None
+        self._total, self._images = torch.zeros((), device=device), 0  # loss of the epoch so far
+
+    @property
+    def net(self) -> nn.Module:
+        """The network itself, without DistributedDataParallel."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    @property
+    def result(self) -> nn.Module:
+        """What the training gives: the network, or with --model-ema the moving average of its weights."""
+        return self.net if self.ema is None else self.ema.module
+
+    @property
+    def lr(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """One update on a batch."""
+        self.update(self.within_memory(partial(self._gradients, x, y), len(y)), len(y))
+
+    def within_memory(self, gradients: Callable[[], torch.Tensor], images: int) -> torch.Tensor:
+        """`gradients()` of a batch; if that needs more memory than there is, once with half the images at a time."""
+        try:
+            return gradients()
+        except torch.OutOfMemoryError:
+            if images < 2 * self.pieces or self.pieces > self.args.grad_accum_steps or self.model is not self.net:
+                raise
+        self.pieces *= 2
+        tqdm.write(
+            f"{self.name}: out of memory; goes on with {-(-images // self.pieces)} images at a time, "
+            f"{images} for an update",
+            sys.stdout,
+        )
+        return gradients()
+
+    def _gradients(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch, its gradients added up over `pieces`."""
+        self.optimizer.zero_grad()
+        total = torch.zeros_like(self._total)
+        pieces = list(zip(x.chunk(self.pieces), y.chunk(self.pieces)))
+        for i, (x_i, y_i) in enumerate(pieces):
+            later = self.model.no_sync() if self.model is not self.net and i + 1 < len(pieces) else nullcontext()
+            with later:
+                with self.own_random(), self.autocast():
+                    loss = self.criterion(self.forward(self.view(x_i)), y_i) * (len(y_i) / len(y))
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def update(self, loss: torch.Tensor, images: int) -> None:
+        """Take a step along the gradients of a batch, whose mean loss was `loss`."""
+        if self.args.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(self.model.parameters(), self.args.clip_grad, self.args.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.updates += 1
+        if self.ema is not None:
+            self.ema.update(self.net, step=self.updates)
+        self.schedule.step_update(self.updates)
+        self._total = self._total + loss * images
+        self._images += images
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.args.amp)
+
+    def check_finite(self) -> float:
+        """The mean loss of the epoch so far.
+
+        Raises:
+            TrainError: it is not finite.
+        """
+        loss = float(self._total) / max(self._images, 1)
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise TrainError(
+                f"{self.name}: the loss is {loss}; use a smaller --lr, --clip-grad, or longer --warmup-epochs"
+            )
+        return loss
+
+    def end_epoch(self, accuracy: float) -> None:
+        """Note the epoch's loss and validation accuracy, and go on to the next."""
+        self.history.append({"loss": self.check_finite(), "top1": accuracy, "lr": self.lr})
+        self._total, self._images = torch.zeros_like(self._total), 0
+        self.schedule.step(len(self.history), accuracy)
+
+    def guard(self, work: Callable[[], Any], apart: bool) -> None:
+        """Do `work`; if it fails and learners are kept apart, note why."""
+        try:
+            work()
+        except Exception as e:  # whatever ends one part must not end the others, but all need the loader
+            if not apart or "DataLoader worker" in str(e):
+                raise
+            self.failure = headline(e)
+            tqdm.write(f"{self.name} failed: {self.failure}", sys.stdout)
+
+    @torch.no_grad()
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the result, on the network's own box."""
+        with self.autocast():
+            return (self.forward if self.ema is None else self.result)(self._format(x, self.box)).float()
+
+    def view(self, x: torch.Tensor) -> torch.Tensor:
+        """What the network sees of a batch in this update: its own box, or with the probability --roam one anywhere."""
+        random = Random((self.seed << 32) + self.updates)
+        if self.box is None or random.random() >= self.args.roam:
+            return self._format(x, self.box)
+        return self._format(x, self.box.anywhere(x.shape[2:], random))
+
+    def _format(self, x: torch.Tensor, box: Box | None) -> torch.Tensor:
+        x = x if box is None else box.crop(x)
+        return x.contiguous(memory_format=torch.channels_last) if self.args.channels_last else x
+
+    @contextmanager
+    def own_random(self) -> Iterator[None]:
+        """Random numbers of its own, while no other learner draws any; nothing of that once it drew none in a step."""
+        if not self._draws:
+            yield
+            return
+        module = torch.cuda if self.device.type == "cuda" else torch
+        with RANDOM:
+            before = module.get_rng_state()
+            module.manual_seed((self.seed << 32) + self.updates)
+            seeded = module.get_rng_state()
+            try:
+                yield
+            finally:
+                self._draws = not torch.equal(seeded, module.get_rng_state())
+                module.set_rng_state(before)
+
+    # ---- what a checkpoint holds
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """All that `restore` needs: tensors by name, and JSON. The schedule follows from the history."""
+        tensors = {f"model.{name}": t for name, t in self.net.state_dict().items()} | {"total": self._total}
+        if self.ema is not None:
+            tensors |= {f"ema.{name}": t for name, t in self.result.state_dict().items()}
+        optimizer, numbers = self.optimizer.state_dict(), {"state": {}, "group": {}}
+        for kind, entries in (("state", optimizer["state"]), ("group", dict(enumerate(optimizer["param_groups"])))):
+            for i, values in entries.items():
+                found = {name: v for name, v in values.items() if isinstance(v, torch.Tensor)}
+                tensors |= {f"{kind}.{i}.{name}": t for name, t in found.items()}
+                numbers[kind][str(i)] = {name: v for name, v in values.items() if name not in found}
+        return tensors, {
+            "options": self.options,
+            "updates": self.updates,
+            "images": self._images,
+            "seconds": self.seconds,
+            "history": self.history,
+            "optimizer": numbers,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+        """Go back to a `state`; RuntimeError, ValueError or KeyError if it is of another network or optimizer."""
+        optimizer = {k: {int(i): dict(v) for i, v in e.items()} for k, e in numbers["optimizer"].items()}
+        for key in (k for k in tensors if k.startswith(("state.", "group."))):
+            kind, i, name = key.split(".", 2)
+            optimizer[kind][int(i)][name] = tensors[key]
+        options.check_same(numbers["options"], self.options)
+        for prefix, net in (("model.", self.net), ("ema.", self.result))[: 1 if self.ema is None else 2]:
+            net.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+        self.history, self.updates = numbers["history"], numbers["updates"]
+        for epoch, row in enumerate(self.history, start=1):
+            self.schedule.step(epoch, row["top1"])
+        self.schedule.step_update(self.updates)
+        groups = [optimizer["group"][i] for i in sorted(optimizer["group"])]
+        self.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": groups})
+        self.scaler.load_state_dict(numbers["scaler"])
+        self.seconds, self._images = numbers["seconds"], numbers["images"]
+        self._total = tensors["total"].to(self.device)
+
+
+def criterion(args: argparse.Namespace) -> nn.Module:
+    """The loss: mixed images have soft targets, smoothed already."""
+    if args.mixup:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()

@@ -1,0 +1,55 @@
+"""Where a run's figures are shown beside its own files: TensorBoard and Weights & Biases, each if asked for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import TrainError
+
+
+class Trackers:
+    """The figures of every epoch, under the network's name, to all that `args` asks for.
+
+    Raises:
+        TrainError: a package is not installed.
+    """
+
+    def __init__(self, args: argparse.Namespace, folder: Path, rank: int):
+        self.board = _tensorboard(folder) if args.log_tensorboard else None
+        self.wandb = _wandb(args, folder, rank) if args.log_wandb else None
+
+    def log(self, name: str, epoch: int, row: dict[str, float]) -> None:
+        """`row` of a network after so many epochs."""
+        values = {f"{name}/{key}": value for key, value in row.items()}
+        if self.board is not None:
+            for key, value in values.items():
+                self.board.add_scalar(key, value, epoch)
+        if self.wandb is not None:
+            self.wandb.log({**values, "epoch": epoch})
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise TrainError("--log-tensorboard needs the package: pip install 'timm_dd[tensorboard]'") from e
+    return SummaryWriter(folder / "tensorboard")
+
+
+def _wandb(args: argparse.Namespace, folder: Path, rank: int):
+    try:
+        import wandb
+    except ImportError as e:
+        raise TrainError("--log-wandb needs the package: pip install 'timm_dd[wandb]'") from e
+    name = f"{folder.name}-{rank}" if rank else folder.name  # a part's figures come from its own rank
+    return wandb.init(project=args.wandb_project, group=folder.name, name=name, dir=folder, config=vars(args))
