@@ -5,10 +5,13 @@
 Global network and parts take their steps in turn, in one process, on a batch that stands in memory: forward, backward
 and optimizer, without a loader. A ratio is the global network's median over the parts'; "limit" is that of their
 multiply-adds, all K parts together. --rounds sets how often; names of settings as arguments take only these.
+Peak memory is that of three steps in a process of their own, over what it held before it built a network.
 """
 
 import argparse
 import csv
+import multiprocessing
+import resource
 import statistics
 import tempfile
 import time
@@ -23,9 +26,11 @@ from common import provenance
 import timm_dd
 from timm_dd import Box, Domain, models
 from timm_dd.train import options
-from timm_dd.train.engines import Engine, Learner, cores, share_cores
+from timm_dd.train.engines import cores, engine, share_cores
+from timm_dd.train.learner import Learner
 
-ENGINES = ("sequential", "threads")
+CPU = torch.device("cpu")
+ENGINES = ("sequential", "threads", "packed")
 
 
 class Setting(NamedTuple):
@@ -52,7 +57,7 @@ SETTINGS = {
 def learner(name: str, model: torch.nn.Module, box: Box | None, batch: int, folder: str) -> Learner:
     args = options.parse(["--dataset", "digits", "--channels-last", "--lr", "0.01"])
     model = model.to(memory_format=torch.channels_last).train()
-    return Learner(name, model, box, args, torch.device("cpu"), 1000, batch, 0, Path(folder))
+    return Learner(name, model, box, args, CPU, 1000, batch, 0, Path(folder))
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -61,27 +66,55 @@ def seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+def step_of(setting: Setting, name: str, folder: str) -> Callable[[], None]:
+    """A step of the global network, or of all parts with the engine `name`."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(setting.batch, 3, setting.size, setting.size, generator=generator)
+    y = torch.randint(10, (setting.batch,), generator=generator)
+    if name == "global":
+        whole = learner(name, models.create(setting.model, num_classes=10), None, setting.batch, folder)
+
+        def step() -> None:
+            share_cores(1)
+            whole.step(x, y)
+
+        return step
+    split = timm_dd.split(setting.model, setting.parts, **setting.given)
+    boxes = split.plan.boxes()
+    parts = [learner(f"part {k}", p, box, setting.batch, folder) for k, (p, box) in enumerate(zip(split, boxes))]
+    threads = 1 if name == "packed" else setting.parts
+    share_cores(threads)
+    by = engine(name, parts, CPU, cores())
+
+    def steps() -> None:
+        share_cores(threads)
+        by.step(parts, x, y, apart=False)
+
+    return steps
+
+
 def measure(setting: Setting, rounds: int, folder: str) -> dict[str, float]:
     """Median seconds of a step of the global network, and of all parts with each engine."""
-    x, y = torch.randn(setting.batch, 3, setting.size, setting.size), torch.randint(10, (setting.batch,))
-    whole = learner("global", models.create(setting.model, num_classes=10), None, setting.batch, folder)
-    split = timm_dd.split(setting.model, setting.parts, **setting.given)
-    parts = [
-        learner(f"part {k}", part, box, setting.batch, folder)
-        for k, (part, box) in enumerate(zip(split, split.plan.boxes()))
-    ]
-    share_cores(setting.parts)
-    engines = {name: Engine(name, setting.parts, torch.device("cpu"), cores()) for name in ENGINES}
-    times: dict[str, list[float]] = {name: [] for name in ("global", *ENGINES)}
+    steps = {name: step_of(setting, name, folder) for name in ("global", *ENGINES)}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
-        share_cores(1)
-        times["global"].append(seconds(partial(whole.step, x, y)))
-        share_cores(setting.parts)
-        for name, engine in engines.items():
-            times[name].append(seconds(lambda e=engine: e.run([partial(p.step, x, y) for p in parts])))
-    for engine in engines.values():
-        engine.__exit__()
+        for name, step in steps.items():
+            times[name].append(seconds(step))
     return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def peaks(setting: Setting, folder: str) -> dict[str, float]:
+    """Peak MB of a step of each."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return {name: pool.apply(peak, (setting, name, folder)) for name in ("global", *ENGINES)}
+
+
+def peak(setting: Setting, name: str, folder: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = step_of(setting, name, folder)
+    for _ in range(3):
+        step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def rows(names: list[str], rounds: int):
@@ -96,20 +129,22 @@ def rows(names: list[str], rounds: int):
             narrow="replicate",
         )
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(setting, rounds, folder)
+            found, memory = measure(setting, rounds, folder), peaks(setting, folder)
         limit = cost.whole.multiply_adds / cost.part.multiply_adds / setting.parts
-        for engine in ENGINES:
+        for by in ENGINES:
             yield {
                 "setting": name,
                 "model": setting.model,
                 "parts": setting.parts,
                 "domain": str(setting.domain),
                 "batch": setting.batch,
-                "engine": engine,
+                "engine": by,
                 "global_s": f"{found['global']:.4f}",
-                "parts_s": f"{found[engine]:.4f}",
-                "ratio": f"{found['global'] / found[engine]:.2f}",
+                "parts_s": f"{found[by]:.4f}",
+                "ratio": f"{found['global'] / found[by]:.2f}",
                 "limit": f"{limit:.2f}",
+                "global_mb": f"{memory['global']:.0f}",
+                "parts_mb": f"{memory[by]:.0f}",
             }
 
 
