@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.func import functional_call, vmap
+from torch.overrides import TorchFunctionMode
 
 from .errors import SplitError
 from .trace import Graph, copy_graph, graph_module
 
+BATCH_NORM = inspect.signature(F.batch_norm)
 NUMBERS = (int, float, str, bool, tuple, type(None))
 
 
@@ -28,7 +33,8 @@ class Packed(Graph):
     def __call__(self, x: torch.Tensor) -> Any:
         # functional_call changes the tensors of a module and calls it, as this one is called; so of one around it.
         state = {f"packed.{name}": t for name, t in _tensors(self)}
-        with warnings.catch_warnings():
+        norms = nullcontext() if torch.compiler.is_compiling() else _Norms()  # a compiler fuses the passes itself
+        with warnings.catch_warnings(), norms:
             warnings.filterwarnings("ignore", "There is a performance drop")  # operations that vmap does in a loop
             return vmap(lambda s, crop: functional_call(_Part(self), s, (crop,)), randomness="different")(state, x)
 
@@ -73,6 +79,40 @@ class _Part(nn.Module):
         return nn.Module.__call__(self.packed, x)
 
 
+class _Norms(TorchFunctionMode):
+    """BatchNorm of all parts is one of K times the channels; vmap's own rule takes several passes over the maps."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.batch_norm:
+            return _BatchNorm.apply(*BATCH_NORM.bind(*args, **kwargs or {}).args)
+        return func(*args, **kwargs or {})
+
+
+class _BatchNorm(torch.autograd.Function):
+    """`F.batch_norm` with a rule for vmap, whose own arithmetic autograd differentiates."""
+
+    @staticmethod
+    def forward(*args):
+        return F.batch_norm(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, x, mean, var, weight, bias, *numbers):
+        """(B, C, *) and vectors (C,), each of all parts or of none, as (B, K·C, *) and (K·C,)."""
+        vectors = zip((mean, var, weight, bias), in_dims[1:])
+        merged = [v if v is None else _all(v, dim, 0, info.batch_size).reshape(-1) for v, dim in vectors]
+        y = F.batch_norm(_all(x, in_dims[0], 1, info.batch_size).flatten(1, 2), *merged, *numbers)
+        return y.unflatten(1, (info.batch_size, -1)), 1
+
+
+def _all(t: torch.Tensor, dim: int | None, at: int, K: int) -> torch.Tensor:
+    """All parts' tensors along the dim `at`, where they were along `dim`, or were one for all."""
+    return t.movedim(dim, at) if dim is not None else t.unsqueeze(at).expand(*t.shape[:at], K, *t.shape[at:])
+
+
 def pack(parts: Sequence[fx.GraphModule]) -> Packed:
     """The `parts` as one network, with copies of their tensors.
 
@@ -87,6 +127,8 @@ def pack(parts: Sequence[fx.GraphModule]) -> Packed:
     for module in root.modules():
         for own in (module._parameters, module._buffers):
             own.update((leaf, stacked[id(t)]) for leaf, t in own.items() if t is not None)
+        if getattr(module, "inplace", False):  # in place on a view of all parts' costs copies of them all
+            module.inplace = False
     return graph_module(root, graph, f"Packed{type(parts[0]).__name__}", Packed).train(parts[0].training)
 
 
