@@ -1,10 +1,10 @@
-"""What the second stage starts from: boxes that stand still against boxes that roam, BatchNorm statistics as merged
-against anew, on scikit-learn's digits or on an image folder.
+"""What the second stage starts from, and what that is worth: boxes that roam, BatchNorm statistics anew, the scale of
+the logits, and the weights between the blocks; on scikit-learn's digits or on an image folder.
 
     python benchmarks/stage2_start.py                                       # digits, into stage2_start.csv
     python benchmarks/stage2_start.py --data-dir DATA --seeds 1 -- --model dd_resnet32 --shift 4 …
 
-All runs are `timm_dd.train`'s, of the same options but for --roam and --seed; options after ``--`` go to it.
+All runs are `timm_dd.train`'s, of the same options but for those of the variant and --seed; options after ``--`` go to it.
 """
 
 import argparse
@@ -17,36 +17,54 @@ from common import provenance
 from timm_dd.train import options
 from timm_dd.train.run import Run
 
-ROAM = (0.0, 0.25, 0.5, 0.75, 1.0)
+VARIANTS = {
+    "as in the paper": "",
+    "roam 0.25": "--roam 0.25",
+    "roam 0.5": "--roam 0.5",
+    "roam 0.75": "--roam 0.75",
+    "roam 1": "--roam 1",
+    "mean": "--calibrate mean",
+    "temperature": "--calibrate temperature",
+    "noise 0.1": "--off-diagonal-noise 0.1",
+    "noise 0.5": "--off-diagonal-noise 0.5",
+    "rate 0.3 between blocks": "--off-diagonal-lr 0.3",
+    "rate 3 between blocks": "--off-diagonal-lr 3",
+    "roam 0.75, mean": "--roam 0.75 --calibrate mean",
+}
 DIGITS = (
     "--dataset digits --model resnet10t --grid 2x2 --overlap 4 --shift 2 --hflip 0 -b 64 -j 0 --opt adamw --lr 0.002 "
     "--warmup-epochs 0 --smoothing 0 --part-epochs 12 --epochs 4"
 ).split()
-FIGURES = ("together", "composed", "updated", "tuned")
+FIGURES = ("together", "composed", "updated", "first", "tuned")
 
 
-def row(given: list[str], roam: float, seed: int) -> dict[str, str]:
+def row(given: list[str], variant: str, seed: int) -> dict[str, str]:
     """Top-1 of the parts (mean), of their sum on their own boxes, and of the composed model step by step."""
     with tempfile.TemporaryDirectory() as folder:
-        args = options.parse([*given, "--roam", str(roam), "--seed", str(seed), "--output", folder])
-        found = Run(args).go()
+        args = options.parse([*given, *VARIANTS[variant].split(), "--seed", str(seed), "--output", folder])
+        run = Run(args)
+        found = run.go()
+        with (run.folder / "global" / "summary.csv").open() as f:
+            found["first"] = float(next(csv.DictReader(f))["eval_top1"])
     mean = sum(found["parts"]) / len(found["parts"])
-    return {"roam": str(roam), "seed": str(seed), "parts": f"{mean:.2f}", **{k: f"{found[k]:.2f}" for k in FIGURES}}
+    figures = {"parts": mean, **{k: found[k] for k in FIGURES}}
+    return {"variant": variant, "seed": str(seed), **{k: f"{v:.2f}" for k, v in figures.items()}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", metavar="DIR")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--roam", type=float, nargs="+", default=ROAM, metavar="P")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
     parser.add_argument("given", nargs="*", metavar="-- OPTION", help="for timm_dd.train")
     args = parser.parse_args()
     given = [*(DIGITS if args.data_dir is None else ["--data-dir", args.data_dir]), *args.given]
     origin, table = provenance(), []
-    for roam in args.roam:
+    for variant in args.variants:
         for seed in range(args.seeds):
-            table.append({**row(given, roam, seed), **origin})
-    for line in [list(table[0])[:7], *(list(r.values())[:7] for r in table)]:
+            table.append({**row(given, variant, seed), **origin})
+    shown = ["variant", "seed", "parts", *FIGURES]
+    for line in [shown, *([r[k] for k in shown] for r in table)]:
         print("  ".join(cell.ljust(8) for cell in line))
     if args.data_dir is None and not args.given:
         with Path(__file__).with_suffix(".csv").open("w", newline="") as f:

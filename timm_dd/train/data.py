@@ -81,6 +81,8 @@ def datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset, int | None]:
     train, val = sets
     if args.train_num_samples:
         train = First(train, args.train_num_samples, args.seed)
+    if args.val_num_samples:
+        val = First(val, args.val_num_samples, args.seed)
     if len(train) < images_of_an_update(args):
         raise TrainError(
             f"{len(train)} training images make no batch of {images_of_an_update(args)}; use a smaller --batch-size"

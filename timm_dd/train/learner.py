@@ -39,7 +39,8 @@ class Learner:
     Attributes:
         updates: how many it has taken.
         options: what its weights depend on, the updates of an epoch and the images of an update among them.
-        history: loss, top1 and lr of each epoch that ended.
+        history: loss, top1, lr, and seconds since the beginning, of each epoch that ended.
+        seconds: of its epochs, validation included, and of what made it ready.
         failure: why it cannot go on; None while it can.
     """
 
@@ -150,9 +151,10 @@ class Learner:
             )
         return loss
 
-    def end_epoch(self, accuracy: float) -> None:
-        """Note the epoch's loss and validation accuracy, and go on to the next."""
-        self.history.append({"loss": self.check_finite(), "top1": accuracy, "lr": self.lr})
+    def end_epoch(self, accuracy: float, seconds: float) -> None:
+        """Note the epoch's loss, validation accuracy and time, and go on to the next."""
+        loss, self.seconds = self.check_finite(), self.seconds + seconds
+        self.history.append({"loss": loss, "top1": accuracy, "lr": self.lr, "seconds": self.seconds})
         self._total, self._images = torch.zeros_like(self._total), 0
         self.schedule.step(len(self.history), accuracy)
 

@@ -55,12 +55,11 @@ class Stage:
                 continue
             speed = self._epoch(due, epoch)
             due = _alive(due)
-            keeper = self.keeper if self.primary else None
-            for learner, accuracy in zip(due, evaluate(due, self.loaders[1], self.engine, keeper=keeper)):
-                learner.guard(partial(learner.end_epoch, accuracy), self.apart)
-            due, seconds = _alive(due), time.perf_counter() - start
-            for learner in due:
-                learner.seconds += seconds
+            accuracies = evaluate(due, self.loaders[1], self.engine, keeper=self.keeper if self.primary else None)
+            seconds = time.perf_counter() - start
+            for learner, accuracy in zip(due, accuracies):
+                learner.guard(partial(learner.end_epoch, accuracy, seconds), self.apart)
+            due = _alive(due)
             self.after_epoch()
             if self.primary:
                 self._keep(due)
@@ -117,8 +116,10 @@ def _write_summary(learner: Learner) -> None:
     """All epochs so far, in the form of timm's summary.csv."""
     with files.replacing(learner.folder / "summary.csv") as temporary, open(temporary, "w", newline="") as f:
         writer = csv.writer(f)
-        writer.writerow(["epoch", "train_loss", "eval_top1", "lr"])
-        writer.writerows([i, row["loss"], row["top1"], row["lr"]] for i, row in enumerate(learner.history))
+        writer.writerow(["epoch", "train_loss", "eval_top1", "lr", "seconds"])
+        writer.writerows(
+            [i, *(row[k] for k in ("loss", "top1", "lr", "seconds"))] for i, row in enumerate(learner.history)
+        )
 
 
 def evaluate(

@@ -71,6 +71,7 @@ def _data(g) -> None:
     g.add_argument(
         "--train-num-samples", type=int, metavar="N", help="use the first N training images of a fixed shuffle"
     )
+    g.add_argument("--val-num-samples", type=int, metavar="N", help="the same of the validation images")
     g.add_argument("--dataset-download", action="store_true", help="let timm download the data set")
     g.add_argument("--img-size", type=int, metavar="PX")
     g.add_argument("--input-size", type=int, nargs=3, metavar="N", help="channels, height, width")

@@ -216,8 +216,11 @@ class Run:
         together = self._together(parts, loaders[1])
         learner = self._global("composed model", model, args, len(loaders[0]), self.folder / "global")
         found = {"together": together, "composed": evaluate([learner], loaders[1], Engine())[0]}
+        start = time.perf_counter()
         data.seed_epoch(args.seed, args.epochs)
-        if self._prepare(learner, parts.plan, loaders[0], args):
+        other = self._prepare(learner, parts.plan, loaders[0], args)
+        learner.seconds = time.perf_counter() - start
+        if other:
             found["updated"] = evaluate([learner], loaders[1], Engine())[0]
         return {**found, "tuned": self._fit(learner, loaders, args.epochs, "fine-tuning"), "seconds": learner.seconds}
 
