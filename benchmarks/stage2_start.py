@@ -4,7 +4,8 @@ the logits, and the weights between the blocks; on scikit-learn's digits or on a
     python benchmarks/stage2_start.py                                       # digits, into stage2_start.csv
     python benchmarks/stage2_start.py --data-dir DATA --seeds 1 -- --model dd_resnet32 --shift 4 …
 
-All runs are `timm_dd.train`'s, of the same options but for those of the variant and --seed; options after ``--`` go to it.
+All runs are `timm_dd.train`'s, of the same options but for those of the variant and --seed; options after ``--`` go to
+it. Variants with two cycles have half the epochs in each.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 from common import provenance
 
 from timm_dd.train import options
-from timm_dd.train.run import Run
+from timm_dd.train.run import train
 
 VARIANTS = {
     "as in the paper": "",
@@ -30,6 +31,8 @@ VARIANTS = {
     "rate 0.3 between blocks": "--off-diagonal-lr 0.3",
     "rate 3 between blocks": "--off-diagonal-lr 3",
     "roam 0.75, mean": "--roam 0.75 --calibrate mean",
+    "2 cycles": "--cycles 2 --part-epochs 6 --epochs 2",
+    "2 cycles, reassigned": "--cycles 2 --part-epochs 6 --epochs 2 --reassign",
 }
 DIGITS = (
     "--dataset digits --model resnet10t --grid 2x2 --overlap 4 --shift 2 --hflip 0 -b 64 -j 0 --opt adamw --lr 0.002 "
@@ -42,9 +45,8 @@ def row(given: list[str], variant: str, seed: int) -> dict[str, str]:
     """Top-1 of the parts (mean), of their sum on their own boxes, and of the composed model step by step."""
     with tempfile.TemporaryDirectory() as folder:
         args = options.parse([*given, *VARIANTS[variant].split(), "--seed", str(seed), "--output", folder])
-        run = Run(args)
-        found = run.go()
-        with (run.folder / "global" / "summary.csv").open() as f:
+        found = train(args)
+        with max(Path(folder).rglob("global/summary.csv"), key=lambda p: p.stat().st_mtime).open() as f:
             found["first"] = float(next(csv.DictReader(f))["eval_top1"])
     mean = sum(found["parts"]) / len(found["parts"])
     figures = {"parts": mean, **{k: found[k] for k in FIGURES}}

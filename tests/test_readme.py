@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.S)
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", TEXT, re.S)
 INSTALL = re.compile(r"^pip install '\.\[(\w+)\]' && ")
 
 

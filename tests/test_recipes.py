@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MODULE, RUN, bytes_of_parts
+from conftest import MODULE, RUN, bytes_of_parts, torchrun
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -269,7 +269,61 @@ def test_a_run_with_all_of_it(tmp_path):
     assert all(bool((after[k][z] == 0).all()) for k, z in zeros.items())
 
 
+# ---- cycles
+
+
+@pytest.mark.parametrize("name", ["dd_resnet20", "densenet121", "ghostnet_100", "resnest14d", "resnetv2_50x1_bit"])
+def test_channels_in_another_order_are_the_same_model(name):
+    """And every part gets channels of all."""
+    parts = timm_dd.split(name, 4, seed=0, img_size=64, num_classes=10, domain=Domain.full(4))
+    assert parts.plan.exact
+    model, x = timm_dd.merge(parts).double().eval(), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, dtype=p.dtype) * 0.02)
+        before, state = model(x), {key: t.clone() for key, t in model.state_dict().items()}
+        new = composed.reassign(state, parts.plan)
+        model.load_state_dict(new)
+        torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-9)
+    assert any(not torch.equal(new[key], state[key]) for key in state)
+    first = torch.arange(64.0)
+    axis = timm_dd.split("resnet18", 4, img_size=64).plan.tensors["bn1.weight"].axes[0]
+    assert first[axis.dealt(4)][:16].tolist() == list(range(0, 64, 4))
+
+
+@pytest.mark.parametrize("given", [[], ["--reassign"]], ids=["as before", "reassigned"])
+def test_cycles(given, tmp_path):
+    """The second cycle's parts begin as slices of the model that the first one fine-tuned; two ranks give the same."""
+    both = [*SHORT, "--cycles", "2", "--part-lr", "0", "--no-aug", *given]
+    assert main(["train", *both, "--output", str(tmp_path), "--experiment", "one"]) == 0
+    first, second = tmp_path / "one", tmp_path / "one" / "cycle-2"
+    assert {p.name for p in second.iterdir()} == {p.name for p in first.iterdir()} - {"cycle-2"}
+    tuned, parts = load_file(first / "global/last/model.safetensors"), timm_dd.Parts.load(second / "parts")
+    if given:
+        tuned = composed.reassign(tuned, parts.plan)
+    for name, p in parts[1].named_parameters():
+        t = parts.plan.tensors[name]
+        if t.reduce == "place":
+            assert torch.equal(p.detach(), tuned[name][t.block(1, 2)]), name
+
+
+def test_cycles_go_on_and_are_the_same_on_two_ranks(tmp_path):
+    both = [*SHORT, "--output", str(tmp_path), "--resume", "--epochs", "0", "--no-update-bn"]
+    assert main(["train", *both, "--experiment", "one"]) == 0
+    assert main(["train", *both, "--experiment", "one", "--cycles", "2"]) == 0
+    done = torchrun(2, *both, "--experiment", "two", "--cycles", "2")
+    assert done.returncode == 0, done.stderr
+    assert bytes_of_parts(tmp_path / "two" / "cycle-2", 2) == bytes_of_parts(tmp_path / "one" / "cycle-2", 2)
+
+
+def test_channels_with_an_order_are_not_reassigned(tmp_path, capsys):
+    given = ["--model", "ecaresnet26t", "--img-size", "64", "--cycles", "2", "--reassign", "--parts", "2"]
+    assert main(["train", *RUN, *given, "--output", str(tmp_path)]) == 1
+    assert "not the same with its channels in another order" in capsys.readouterr().err
+
+
 BAD = [
+    (["--cycles", "0"], "--cycles is a whole number from 1 up"),
     (["--part-lr", "0.1", "0.2", "0.3"], "one rate for all 2 parts or one for each, got 3"),
     (["--grad-accum-steps", "0"], "--grad-accum-steps is a whole number from 1 up"),
     (["--mixup", "0.2", "-b", "33"], "--batch-size is even, got 33"),

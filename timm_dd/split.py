@@ -69,6 +69,12 @@ class Parts(nn.ModuleList):
         """
         return pack(list(self))
 
+    def take(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Give every part its slices of a global model's `state` dict."""
+        for k, part in enumerate(self):
+            names = part.state_dict()
+            part.load_state_dict({name: restrict(state[name], self.plan.tensors[name], k, self.plan) for name in names})
+
     def save(self, folder: str | Path) -> None:
         """Write ``part-0000k-of-0000K.safetensors`` and ``plan.json``.
 

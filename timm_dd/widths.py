@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -343,6 +343,11 @@ class FrozenAxis:
         """Part k's indices into the axis, ascending within each term: int64 of shape (part_size,)."""
         return _index(self, k, divisor)
 
+    def dealt(self, divisor: int) -> torch.Tensor:
+        """An order of all indices in which part k's run of every Width holds the k-th, the (k+K)-th … channel of it:
+        one order for Widths of one size, so that axes which were unified stay so."""
+        return _indices(self, lambda atom: _deal(atom, divisor))
+
     def to_json(self) -> list:
         return [[_atom_to_json(a) for a in t] for t in self.terms]
 
@@ -360,15 +365,29 @@ def block(shape: Sequence[int], axes: Sequence[FrozenAxis | None], k: int, divis
 
 @functools.lru_cache(maxsize=64)  # layers in a row share axes
 def _index(axis: FrozenAxis, k: int, divisor: int) -> torch.Tensor:
+    def run(atom: int | Cut | Window) -> torch.Tensor:
+        start, length = _run(atom, k, divisor)
+        return torch.arange(start, start + length)
+
+    return _indices(axis, run)
+
+
+def _indices(axis: FrozenAxis, chosen: Callable[[int | Cut | Window], torch.Tensor]) -> torch.Tensor:
+    """The indices into an axis of those that are `chosen` of each of its atoms."""
     pieces, offset = [], 0
     for term in axis.terms:
         ix = torch.zeros(1, dtype=torch.long)
         for atom in term:
-            start, length = _run(atom, k, divisor)
-            ix = (ix[:, None] * atom_size(atom) + torch.arange(start, start + length)).flatten()
+            ix = (ix[:, None] * atom_size(atom) + chosen(atom)).flatten()
         pieces.append(ix + offset)
         offset += term_size(term)
     return torch.cat(pieces)
+
+
+def _deal(atom: int | Cut | Window, divisor: int) -> torch.Tensor:
+    if not isinstance(atom, Cut):
+        return torch.arange(atom_size(atom))
+    return torch.cat([torch.arange(k, atom.size, divisor) for k in range(divisor)])
 
 
 def _run(atom: int | Cut | Window, k: int, divisor: int) -> tuple[int, int]:

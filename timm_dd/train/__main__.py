@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from ..errors import MergeError, SplitError, TrainError
 from . import options
-from .run import Run
+from .run import train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 the work failed, with one line on stderr; 2 the command line was wrong."""
     args = options.parse(argv)
     try:
-        Run(args).go()
+        train(args)
     except (SplitError, MergeError, TrainError, OSError) as e:
         print(f"timm-dd train: {e}", file=sys.stderr)
         return 1

@@ -1,9 +1,9 @@
 """The composed model before it is fine-tuned: the scale of its logits, and the weights between its blocks, which merge
-leaves zero."""
+leaves zero; and before it is split again: which channels go to which part."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -102,3 +102,15 @@ def set_rate(optimizer: torch.optim.Optimizer, weights: Sequence[tuple[torch.Ten
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(scale)
+
+
+def reassign(state: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
+    """The same model with its channels in another order, in which each part gets some of every part's."""
+    return {name: _dealt(t, plan.tensors[name], plan.parts) for name, t in state.items()}
+
+
+def _dealt(tensor: torch.Tensor, t: TensorPlan, parts: int) -> torch.Tensor:
+    for dim, axis in enumerate(t.axes):
+        if axis is not None:
+            tensor = tensor.index_select(dim, axis.dealt(parts))
+    return tensor.contiguous()

@@ -55,7 +55,8 @@ class Stage:
                 continue
             speed = self._epoch(due, epoch)
             due = _alive(due)
-            accuracies = evaluate(due, self.loaders[1], self.engine, keeper=self.keeper if self.primary else None)
+            keeper = self.keeper if self.primary else None
+            accuracies = evaluate(due, self.loaders[1], self.engine, keeper=keeper, shared=not self.apart)
             seconds = time.perf_counter() - start
             for learner, accuracy in zip(due, accuracies):
                 learner.guard(partial(learner.end_epoch, accuracy, seconds), self.apart)
@@ -123,15 +124,21 @@ def _write_summary(learner: Learner) -> None:
 
 
 def evaluate(
-    learners: Sequence[Learner], loader, engine: Engine, together: bool = False, keeper: Keeper | None = None
+    learners: Sequence[Learner],
+    loader,
+    engine: Engine,
+    together: bool = False,
+    keeper: Keeper | None = None,
+    shared: bool = True,
 ) -> list[float]:
     """Top-1 accuracies in %, each learner on its own view; with `together` also of the sum of their logits, last.
 
-    Under a process group every rank counts its share of the images, each image once.
+    What is `shared` by the ranks of a process group, each of them counts its share of, each image once.
     """
     for learner in learners:
         learner.model.eval()
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    shared = shared and dist.is_initialized()
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if shared else (1, 0)
     total, seen = len(loader.dataset), 0
     right = [torch.zeros((), dtype=torch.long) for _ in range(len(learners) + together)]
     for x, y in loader:
@@ -143,7 +150,7 @@ def evaluate(
         if keeper is not None and keeper.due:
             keeper.keep(learners)
     counts = torch.stack(right)
-    if dist.is_initialized():
+    if shared:
         counts = counts.to(learners[0].device)
         dist.all_reduce(counts)
     return [100 * int(c) / total for c in counts]

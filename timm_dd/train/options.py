@@ -22,9 +22,10 @@ from ..domain import Domain, default_domain
 from ..errors import SplitError, TrainError, headline
 
 FREE = {  # may change when a run goes on
-    "checkpoint_every", "config", "device", "engine", "experiment", "log_tensorboard", "log_wandb", "output", "pin_mem",
-    "resume", "validation_batch_size", "wandb_project", "workers",
+    "checkpoint_every", "config", "cycles", "device", "engine", "experiment", "log_tensorboard", "log_wandb", "output",
+    "pin_mem", "resume", "validation_batch_size", "wandb_project", "workers",
 }  # fmt: skip
+COMPOSED = ("calibrate", "off_diagonal_lr", "off_diagonal_noise", "update_bn")  # nothing to parts and baseline
 SCALES = ("sum", "mean", "temperature")
 LAYOUTS = ("full", "centered8", "type-b")
 
@@ -184,6 +185,12 @@ def _stages(g) -> None:
         metavar="FACTOR",
         help="of the learning rate, for the weights between the blocks while the composed model is fine-tuned",
     )
+    g.add_argument(
+        "--cycles", type=int, default=1, metavar="N", help="split the fine-tuned model again and go on, N times in all"
+    )
+    g.add_argument(
+        "--reassign", action="store_true", help="in the next cycle each part gets channels of all parts of the last"
+    )
     for stage in ("part", "baseline"):
         for name, kind in STAGED.items():
             own = {"help": argparse.SUPPRESS if name != "epochs" else f"{stage}: {kind['help']}"}
@@ -263,7 +270,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if not 0 <= args.roam <= 1:
         p.error(f"--roam is a probability from 0 to 1, got {args.roam}")
-    for name in ("parts", "grad_accum_steps"):
+    for name in ("parts", "grad_accum_steps", "cycles"):
         if getattr(args, name) < 1:
             p.error(f"{_flag(name)} is a whole number from 1 up, got {getattr(args, name)}")
     if isinstance(args.part_lr, (int, float)):  # from YAML
@@ -320,6 +327,8 @@ def stage(args: argparse.Namespace, name: str | None, part: int = 0) -> argparse
         value = getattr(args, f"{name}_{option}")
         if value is not None:
             setattr(own, option, value)
+    for option in COMPOSED:
+        setattr(own, option, None)
     if name == "part" and args.part_lr is not None:
         own.lr = args.part_lr[part % len(args.part_lr)]
     if name == "baseline" and args.baseline_epochs is None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import yaml
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
@@ -32,7 +33,7 @@ from ..split import Parts, split
 from ..table import table
 from . import data, options
 from .checkpoints import Keeper, restore
-from .composed import add_noise, between, calibrate, set_rate
+from .composed import add_noise, between, calibrate, reassign, set_rate
 from .engines import Engine, cores, engine, share_cores
 from .learner import Learner
 from .loop import Stage, evaluate
@@ -68,11 +69,29 @@ class Ranks:
         return torch.device("cuda", index)
 
 
-class Run:
-    """One training run; `go` carries it out and returns its summary."""
+def train(args: argparse.Namespace) -> dict:
+    """A run, or several cycles of it, each from the last one's fine-tuned model; the last one's summary."""
+    run = Run(args)
+    summary = run.go()
+    while run.cycle < args.cycles:
+        run = Run(args, run)
+        summary = run.go()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return summary
 
-    def __init__(self, args: argparse.Namespace):
+
+class Run:
+    """One cycle of a training run; `go` carries it out and returns its summary.
+
+    Args:
+        before: the cycle whose fine-tuned model is split; None for a fresh or pretrained one.
+    """
+
+    def __init__(self, args: argparse.Namespace, before: Run | None = None):
         self.args, self.ranks, self.begun = args, Ranks.from_environment(), time.time()
+        self.cycle = 1 if before is None else before.cycle + 1
+        self.seed = args.seed + self.cycle - 1  # of the order of images, and of dropout
         self.device = self.ranks.device(args.device)
         self.train_set, self.val_set, classes = data.datasets(args)
         self.model_args = options.model_arguments(args, classes)
@@ -81,7 +100,8 @@ class Run:
         self.size = tuple(self.data_config["input_size"][1:])
         self.keeper = Keeper(args.checkpoint_every)
         self.resuming = args.resume is not None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        self.folder = self._folder()
+        self.folder = self._folder() if before is None else before.root / f"cycle-{self.cycle}"
+        self.root = self.folder if before is None else before.root
         self.parts_folder = self.folder / "parts"
         self.parts: Parts = split(
             args.model,
@@ -89,10 +109,15 @@ class Run:
             domain=options.domain(args),
             narrow=args.narrow,
             img_size=self.size,
-            pretrained=args.pretrained,
+            pretrained=args.pretrained and before is None,
             seed=args.seed,
             **self.model_args,
         )
+        if args.reassign and not self.parts.plan.exact:
+            raise TrainError(f"--reassign: {args.model} is not the same with its channels in another order")
+        if before is not None:
+            state = load_file(before.folder / "global" / "last" / "model.safetensors")
+            self.parts.take(reassign(state, self.parts.plan) if args.reassign else state)
 
     def _folder(self) -> Path:
         """``--experiment`` in ``--output``; by default a new name, on which all ranks agree without a word, or the last
@@ -106,7 +131,8 @@ class Run:
             return base / self.args.experiment
         if self.args.resume is not None:
             begun = [p.parent for pattern in (name, f"{name}-*") for p in base.glob(f"{pattern}/args.yaml")]
-            begun = [p for p in begun if not (p / "summary.json").exists()]
+            last = "." if self.args.cycles == 1 else f"cycle-{self.args.cycles}"
+            begun = [p for p in begun if not (p / last / "summary.json").exists()]
             if begun:
                 return max(begun, key=lambda p: p.stat().st_mtime)
         if RUN_ID in os.environ:
@@ -131,7 +157,7 @@ class Run:
             (learner.folder / "failure.json").unlink(missing_ok=True)
             learner.guard(partial(restore, learner), apart=True)
         with engine(args.engine, learners, self.device, cores() // self.ranks.local_world) as by:
-            Stage("parts", loaders, args.epochs, args.seed, self.keeper, by, self.trackers, apart=True).fit(learners)
+            Stage("parts", loaders, args.epochs, self.seed, self.keeper, by, self.trackers, apart=True).fit(learners)
         for k, learner in zip(own, learners):
             if learner.failure is not None:
                 files.write_json(learner.folder / "failure.json", learner.failure)
@@ -139,7 +165,7 @@ class Run:
             files.save_part(learner.folder, self.parts.plan, k, learner.result.state_dict())
             summary = {
                 "part": k,
-                "top1": _accuracy(learner, loaders),
+                "top1": _accuracy(learner, loaders, shared=False),
                 "epochs": args.epochs,
                 "updates": learner.updates,
                 "seconds": learner.seconds,
@@ -172,7 +198,7 @@ class Run:
         model = (
             model.to(self.device, memory_format=torch.channels_last) if args.channels_last else model.to(self.device)
         )
-        seed = self.args.seed * 1000 + stream
+        seed = self.seed * 1000 + stream
         learner = Learner(name, model, box, args, self.device, updates, batch, seed, folder)
         folder.mkdir(parents=True, exist_ok=True)
         return learner
@@ -187,7 +213,8 @@ class Run:
         """
         if self.ranks.world > 1:
             with self.keeper.away():
-                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=WAIT)
+                if not dist.is_initialized():
+                    dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=WAIT)
                 dist.barrier()
         failed = [k for k in range(self.args.parts) if not self._done(k)]
         if failed and not self.ranks.primary:
@@ -217,7 +244,7 @@ class Run:
         learner = self._global("composed model", model, args, len(loaders[0]), self.folder / "global")
         found = {"together": together, "composed": evaluate([learner], loaders[1], Engine())[0]}
         start = time.perf_counter()
-        data.seed_epoch(args.seed, args.epochs)
+        data.seed_epoch(self.seed, args.epochs)
         other = self._prepare(learner, parts.plan, loaders[0], args)
         learner.seconds = time.perf_counter() - start
         if other:
@@ -228,7 +255,7 @@ class Run:
         """Make the composed model ready to be fine-tuned; whether its accuracy may be another."""
         weights = list(between(plan, learner.net)) if args.off_diagonal_noise or args.off_diagonal_lr != 1 else []
         if args.off_diagonal_noise:
-            add_noise(weights, args.off_diagonal_noise, args.seed)
+            add_noise(weights, args.off_diagonal_noise, self.seed)
         if args.off_diagonal_lr != 1:
             set_rate(learner.optimizer, weights, args.off_diagonal_lr)
         anew = args.update_bn and any(isinstance(m, _NormBase) for m in learner.net.modules())
@@ -278,16 +305,19 @@ class Run:
 
         if self.resuming:
             restore(learner)
-        shared = (self.args.seed, self.keeper, Engine(), self.trackers, keep, self.ranks.primary)
+        shared = (self.seed, self.keeper, Engine(), self.trackers, keep, self.ranks.primary)
         Stage(title, loaders, epochs, *shared).fit([learner])
         if epochs == 0:
             keep()
-        return _accuracy(learner, loaders)
+        return _accuracy(learner, loaders, shared=True)
 
     # ---- all of it
 
     def go(self) -> dict:
         """Both stages, and the baseline if asked for; writes and prints the summary on the first rank."""
+        done = self.folder / "summary.json"
+        if self.resuming and self.cycle < self.args.cycles and done.exists():
+            return json.loads(done.read_text())
         if self.ranks.primary:
             self._open()
         with self.keeper, Trackers(self.args, self.folder, self.ranks.rank) as self.trackers:
@@ -297,13 +327,13 @@ class Run:
                 self.keeper.check("the last checkpoints are kept")
                 raise
         if self.ranks.primary:
-            files.write_json(self.folder / "summary.json", summary)
+            files.write_json(done, summary)
             print(
                 f"\n{self.report(summary)}\n\n{self.folder}: composed/ before fine-tuning, global/best after",
                 flush=True,
             )
         if self.ranks.world > 1:
-            dist.destroy_process_group()
+            dist.barrier()  # the next cycle reads what the first rank wrote
         return summary
 
     def _stages(self) -> dict:
@@ -313,7 +343,7 @@ class Run:
         tuned = self.tune()
         seconds = {"parts": max(p["seconds"] for p in parts), "composed": tuned.pop("seconds")}
         summary = {"parts": [p["top1"] for p in parts], **tuned, "seconds": seconds}
-        if self.args.baseline:
+        if self.args.baseline and self.cycle == 1:
             summary["baseline"], summary["seconds"]["baseline"] = self.baseline()
         return summary
 
@@ -376,9 +406,11 @@ class Run:
         return table(rows)
 
 
-def _accuracy(learner: Learner, loaders) -> float:
+def _accuracy(learner: Learner, loaders, shared: bool) -> float:
     """The accuracy after the last epoch; now, if there was none."""
-    return learner.history[-1]["top1"] if learner.history else evaluate([learner], loaders[1], Engine())[0]
+    if learner.history:
+        return learner.history[-1]["top1"]
+    return evaluate([learner], loaders[1], Engine(), shared=shared)[0]
 
 
 def _signature() -> str:
