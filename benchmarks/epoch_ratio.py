@@ -26,7 +26,7 @@ from common import provenance
 import timm_dd
 from timm_dd import Box, Domain, models
 from timm_dd.train import options
-from timm_dd.train.engines import cores, engine, share_cores
+from timm_dd.train.engines import cores, engine, share_cores, share_cores_for_parts
 from timm_dd.train.learner import Learner
 
 CPU = torch.device("cpu")
@@ -82,12 +82,11 @@ def step_of(setting: Setting, name: str, folder: str) -> Callable[[], None]:
     split = timm_dd.split(setting.model, setting.parts, **setting.given)
     boxes = split.plan.boxes()
     parts = [learner(f"part {k}", p, box, setting.batch, folder) for k, (p, box) in enumerate(zip(split, boxes))]
-    threads = 1 if name == "packed" else setting.parts
-    share_cores(threads)
+    share_cores_for_parts(name, setting.parts, 1)
     by = engine(name, parts, CPU, cores())
 
     def steps() -> None:
-        share_cores(threads)
+        share_cores_for_parts(name, setting.parts, 1)
         by.step(parts, x, y, apart=False)
 
     return steps

@@ -5,7 +5,8 @@ the logits, and the weights between the blocks; on scikit-learn's digits or on a
     python benchmarks/stage2_start.py --data-dir DATA --seeds 1 -- --model dd_resnet32 --shift 4 …
 
 All runs are `timm_dd.train`'s, of the same options but for those of the variant and --seed; options after ``--`` go to
-it. Variants with two cycles have half the epochs in each.
+it. Variants with two cycles have half the epochs in
+each.
 """
 
 import argparse
@@ -31,8 +32,8 @@ VARIANTS = {
     "rate 0.3 between blocks": "--off-diagonal-lr 0.3",
     "rate 3 between blocks": "--off-diagonal-lr 3",
     "roam 0.75, mean": "--roam 0.75 --calibrate mean",
-    "2 cycles": "--cycles 2 --part-epochs 6 --epochs 2",
-    "2 cycles, reassigned": "--cycles 2 --part-epochs 6 --epochs 2 --reassign",
+    "2 cycles": "--cycles 2",
+    "2 cycles, reassigned": "--cycles 2 --reassign",
 }
 DIGITS = (
     "--dataset digits --model resnet10t --grid 2x2 --overlap 4 --shift 2 --hflip 0 -b 64 -j 0 --opt adamw --lr 0.002 "
@@ -45,6 +46,7 @@ def row(given: list[str], variant: str, seed: int) -> dict[str, str]:
     """Top-1 of the parts (mean), of their sum on their own boxes, and of the composed model step by step."""
     with tempfile.TemporaryDirectory() as folder:
         args = options.parse([*given, *VARIANTS[variant].split(), "--seed", str(seed), "--output", folder])
+        args.epochs, args.part_epochs = (n // args.cycles for n in (args.epochs, args.part_epochs or args.epochs))
         found = train(args)
         with max(Path(folder).rglob("global/summary.csv"), key=lambda p: p.stat().st_mtime).open() as f:
             found["first"] = float(next(csv.DictReader(f))["eval_top1"])

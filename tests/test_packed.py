@@ -200,13 +200,77 @@ def test_auto_takes_the_fastest(tmp_path):
     assert (slow.steps, fast.steps) == (4, 13) and auto.best is fast
 
 
-def test_auto_on_a_cpu_takes_engines_of_the_same_bits(tmp_path):
-    some = learners(tmp_path)
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert isinstance(engine("auto", some, CPU, 1), Engine)
-    auto = engine("auto", some, CPU, 2)
-    assert [type(e) for e in auto.engines] == [Engine, Threads]
-    auto.__exit__()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_auto_on_a_cpu_takes_engines_of_the_same_bits(tmp_path, one_thread):
+    some = learners(tmp_path)
+    assert type(engine("auto", some, CPU, 1)) is Engine
+    with engine("auto", some, CPU, 2) as auto:
+        assert [type(e) for e in auto.engines] == [Engine, Threads]
+
+
+def test_packed_gives_up_for_another_engine(tmp_path, capsys):
+    """In auto's trial: with the updates of the other, from the first batch on."""
+    some, alone = learners(tmp_path), learners(tmp_path)
+    for n in some:
+        n.net.relu = Branches()
+    for n in alone:
+        n.net.relu = nn.ReLU()
+    by = Packed(instead=Engine())
+    for x, y in batches(2):
+        by.step(some, x, y, apart=True)
+        Engine().step(alone, x, y, apart=True)
+    assert all(n.failure is None and n.updates == 2 for n in some)
+    assert all(torch.equal(n.net.conv1.weight, other.net.conv1.weight) for n, other in zip(some, alone))
+    said = capsys.readouterr().out
+    assert said.startswith("not packed: ") and said.count("\n") == 1
+
+
+class Branches(nn.Module):
+    """On the values of a tensor, of which there are K under vmap."""
+
+    def forward(self, x):
+        return x.relu() if float(x.detach().sum()) < 1e9 else x
+
+
+class Drops(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop, self.fc = nn.Dropout(0.5), nn.Linear(3 * 64, 10, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.fc(self.drop(x.flatten(1)))
+
+
+def test_packed_dropout(tmp_path):
+    """Other masks for each part and update; the same again from the same seeds."""
+
+    def weights():
+        """Of two parts that are alike, before the first update and after each."""
+        torch.manual_seed(7)
+        parts = timm_dd.split(Drops(), 2, example_input=torch.empty(1, 3, 8, 8), domain=Domain.full(2))
+        args = options.parse(
+            [*RUN, "--grad-accum-steps", "2", "--opt", "sgd", "--momentum", "0", "--weight-decay", "0"]
+        )
+        some = [Learner(f"part {k}", p, None, args, CPU, 5, 16, k, tmp_path) for k, p in enumerate(parts)]
+        some[1].net.load_state_dict(some[0].net.state_dict())
+        by, seen = Packed(), [[n.net.fc.weight.detach().clone() for n in some]]
+        for _ in range(2):
+            by.step(some, torch.ones(16, 3, 8, 8, dtype=torch.float64), torch.arange(16) % 10, apart=False)
+            seen.append([n.net.fc.weight.detach().clone() for n in some])
+        return seen
+
+    first, again = weights(), weights()
+    assert all(torch.equal(a, b) for x, y in zip(first, again) for a, b in zip(x, y))
+    assert torch.equal(first[0][0], first[0][1]) and not torch.equal(first[1][0], first[1][1])
+    one, two = (first[i + 1][0] - first[i][0] for i in range(2))
+    assert float((one - two).abs().max()) > 0.2 * float(one.abs().max())
 
 
 class OutOfMemory(nn.Module):
@@ -233,9 +297,31 @@ def test_out_of_memory_halves_the_batch_once(tmp_path, capsys):
         Engine().step([n for n in some if n.failure is None], x, y, apart=True)
     assert nets[0].seen == [16, 16] and nets[1].seen == [16, 8, 8, 8, 8]
     torch.testing.assert_close(nets[1].fc.weight, nets[0].fc.weight)
-    assert some[2].failure and "out of memory" in some[2].failure
+    assert "out of memory with 8 images at a time; use a smaller --batch-size" in some[2].failure
     said = capsys.readouterr().out
     assert "part 1: out of memory; goes on with 8 images at a time, 16 for an update" in said
+
+
+def test_packed_out_of_memory_halves_the_batch_of_all(tmp_path, capsys):
+    some, whole, by, seen = learners(tmp_path), learners(tmp_path), Packed(), []
+    gradients = by._gradients
+
+    def limited(learners, x, y):
+        seen.append(len(y) // learners[0].pieces)
+        if seen[-1] > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gradients(learners, x, y)
+
+    by._gradients = limited
+    other = Packed()
+    for n in whole:
+        n.pieces = 2
+    for x, y in batches(2):
+        by.step(some, x, y, apart=True)
+        other.step(whole, x, y, apart=True)
+    assert seen == [16, 8, 8] and [n.pieces for n in some] == [2] * 4
+    assert all(torch.equal(n.net.conv1.weight, w.net.conv1.weight) for n, w in zip(some, whole))
+    assert "part 0, part 1, part 2, part 3: out of memory; goes on with 8 images" in capsys.readouterr().out
 
 
 def test_compiled_networks_take_the_same_steps(tmp_path):

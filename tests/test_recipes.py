@@ -2,9 +2,11 @@
 is done to the composed model before it is fine-tuned."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from timm_dd.cli import main
 from timm_dd.errors import TrainError
 from timm_dd.train import composed, data, options
 from timm_dd.train.learner import Learner
+from timm_dd.train.run import Ranks
+from timm_dd.train.trackers import Trackers
 
 CPU = torch.device("cpu")
 SHORT = [*RUN, "--parts", "2", "--part-epochs", "1", "--epochs", "1", "--drop-path", "0"]
@@ -100,6 +104,14 @@ def test_averages_are_what_a_run_gives(tmp_path):
         assert not torch.equal(given["conv1.0.weight"], checkpoint["model.conv1.0.weight"])
 
 
+def test_averages_begin_with_what_is_prepared(tmp_path):
+    """BatchNorm anew and the scale of the logits, before the first update."""
+    folder = run(tmp_path, "--epochs", "0", "--calibrate", "mean", "--model-ema")
+    before, after = (load_file(folder / f"{name}/model.safetensors") for name in ("composed", "global/last"))
+    assert torch.equal(after["fc.bias"], before["fc.bias"] / 2)
+    assert not torch.equal(after["conv1.1.running_mean"], before["conv1.1.running_mean"])
+
+
 def test_mixup_gives_soft_targets(tmp_path):
     """timm's: pairs of images, targets that add up to one, with the label smoothing in them."""
     args = options.parse([*RUN, "--mixup", "0.5", "--num-classes", "10"])
@@ -130,13 +142,37 @@ def test_parts_with_rates_of_their_own(tmp_path):
 
 
 def test_packed_in_a_run(tmp_path):
-    """The same accuracies as one after another, and the same weights to rounding."""
+    """The weights of one after another, to rounding; a run that is done can be gone over again."""
     one = run(tmp_path / "a", "--engine", "sequential", "--epochs", "0", "--lr", "0.01")
     two = run(tmp_path / "b", "--engine", "packed", "--epochs", "0", "--lr", "0.01")
     for k in range(2):
         a, b = (load_file(next((r / "parts" / str(k)).glob("part*.safetensors"))) for r in (one, two))
         assert a.keys() == b.keys()
         assert max(float((a[key].double() - b[key].double()).abs().max()) for key in a) < 1e-3
+    arguments = [*SHORT, "--engine", "packed", "--epochs", "0", "--lr", "0.01"]
+    assert main(["train", *arguments, "--resume", str(two)]) == 0
+
+
+def test_a_tracker_that_fails_stops_nothing(tmp_path, capsys):
+    class Full:
+        def add_scalar(self, *_):
+            raise OSError("No space left on device")
+
+    trackers = Trackers(options.parse(RUN), tmp_path, 0)
+    trackers.board = Full()
+    for epoch in (1, 2):
+        trackers.log("part 0", epoch, {"loss": 1.0})
+    assert capsys.readouterr().out == "no more figures to trackers: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "run_id, world, local, expected",
+    [(None, 1, 1, None), ("abc", 4, 2, "abc"), ("none", 4, 2, None), ("none", 2, 2, f"pid{os.getppid()}")],
+)
+def test_what_the_ranks_of_a_launch_have_in_common(run_id, world, local, expected, monkeypatch):
+    if run_id is not None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+    assert Ranks(0, 0, world, local).launch == expected
 
 
 def test_tensorboard(tmp_path):
@@ -168,10 +204,13 @@ def test_two_nodes(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     rest = [*MODULE, *SHORT, "--output", str(tmp_path), "--experiment", "two"]
-    nodes = [subprocess.Popen([*launch, "--node-rank", str(i), *rest], stderr=subprocess.PIPE) for i in range(2)]
-    for node in nodes:
-        _, errors = node.communicate(timeout=300)
-        assert node.returncode == 0, errors.decode()
+    logs = [tmp_path / f"node-{i}.log" for i in range(2)]
+    nodes = [subprocess.Popen([*launch, "--node-rank", str(i), *rest], stderr=logs[i].open("w")) for i in range(2)]
+    try:
+        assert [node.wait(timeout=300) for node in nodes] == [0, 0], [log.read_text() for log in logs]
+    finally:
+        for node in nodes:
+            node.kill()
     assert bytes_of_parts(tmp_path / "two", 2) == bytes_of_parts(one, 2)
 
 
@@ -244,20 +283,34 @@ def test_noise_between_the_blocks_alone():
 @pytest.mark.parametrize("factor", [0.0, 0.3, 2.0])
 def test_a_rate_between_the_blocks(opt, factor, tmp_path):
     """One update: inside the blocks as without, between them the factor times as far."""
-    parts, found = parts_of(), []
-    for own in (1.0, factor):
-        n = learner(timm_dd.merge(parts).double(), tmp_path, "--opt", opt, "--lr", "0.01")
-        weights = list(composed.between(parts.plan, n.net))
-        if own != 1.0:
-            composed.set_rate(n.optimizer, weights, own)
-        x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    parts = parts_of()
+    plain, found = (tune(parts, tmp_path, opt, own, updates=1) for own in (1.0, factor))
+    places = between(parts.plan, timm_dd.merge(parts))
+    for name, p in plain.items():
+        outside = places.get(name, torch.zeros(p.shape, dtype=torch.bool))
+        assert torch.equal(found[name][~outside], p[~outside])
+        torch.testing.assert_close(found[name][outside], p[outside] * factor, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("opt", ["momentum", "lookahead_sgd", "lookahead_adamw"])
+def test_zeros_between_the_blocks_stay_with_any_optimizer(opt, tmp_path):
+    """Lookahead, which wraps another, does something of its own every sixth time."""
+    parts = parts_of()
+    found = tune(parts, tmp_path, opt, 0.0, updates=7)
+    for name, outside in between(parts.plan, timm_dd.merge(parts)).items():
+        assert bool((found[name][outside] == 0).all()) and bool((found[name][~outside] != 0).any()), name
+
+
+def tune(parts, folder, opt, factor, updates):
+    """The composed model's parameters after some updates."""
+    n = learner(timm_dd.merge(parts).double(), folder, "--opt", opt, "--lr", "0.01")
+    weights = list(composed.between(parts.plan, n.net))
+    if factor != 1:
+        n.around_step = partial(composed.own_rate, weights, factor)
+    x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for _ in range(updates):
         n.step(x, torch.arange(16) % 10)
-        found.append(dict(n.net.named_parameters()))
-    places = between(parts.plan, n.net)
-    for name, plain in found[0].items():
-        outside = places.get(name, torch.zeros(plain.shape, dtype=torch.bool))
-        assert torch.equal(found[1][name][~outside], plain[~outside])
-        torch.testing.assert_close(found[1][name][outside], plain[outside] * factor, rtol=1e-9, atol=1e-12)
+    return {name: p.detach() for name, p in n.net.named_parameters()}
 
 
 def test_a_run_with_all_of_it(tmp_path):
@@ -293,7 +346,7 @@ def test_channels_in_another_order_are_the_same_model(name):
 
 @pytest.mark.parametrize("given", [[], ["--reassign"]], ids=["as before", "reassigned"])
 def test_cycles(given, tmp_path):
-    """The second cycle's parts begin as slices of the model that the first one fine-tuned; two ranks give the same."""
+    """The second cycle's parts begin as slices of the model that the first one fine-tuned."""
     both = [*SHORT, "--cycles", "2", "--part-lr", "0", "--no-aug", *given]
     assert main(["train", *both, "--output", str(tmp_path), "--experiment", "one"]) == 0
     first, second = tmp_path / "one", tmp_path / "one" / "cycle-2"
@@ -322,7 +375,20 @@ def test_channels_with_an_order_are_not_reassigned(tmp_path, capsys):
     assert "not the same with its channels in another order" in capsys.readouterr().err
 
 
+def test_a_cycle_that_is_done_is_not_gone_on_with_by_others(one, capsys, monkeypatch):
+    """Neither with other options, nor by the second start of another launch."""
+    arguments = ["train", *RUN, "--output", str(one.parent), "--experiment", one.name, "--parts", "4", "--cycles", "2"]
+    assert main([*arguments, "--resume", "--part-lr", "0.3"]) == 1
+    assert "part 0 is done, with other options" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert main(arguments) == 1
+    assert "holds a run already" in capsys.readouterr().err
+    assert not (one / "cycle-2").exists()
+
+
 BAD = [
+    (["--parts", "1", "--calibrate", "mean"], "--calibrate is for two parts or more"),
     (["--cycles", "0"], "--cycles is a whole number from 1 up"),
     (["--part-lr", "0.1", "0.2", "0.3"], "one rate for all 2 parts or one for each, got 3"),
     (["--grad-accum-steps", "0"], "--grad-accum-steps is a whole number from 1 up"),

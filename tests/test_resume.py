@@ -132,6 +132,24 @@ def test_a_part_that_fails_does_not_stop_the_others(one, tmp_path, monkeypatch, 
     assert bytes_of_parts(tmp_path / "run", 4) == bytes_of_parts(one, 4)
 
 
+def test_a_part_that_fails_while_packed(tmp_path, monkeypatch, capsys):
+    """The others finish; and it goes on from its checkpoint."""
+    update = Learner.update
+
+    def fail(self, *args):
+        if self.name == "part 1" and self.updates == 5:
+            raise RuntimeError("out of luck")
+        update(self, *args)
+
+    arguments = [*RUN, "--parts", "4", "--output", str(tmp_path), "--experiment", "run", "--engine", "packed"]
+    monkeypatch.setattr(Learner, "update", fail)
+    assert main(["train", *arguments]) == 1
+    assert "part 1 failed (out of luck); 3 of 4 parts are done" in capsys.readouterr().err
+    monkeypatch.setattr(Learner, "update", update)
+    assert main(["train", *arguments, "--resume"]) == 0
+    assert "part 1: loss" in capsys.readouterr().out
+
+
 def test_a_run_that_exists_is_not_begun_again(one, capsys):
     arguments = ["train", *RUN, "--output", str(one.parent), "--experiment", "one"]
     assert main([*arguments, "--parts", "4"]) == 1

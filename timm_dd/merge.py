@@ -111,7 +111,7 @@ def merge_tensors(
     for name in names:
         t = plan.tensors[name]
         tensor = merge_tensor(t, [read(k, name) for k in range(plan.parts)])
-        if head == "mean" and name in plan.head:
+        if head == "mean" and plan.parts > 1 and name in plan.head:
             tensor = tensor / plan.parts
         yield name, tensor
 

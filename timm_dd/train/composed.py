@@ -4,6 +4,7 @@ leaves zero; and before it is split again: which channels go to which part."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -29,9 +30,9 @@ def calibrate(model: nn.Module, plan: Plan, how: str, loader, device: torch.devi
     if not plan.head:
         raise TrainError(f"--calibrate {how}: the logits of this model have no weights of their own; use sum")
     factor = 1 / plan.parts if how == "mean" else _temperature(model, loader, device)
-    weights = model.state_dict()
-    for name in plan.head:
-        weights[name].mul_(factor)
+    state = model.state_dict()
+    for weight in {state[name].data_ptr(): state[name] for name in plan.head}.values():  # what is tied is scaled once
+        weight.mul_(factor)
     return factor
 
 
@@ -88,20 +89,14 @@ def add_noise(weights: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float
         p.add_(noise * outside)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, weights: Sequence[tuple[torch.Tensor, torch.Tensor]], factor: float):
-    """From now on the weights between the blocks change by `factor` times what the optimizer says."""
-    before: dict[torch.Tensor, torch.Tensor] = {}
-
-    def remember(*_) -> None:
-        before.update((p, p.detach().clone()) for p, _ in weights)
-
-    @torch.no_grad()
-    def scale(*_) -> None:
-        for p, outside in weights:
-            p.copy_(torch.where(outside, torch.lerp(before[p], p, factor), p))
-
-    optimizer.register_step_pre_hook(remember)
-    optimizer.register_step_post_hook(scale)
+@contextmanager
+def own_rate(weights: Sequence[tuple[torch.Tensor, torch.Tensor]], factor: float) -> Iterator[None]:
+    """Around an optimizer's step: the weights between the blocks change by `factor` times what it says."""
+    before = [p.detach().clone() for p, _ in weights]
+    yield
+    with torch.no_grad():
+        for (p, outside), old in zip(weights, before):
+            p.copy_(torch.where(outside, torch.lerp(old, p, factor), p))
 
 
 def reassign(state: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:

@@ -1,13 +1,14 @@
 """Engines: how several learners that share a device take their updates.
 
-On a CPU `sequential` and `threads` give the same bits, whatever the number of ranks; `packed` gives those of its own
-sums, the same to rounding.
+On a CPU `sequential` and `threads` give the same bits, whatever the number of ranks; `packed` gives the same to
+rounding, and draws dropout's masks for all its learners together, so that they depend on who they are.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from ..errors import SplitError, TrainError
+from ..errors import SplitError, TrainError, headline
 from ..packed import pack
-from .learner import Learner
+from .learner import Learner, within_memory
 
 TRIALS = 3
 
@@ -58,20 +60,32 @@ class Threads(Engine):
 
 class Packed(Engine):
     """One forward and one backward pass for all, see `timm_dd.packed`; the losses are summed, so that gradients stay
-    each learner's own, which clips, scales and steps for itself."""
+    each learner's own, which clips, scales and steps for itself.
 
-    def __init__(self):
+    Args:
+        instead: who goes on if that fails; without it the learners fail.
+    """
+
+    def __init__(self, instead: Engine | None = None):
+        self.instead, self.works = instead, True
         self.learners: list[Learner] = []
 
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, apart: bool) -> None:
+        if not self.works:
+            return self.instead.step(learners, x, y, apart)
+        gradients = partial(self._gradients, list(learners), x, y)
         try:
-            losses = learners[0].within_memory(partial(self._gradients, list(learners), x, y), len(y))
+            losses = gradients() if self.instead else within_memory(learners, gradients, len(y))
         except SplitError:  # not alike: the same for every batch
             raise
         except Exception as e:
-            for n in learners:
-                n.guard(partial(_raise, e), apart)
-            return
+            if self.instead is None:
+                for n in learners:
+                    n.guard(partial(_raise, e), apart)
+                return
+            tqdm.write(f"not packed: {headline(e)}", sys.stdout)
+            self.works = False
+            return self.step(learners, x, y, apart)
         for n, loss in zip(learners, losses):
             n.guard(partial(n.update, loss, len(y)), apart)
 
@@ -85,8 +99,8 @@ class Packed(Engine):
             self.forward = torch.compile(self.packed, backend=name) if name else self.packed
         self.packed.zero_grad()
         total = torch.zeros(len(learners), device=first.device)
-        for x_i, y_i in zip(x.chunk(first.pieces), y.chunk(first.pieces)):
-            with first.own_random(), first.autocast():
+        for i, (x_i, y_i) in enumerate(zip(x.chunk(first.pieces), y.chunk(first.pieces))):
+            with first.own_random(i), first.autocast():
                 logits = self.forward(torch.stack([n.view(x_i) for n in learners]))
                 losses = [n.criterion(own, y_i) * (len(y_i) / len(y)) for n, own in zip(learners, logits)]
             sum(n.scaler.scale(loss) for n, loss in zip(learners, losses)).backward()
@@ -152,7 +166,7 @@ def engine(name: str, learners: Sequence[Learner], device: torch.device, cores: 
     if workers > 1:
         candidates.append(Threads(workers))
     if name == "auto" and not on_cpu and _alike(learners):
-        candidates.append(Packed())
+        candidates.append(Packed(instead=candidates[0]))
     return Auto(candidates, device) if len(candidates) > 1 else candidates[0]
 
 
@@ -174,6 +188,11 @@ def cores() -> int:
 
 
 def share_cores(among: int) -> None:
-    """Give each operation of this process its share of the cores. In the part stage that is one among K, whatever the
-    number of ranks: sums over more threads are rounded otherwise, and a part would differ."""
+    """Give each operation of this process its share of the cores, one of so many."""
     torch.set_num_threads(max(1, cores() // max(among, 1)))
+
+
+def share_cores_for_parts(name: str, parts: int, local_world: int) -> None:
+    """The same in the part stage: one of K, whatever the number of ranks, since sums over more threads are rounded
+    otherwise, and a part would differ; of packed ones an operation is that of all."""
+    share_cores(local_world if name == "packed" else parts)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import ModelEmaV3, dispatch_clip_grad
@@ -29,7 +30,8 @@ RANDOM = threading.Lock()  # torch has one random state for all threads
 
 class Learner:
     """One network in training. The dropout of an update follows from `seed` and the update's number, so that learners
-    that share a process do not disturb each other, and one that was interrupted goes on as if it had not been.
+    that share a process do not disturb each other, and one that was interrupted goes on as if it had not been; packed
+    ones (`engines.Packed`) draw together.
 
     Args:
         box: what the network sees of a batch; None for all of it. While it trains, ``--roam`` moves the box.
@@ -66,6 +68,7 @@ class Learner:
         self.ema = ModelEmaV3(self.net, decay=args.model_ema_decay) if args.model_ema else None
         self.criterion = criterion(args)
         self.pieces = args.grad_accum_steps
+        self.around_step: Callable[[], AbstractContextManager] = nullcontext  # of the optimizer
         self.dtype = getattr(torch, args.amp_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp and self.dtype is torch.float16)
         self._draws = True
@@ -90,22 +93,7 @@ class Learner:
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """One update on a batch."""
-        self.update(self.within_memory(partial(self._gradients, x, y), len(y)), len(y))
-
-    def within_memory(self, gradients: Callable[[], torch.Tensor], images: int) -> torch.Tensor:
-        """`gradients()` of a batch; if that needs more memory than there is, once with half the images at a time."""
-        try:
-            return gradients()
-        except torch.OutOfMemoryError:
-            if images < 2 * self.pieces or self.pieces > self.args.grad_accum_steps or self.model is not self.net:
-                raise
-        self.pieces *= 2
-        tqdm.write(
-            f"{self.name}: out of memory; goes on with {-(-images // self.pieces)} images at a time, "
-            f"{images} for an update",
-            sys.stdout,
-        )
-        return gradients()
+        self.update(within_memory([self], partial(self._gradients, x, y), len(y)), len(y))
 
     def _gradients(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The loss of a batch, its gradients added up over `pieces`."""
@@ -115,7 +103,7 @@ class Learner:
         for i, (x_i, y_i) in enumerate(pieces):
             later = self.model.no_sync() if self.model is not self.net and i + 1 < len(pieces) else nullcontext()
             with later:
-                with self.own_random(), self.autocast():
+                with self.own_random(i), self.autocast():
                     loss = self.criterion(self.forward(self.view(x_i)), y_i) * (len(y_i) / len(y))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -126,7 +114,8 @@ class Learner:
         if self.args.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             dispatch_clip_grad(self.model.parameters(), self.args.clip_grad, self.args.clip_mode)
-        self.scaler.step(self.optimizer)
+        with self.around_step():
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.updates += 1
         if self.ema is not None:
@@ -134,6 +123,13 @@ class Learner:
         self.schedule.step_update(self.updates)
         self._total = self._total + loss * images
         self._images += images
+
+    def agree(self) -> None:
+        """Under DistributedDataParallel ranks have BatchNorm statistics of their own; it takes those of the first for
+        all, and so do the averages."""
+        if self.ema is not None and self.model is not self.net:
+            for statistics in self.ema.module.buffers():
+                dist.broadcast(statistics, 0)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.args.amp)
@@ -186,7 +182,7 @@ class Learner:
         return x.contiguous(memory_format=torch.channels_last) if self.args.channels_last else x
 
     @contextmanager
-    def own_random(self) -> Iterator[None]:
+    def own_random(self, piece: int) -> Iterator[None]:
         """Random numbers of its own, while no other learner draws any; nothing of that once it drew none in a step."""
         if not self._draws:
             yield
@@ -194,12 +190,12 @@ class Learner:
         module = torch.cuda if self.device.type == "cuda" else torch
         with RANDOM:
             before = module.get_rng_state()
-            module.manual_seed((self.seed << 32) + self.updates)
+            module.manual_seed((piece << 52) + (self.seed << 32) + self.updates)
             seeded = module.get_rng_state()
             try:
                 yield
-            finally:
                 self._draws = not torch.equal(seeded, module.get_rng_state())
+            finally:
                 module.set_rng_state(before)
 
     # ---- what a checkpoint holds
@@ -243,6 +239,36 @@ class Learner:
         self.scaler.load_state_dict(numbers["scaler"])
         self.seconds, self._images = numbers["seconds"], numbers["images"]
         self._total = tensors["total"].to(self.device)
+
+
+def within_memory(learners: Sequence[Learner], gradients: Callable[[], Any], images: int) -> Any:
+    """``gradients()`` of a batch; if they need more memory than there is, once with half the images at a time. Running
+    statistics have then seen some images twice.
+
+    Raises:
+        TrainError: not even so, or under DistributedDataParallel, which waits for gradients of the whole batch.
+    """
+    first, names = learners[0], ", ".join(n.name for n in learners)
+    try:
+        return gradients()
+    except torch.OutOfMemoryError as e:
+        if images < 2 * first.pieces or first.pieces > first.args.grad_accum_steps or first.model is not first.net:
+            raise _too_large(names, images, first.pieces) from e
+    for n in learners:
+        n.pieces *= 2
+    at_a_time = -(-images // first.pieces)
+    tqdm.write(f"{names}: out of memory; goes on with {at_a_time} images at a time, {images} for an update", sys.stdout)
+    try:
+        return gradients()
+    except torch.OutOfMemoryError as e:
+        raise _too_large(names, images, first.pieces) from e
+
+
+def _too_large(names: str, images: int, pieces: int) -> TrainError:
+    return TrainError(
+        f"{names}: out of memory with {-(-images // pieces)} images at a time; use a smaller --batch-size, with "
+        "--grad-accum-steps for as many images an update"
+    )
 
 
 def criterion(args: argparse.Namespace) -> nn.Module:

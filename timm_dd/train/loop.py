@@ -55,6 +55,8 @@ class Stage:
                 continue
             speed = self._epoch(due, epoch)
             due = _alive(due)
+            for learner in due:
+                learner.agree()
             keeper = self.keeper if self.primary else None
             accuracies = evaluate(due, self.loaders[1], self.engine, keeper=keeper, shared=not self.apart)
             seconds = time.perf_counter() - start
@@ -69,8 +71,9 @@ class Stage:
     def _keep(self, learners: Sequence[Learner]) -> None:
         for learner in learners:
             _write_summary(learner)
-            self.trackers.log(learner.name, len(learner.history), learner.history[-1])
             save(learner)
+        for learner in learners:
+            self.trackers.log(learner.name, len(learner.history), learner.history[-1])
 
     def _say(self, learners: Sequence[Learner], epoch: int, speed: str) -> None:
         rates = " ".join(

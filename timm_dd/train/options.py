@@ -186,7 +186,11 @@ def _stages(g) -> None:
         help="of the learning rate, for the weights between the blocks while the composed model is fine-tuned",
     )
     g.add_argument(
-        "--cycles", type=int, default=1, metavar="N", help="split the fine-tuned model again and go on, N times in all"
+        "--cycles",
+        type=int,
+        default=1,
+        metavar="N",
+        help="split the fine-tuned model again and go on, N times in all, in cycle-2 … of the run's folder",
     )
     g.add_argument(
         "--reassign", action="store_true", help="in the next cycle each part gets channels of all parts of the last"
@@ -273,6 +277,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("parts", "grad_accum_steps", "cycles"):
         if getattr(args, name) < 1:
             p.error(f"{_flag(name)} is a whole number from 1 up, got {getattr(args, name)}")
+    if args.parts == 1 and args.calibrate != "sum":
+        p.error("--calibrate is for two parts or more")
     if isinstance(args.part_lr, (int, float)):  # from YAML
         args.part_lr = [args.part_lr]
     if args.part_lr is not None and len(args.part_lr) not in (1, args.parts):

@@ -33,13 +33,12 @@ from ..split import Parts, split
 from ..table import table
 from . import data, options
 from .checkpoints import Keeper, restore
-from .composed import add_noise, between, calibrate, reassign, set_rate
-from .engines import Engine, cores, engine, share_cores
+from .composed import add_noise, between, calibrate, own_rate, reassign
+from .engines import Engine, cores, engine, share_cores, share_cores_for_parts
 from .learner import Learner
 from .loop import Stage, evaluate
 from .trackers import Trackers
 
-RUN_ID = "TORCHELASTIC_RUN_ID"
 WAIT = datetime.timedelta(days=7)  # the first rank to finish its parts waits for the last
 
 
@@ -60,6 +59,15 @@ class Ranks:
     @property
     def primary(self) -> bool:
         return self.rank == 0
+
+    @property
+    def launch(self) -> str | None:
+        """What all ranks of one torchrun have in common, and its restarts: its run id, or if it was given none its
+        process on this node; None for ranks on several nodes, or without torchrun."""
+        given = os.environ.get("TORCHELASTIC_RUN_ID")
+        if given == "none":
+            return f"pid{os.getppid()}" if self.world == self.local_world else None
+        return given
 
     def device(self, name: str | None) -> torch.device:
         if name == "cpu" or (name is None and not torch.cuda.is_available()):
@@ -135,8 +143,10 @@ class Run:
             begun = [p for p in begun if not (p / last / "summary.json").exists()]
             if begun:
                 return max(begun, key=lambda p: p.stat().st_mtime)
-        if RUN_ID in os.environ:
-            return base / f"{name}-{os.environ[RUN_ID][:8]}"
+        if self.ranks.launch is not None:
+            return base / f"{name}-{self.ranks.launch[:8]}"
+        if self.ranks.world > 1:
+            raise TrainError("ranks on several nodes need one name for the run: --experiment, or torchrun --rdzv-id")
         return next(p for i in itertools.count() if not (p := base / (f"{name}-{i}" if i else name)).exists())
 
     # ---- stage 1
@@ -150,7 +160,7 @@ class Run:
         if not own:
             return
         args = options.stage(self.args, "part")
-        share_cores(self.args.parts)
+        share_cores_for_parts(args.engine, args.parts, self.ranks.local_world)
         loaders = data.loaders(args, self.data_config, self.train_set, self.val_set, self.device, distributed=False)
         learners = [self._part(k, self.parts[k], len(loaders[0])) for k in own]
         for learner in learners if self.resuming else ():
@@ -257,11 +267,13 @@ class Run:
         if args.off_diagonal_noise:
             add_noise(weights, args.off_diagonal_noise, self.seed)
         if args.off_diagonal_lr != 1:
-            set_rate(learner.optimizer, weights, args.off_diagonal_lr)
+            learner.around_step = partial(own_rate, weights, args.off_diagonal_lr)
         anew = args.update_bn and any(isinstance(m, _NormBase) for m in learner.net.modules())
         if anew:
             update_bn(loader, learner.model, self.device)
         calibrate(learner.net, plan, args.calibrate, loader, self.device)
+        if learner.ema is not None:
+            learner.ema.set(learner.net)
         return anew or bool(args.off_diagonal_noise)
 
     def baseline(self) -> tuple[float, float]:
@@ -316,10 +328,12 @@ class Run:
     def go(self) -> dict:
         """Both stages, and the baseline if asked for; writes and prints the summary on the first rank."""
         done = self.folder / "summary.json"
-        if self.resuming and self.cycle < self.args.cycles and done.exists():
-            return json.loads(done.read_text())
         if self.ranks.primary:
             self._open()
+        if self.resuming and self.cycle < self.args.cycles and done.exists():
+            for k in range(self.args.parts):
+                self._check_done(k)
+            return json.loads(done.read_text())
         with self.keeper, Trackers(self.args, self.folder, self.ranks.rank) as self.trackers:
             try:
                 summary = self._stages()
@@ -349,7 +363,8 @@ class Run:
 
     def _open(self) -> None:
         if (self.folder / "args.yaml").exists():
-            restarted = self.resuming and (self.folder / "args.yaml").read_text().startswith(_signature())
+            signature = (self.folder / "args.yaml").read_text().split("\n", 1)[0]
+            restarted = self.resuming and self.ranks.launch is not None and signature == self._signature()
             if self.args.resume is None and not restarted:
                 raise TrainError(
                     f"{self.folder} holds a run already; go on with --resume, or choose another --experiment"
@@ -360,7 +375,8 @@ class Run:
             files.save_plan(self.parts_folder, self.parts.plan)
             files.save_plan(self.folder, self.parts.plan)
             with files.replacing(self.folder / "args.yaml") as temporary:  # last: with it there is a run
-                temporary.write_text(_signature() + yaml.safe_dump(vars(self.args), default_flow_style=None))
+                given = yaml.safe_dump(vars(self.args), default_flow_style=None)
+                temporary.write_text(f"{self._signature()}\n{given}")
         files.remove_temporaries(self.folder, self.begun)
         plan = self.parts.plan
         verdict = "exact" if plan.exact else f"approximate in {len(plan.approximations)} places"
@@ -371,6 +387,10 @@ class Run:
             f"{self.ranks.world} rank(s) on {self.device.type}; {self.folder}",
             flush=True,
         )
+
+    def _signature(self) -> str:
+        """The first line of args.yaml: by it torchrun's second start knows the run of its first."""
+        return f"# torchrun {self.ranks.launch}"
 
     def report(self, summary: dict) -> str:
         """The table that ends a run."""
@@ -411,8 +431,3 @@ def _accuracy(learner: Learner, loaders, shared: bool) -> float:
     if learner.history:
         return learner.history[-1]["top1"]
     return evaluate([learner], loaders[1], Engine(), shared=shared)[0]
-
-
-def _signature() -> str:
-    """The first line of args.yaml: by it torchrun's second start knows the run of its first."""
-    return f"# torchrun {os.environ.get(RUN_ID)}\n"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from ..errors import TrainError
+from tqdm import tqdm
+
+from ..errors import TrainError, headline
 
 
 class Trackers:
@@ -20,13 +23,17 @@ class Trackers:
         self.wandb = _wandb(args, folder, rank) if args.log_wandb else None
 
     def log(self, name: str, epoch: int, row: dict[str, float]) -> None:
-        """`row` of a network after so many epochs."""
+        """`row` of a network after so many epochs. Once one fails there are no more."""
         values = {f"{name}/{key}": value for key, value in row.items()}
-        if self.board is not None:
-            for key, value in values.items():
-                self.board.add_scalar(key, value, epoch)
-        if self.wandb is not None:
-            self.wandb.log({**values, "epoch": epoch})
+        try:
+            if self.board is not None:
+                for key, value in values.items():
+                    self.board.add_scalar(key, value, epoch)
+            if self.wandb is not None:
+                self.wandb.log({**values, "epoch": epoch})
+        except Exception as e:  # of disks and networks; the training goes on
+            tqdm.write(f"no more figures to trackers: {headline(e)}", sys.stdout)
+            self.board = self.wandb = None
 
     def __enter__(self) -> Trackers:
         return self
