@@ -21,17 +21,12 @@ from timm_dd.train.run import train
 
 VARIANTS = {
     "as in the paper": "",
-    "roam 0.25": "--roam 0.25",
     "roam 0.5": "--roam 0.5",
     "roam 0.75": "--roam 0.75",
-    "roam 1": "--roam 1",
     "mean": "--calibrate mean",
     "temperature": "--calibrate temperature",
     "noise 0.1": "--off-diagonal-noise 0.1",
-    "noise 0.5": "--off-diagonal-noise 0.5",
     "rate 0.3 between blocks": "--off-diagonal-lr 0.3",
-    "rate 3 between blocks": "--off-diagonal-lr 3",
-    "roam 0.75, mean": "--roam 0.75 --calibrate mean",
     "2 cycles": "--cycles 2",
     "2 cycles, reassigned": "--cycles 2 --reassign",
 }

@@ -219,9 +219,9 @@ def test_packed_gives_up_for_another_engine(tmp_path, capsys):
     """In auto's trial: with the updates of the other, from the first batch on."""
     some, alone = learners(tmp_path), learners(tmp_path)
     for n in some:
-        n.net.relu = Branches()
+        n.net.act1 = Branches()
     for n in alone:
-        n.net.relu = nn.ReLU()
+        n.net.act1 = nn.ReLU()
     by = Packed(instead=Engine())
     for x, y in batches(2):
         by.step(some, x, y, apart=True)
@@ -255,9 +255,7 @@ def test_packed_dropout(tmp_path):
         """Of two parts that are alike, before the first update and after each."""
         torch.manual_seed(7)
         parts = timm_dd.split(Drops(), 2, example_input=torch.empty(1, 3, 8, 8), domain=Domain.full(2))
-        args = options.parse(
-            [*RUN, "--grad-accum-steps", "2", "--opt", "sgd", "--momentum", "0", "--weight-decay", "0"]
-        )
+        args = options.parse([*RUN, "--grad-accum-steps", "2", "--opt", "momentum"])
         some = [Learner(f"part {k}", p, None, args, CPU, 5, 16, k, tmp_path) for k, p in enumerate(parts)]
         some[1].net.load_state_dict(some[0].net.state_dict())
         by, seen = Packed(), [[n.net.fc.weight.detach().clone() for n in some]]
