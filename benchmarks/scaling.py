@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_dd
-from timm_dd import Domain, models
+from timm_dd import Box, Domain, models
 from timm_dd.train import options
 from timm_dd.train.learner import Learner
 
@@ -100,9 +100,10 @@ def simulated(rounds: int):
     with tempfile.TemporaryDirectory() as folder:
         for side in (1, 2, 4, 8, 16, 32):
             K = side * side
-            given = {"domain": Domain.grid(side, side), "img_size": SIZE, "num_classes": 10, "narrow": "replicate"}
-            parts = timm_dd.split(MODEL, K, **given)
-            part, box = parts[0].to(memory_format=torch.channels_last), parts.plan.boxes()[0]
+            box = Box((0, 0), (SIZE // side, SIZE // side))
+            given = {"img_size": SIZE, "num_classes": 10, "narrow": "replicate"}
+            one = timm_dd.split(MODEL, 1, width_divisor=K, domain=Domain.custom([box]), **given)
+            part = one[0].to(memory_format=torch.channels_last)
             network = learner(part, box, folder)
             step = seconds(lambda n=network: n.step(x, y), rounds)
             base = base or step
