@@ -56,21 +56,40 @@ def test_block(block, folder):
     run(*BLOCKS[block], folder)
 
 
+def table(name):
+    return list(csv.DictReader((ROOT / "benchmarks" / f"{name}.csv").open()))
+
+
 def test_ratios_are_those_of_the_table():
-    rows = list(csv.DictReader((ROOT / "benchmarks/epoch_ratio.csv").open()))
-    found = {(r["setting"], r["engine"]): (r["ratio"], r["limit"]) for r in rows}
-    for setting, start in (("resnet32", "4 | 16×16"), ("resnet32-overlap", "4 | 20×20"), ("resnet32-8", "8 | 16×8")):
-        (one, limit), (threads, _) = found[setting, "sequential"], found[setting, "threads"]
-        assert f"| {start} | {float(one):.1f}× | {float(threads):.1f}× | {float(limit):.1f}× |" in TEXT
+    rows = table("epoch_ratio")
+    starts = {
+        "resnet32": "4 | 16×16",
+        "resnet32-overlap": "4 | 20×20",
+        "resnet32-8": "8 | 16×8",
+        "resnet32-16": "16 | 8×8",
+    }
+    for setting, start in starts.items():
+        own = {r["engine"]: r for r in rows if r["setting"] == setting}
+        ratios = " | ".join(f"{float(own[e]['ratio']):.1f}×" for e in ("sequential", "threads", "packed"))
+        memory = " / ".join(own[e]["parts_mb"] for e in ("sequential", "threads", "packed"))
+        limit, whole = float(own["threads"]["limit"]), own["threads"]["global_mb"]
+        assert f"| {start} | {ratios} | {limit:.1f}× | {memory} of {whole} |" in TEXT
 
 
 def test_means_are_those_of_the_table():
-    rows = list(csv.DictReader((ROOT / "benchmarks/stage2_start.csv").open()))
-    for roam, name in (("0.0", "0"), ("0.5", "0.5"), ("0.75", "0.75"), ("1.0", "1")):
-        seeds = [r for r in rows if r["roam"] == roam]
-        keys = ("parts", "together", "composed", "updated", "tuned")
+    rows = table("stage2_start")
+    for variant in dict.fromkeys(r["variant"] for r in rows):
+        seeds = [r for r in rows if r["variant"] == variant]
+        keys = ("parts", "together", "composed", "updated", "first", "tuned")
         means = (sum(float(r[k]) for r in seeds) / len(seeds) for k in keys)
-        assert f"| {name} | {' | '.join(f'{m:.2f}' for m in means)} |" in TEXT
+        assert len(seeds) == 3 and f"| {variant} | {' | '.join(f'{m:.2f}' for m in means)} |" in TEXT
+
+
+def test_scaling_is_that_of_the_table():
+    rows = table("scaling")
+    speed = {(r["kind"], r["what"], r["ranks"]): f"{float(r['speed']):.1f}" for r in rows}
+    found = [speed["measured", what, n] for what in ("parts", "DistributedDataParallel") for n in "12"]
+    assert "{} times with one rank and {} with two, the global network {} and {}".format(*found) in TEXT
 
 
 @pytest.mark.parametrize("parts", ["2", "4", "8"])
