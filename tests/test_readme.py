@@ -92,6 +92,11 @@ def test_scaling_is_that_of_the_table():
     assert "{} times with one rank and {} with two, the global network {} and {}".format(*found) in TEXT
 
 
+def test_time_to_accuracy_is_that_of_the_table():
+    ratios = [float(r["ratio"]) for r in table("time_to_accuracy")]
+    assert len(ratios) == 3 and f"after {sum(ratios) / 3:.2f}\nof their time, the mean of three seeds" in TEXT
+
+
 @pytest.mark.parametrize("parts", ["2", "4", "8"])
 def test_totals_are_those_of_the_tables(parts):
     names = (ROOT / "benchmarks/zoo/names.txt").read_text().split()
