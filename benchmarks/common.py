@@ -1,7 +1,9 @@
-"""What the benchmarks share: where a figure comes from."""
+"""What the benchmarks share: where a figure comes from, and their tables."""
 
+import csv
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,3 +22,10 @@ def provenance() -> dict[str, str]:
         "python": platform.python_version(),
         "device": device,
     }
+
+
+def write_table(path: Path, rows: Iterable[dict], fields: Sequence[str]) -> None:
+    with path.open("w", newline="") as f:
+        writer = csv.DictWriter(f, fields)
+        writer.writeheader()
+        writer.writerows(rows)

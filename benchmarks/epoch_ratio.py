@@ -9,7 +9,6 @@ Peak memory is that of three steps in a process of their own, over what it held 
 """
 
 import argparse
-import csv
 import gc
 import multiprocessing
 import re
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common import provenance
+from common import provenance, write_table
 
 import timm_dd
 from timm_dd import Box, Domain, models
@@ -191,10 +190,7 @@ def main() -> None:
         table.append({**row, **origin})
         print("  ".join(map(str, row.values())), flush=True)
     if not args.settings:
-        with path.open("w", newline="") as f:
-            writer = csv.DictWriter(f, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+        write_table(path, table, list(table[0]))
         draw(table, path.with_suffix(".png"))
 
 

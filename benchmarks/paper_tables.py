@@ -8,7 +8,6 @@ paper's digits; the ratio global/part of the FLOPs, ours those of (2.10), within
 if it has a reason and its recount is inside. Layers (Table 2.1) are equal or not. Exit status 1 if a row is neither.
 """
 
-import csv
 import sys
 import textwrap
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import NamedTuple
 
 import timm
 import torch
-from common import provenance
+from common import provenance, write_table
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
@@ -458,10 +457,7 @@ def main() -> int:
         rows += (own := list(make()))
         print(text(own))
     origin = provenance()
-    with CSV.open("w", newline="") as f:
-        writer = csv.DictWriter(f, [*max(rows, key=len), *origin])
-        writer.writeheader()
-        writer.writerows({**r, **origin} for r in rows)
+    write_table(CSV, ({**r, **origin} for r in rows), [*max(rows, key=len), *origin])
     verdicts = Counter(r["verdict"] for r in rows)
     print(f"{len(rows)} rows:", ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()))
     return int("OUTSIDE" in verdicts)

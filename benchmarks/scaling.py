@@ -10,7 +10,6 @@ network's on one core.
 """
 
 import argparse
-import csv
 import os
 import statistics
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import provenance
+from common import provenance, write_table
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -148,10 +147,7 @@ def main() -> None:
             table.append({**found, **origin})
             print("  ".join(found.values()), flush=True)
     path = Path(__file__).with_suffix(".csv")
-    with path.open("w", newline="") as f:
-        writer = csv.DictWriter(f, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+    write_table(path, table, list(table[0]))
     draw(table, path.with_suffix(".png"))
 
 

@@ -14,7 +14,7 @@ import csv
 import tempfile
 from pathlib import Path
 
-from common import provenance
+from common import provenance, write_table
 
 from timm_dd.train import options
 from timm_dd.train.run import train
@@ -66,10 +66,7 @@ def main() -> None:
     for line in [shown, *([r[k] for k in shown] for r in table)]:
         print("  ".join(cell.ljust(8) for cell in line))
     if args.data_dir is None and not args.given:
-        with Path(__file__).with_suffix(".csv").open("w", newline="") as f:
-            writer = csv.DictWriter(f, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+        write_table(Path(__file__).with_suffix(".csv"), table, list(table[0]))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from common import provenance
+from common import provenance, write_table
 
 from timm_dd.train import options
 from timm_dd.train.run import Run
@@ -67,10 +67,7 @@ def main() -> None:
             f"ratio {statistics.mean(ratios):.2f} ± {statistics.stdev(ratios):.2f}, {len(ratios)} of {len(table)} seeds"
         )
     if not args.given:
-        with Path(__file__).with_suffix(".csv").open("w", newline="") as f:
-            writer = csv.DictWriter(f, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+        write_table(Path(__file__).with_suffix(".csv"), table, list(table[0]))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import timm
 import torch
-from common import provenance
+from common import provenance, write_table
 from tqdm import tqdm
 
 import timm_dd
@@ -150,10 +150,7 @@ def main() -> int:
         rows.append({"model": name, "parts": args.parts, **row, "seconds": f"{time.time() - start:.1f}", **origin})
         tqdm.write(" ".join(f"{rows[-1].get(f, '')}" for f in FIELDS))
         if not args.names:
-            with table.open("w", newline="") as f:
-                writer = csv.DictWriter(f, [*FIELDS, *origin])
-                writer.writeheader()
-                writer.writerows(sorted(rows, key=lambda r: r["model"]))
+            write_table(table, sorted(rows, key=lambda r: r["model"]), [*FIELDS, *origin])
     verdicts = [r["verdict"] for r in rows]
     print(f"K={args.parts}:", ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts))))
     return int("FAILED" in verdicts)

@@ -119,8 +119,7 @@ def pack(parts: Sequence[fx.GraphModule]) -> Packed:
     Raises:
         SplitError: they have different shapes or numbers.
     """
-    for k, part in enumerate(parts):
-        _check_alike(k, part, parts[0])
+    check_alike(parts)
     rows = zip(*(_tensors(part) for part in parts))
     stacked = {id(row[0][1]): _stack([t for _, t in row]) for row in rows}
     root, graph = copy_graph(parts[0])
@@ -143,13 +142,15 @@ def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return nn.Parameter(new, tensors[0].requires_grad) if isinstance(tensors[0], nn.Parameter) else new
 
 
-def _check_alike(k: int, part: fx.GraphModule, first: fx.GraphModule) -> None:
-    for (name, a), (_, b) in zip(_numbers(first), _numbers(part)):
-        if a != b:
-            raise SplitError(
-                f"parts that are packed have the same numbers, but {name} is {a} in part 0 and {b} in part {k}; "
-                "choose K that divides all widths and boxes of one size, or train the parts one after another"
-            )
+def check_alike(parts: Sequence[fx.GraphModule]) -> None:
+    """Raise SplitError unless `parts` can be packed."""
+    for k, part in enumerate(parts):
+        for (name, a), (_, b) in zip(_numbers(parts[0]), _numbers(part)):
+            if a != b:
+                raise SplitError(
+                    f"parts that are packed have the same numbers, but {name} is {a} in part 0 and {b} in part {k}; "
+                    "choose K that divides all widths and boxes of one size, or train the parts one after another"
+                )
 
 
 def _numbers(part: fx.GraphModule) -> Iterator[tuple[str, Any]]:

@@ -6,7 +6,6 @@ rounding, and draws dropout's masks for all its learners together, so that they 
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import time
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import SplitError, TrainError, headline
-from ..packed import pack
+from ..packed import check_alike, pack
 from .learner import Learner, within_memory
 
 TRIALS = 3
@@ -48,7 +47,7 @@ class Threads(Engine):
     bits."""
 
     def __init__(self, workers: int):
-        start = functools.partial(torch.set_num_threads, torch.get_num_threads())
+        start = partial(torch.set_num_threads, torch.get_num_threads())
         self.pool = ThreadPoolExecutor(workers, initializer=start)
 
     def run(self, works: Sequence[Callable[[], Any]]) -> list:
@@ -172,7 +171,7 @@ def engine(name: str, learners: Sequence[Learner], device: torch.device, cores: 
 
 def _alike(learners: Sequence[Learner]) -> bool:
     try:
-        pack([n.net for n in learners])
+        check_alike([n.net for n in learners])
     except SplitError:
         return False
     return len(learners) > 1

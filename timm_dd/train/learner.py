@@ -83,6 +83,11 @@ class Learner:
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     @property
+    def distributed(self) -> bool:
+        """Whether ranks share its batches."""
+        return self.model is not self.net
+
+    @property
     def result(self) -> nn.Module:
         """What the training gives: the network, or with --model-ema the moving average of its weights."""
         return self.net if self.ema is None else self.ema.module
@@ -101,7 +106,7 @@ class Learner:
         total = torch.zeros_like(self._total)
         pieces = list(zip(x.chunk(self.pieces), y.chunk(self.pieces)))
         for i, (x_i, y_i) in enumerate(pieces):
-            later = self.model.no_sync() if self.model is not self.net and i + 1 < len(pieces) else nullcontext()
+            later = self.model.no_sync() if self.distributed and i + 1 < len(pieces) else nullcontext()
             with later:
                 with self.own_random(i), self.autocast():
                     loss = self.criterion(self.forward(self.view(x_i)), y_i) * (len(y_i) / len(y))
@@ -127,7 +132,7 @@ class Learner:
     def agree(self) -> None:
         """Under DistributedDataParallel ranks have BatchNorm statistics of their own; it takes those of the first for
         all, and so do the averages."""
-        if self.ema is not None and self.model is not self.net:
+        if self.ema is not None and self.distributed:
             for statistics in self.ema.module.buffers():
                 dist.broadcast(statistics, 0)
 
@@ -252,7 +257,7 @@ def within_memory(learners: Sequence[Learner], gradients: Callable[[], Any], ima
     try:
         return gradients()
     except torch.OutOfMemoryError as e:
-        if images < 2 * first.pieces or first.pieces > first.args.grad_accum_steps or first.model is not first.net:
+        if images < 2 * first.pieces or first.pieces > first.args.grad_accum_steps or first.distributed:
             raise _too_large(names, images, first.pieces) from e
     for n in learners:
         n.pieces *= 2
