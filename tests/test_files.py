@@ -1,8 +1,15 @@
 """Parts and composed models on disk: round trips, and refusals that leave nothing behind."""
 
+import hashlib
 import json
 import os
+import random
+import resource
 import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,10 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import timm_dd
-from timm_dd import Domain, MergeError, Parts
+from timm_dd import Domain, MergeError, Parts, tensorfile
+from timm_dd.atomic import output_folder, replacing
 from timm_dd.files import part_name
 
 NAME = "resnet10t"
+TIMM_DD = str(Path(sys.executable).parent / "timm-dd")
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +51,22 @@ def test_what_a_folder_holds(saved):
         "plan.json",
     ]
     with safe_open(folder / part_name(1, 2), "pt") as f:
-        assert f.metadata()["part"] == "1" and f.metadata()["model"] == NAME
+        metadata = f.metadata()
         assert set(f.keys()) == set(parts[1].state_dict())
+    expected = {"timm_dd.format": "1", "model": NAME, "part": "1", "parts": "2", "seed": "0", "epoch": "null"}
+    assert expected.items() <= metadata.items()
+    assert json.loads(metadata["model_args"]) == {"num_classes": 3}
+    assert json.loads(metadata["domain"]) == {"kind": "Grid", "grid_shape": [1, 2], "overlap": 6, "margin": 0}
+    assert (metadata["timm_dd"], metadata["timm"]) == (timm_dd.__version__, timm.__version__)
+    assert metadata["plan"] == hashlib.sha256((folder / "plan.json").read_bytes()).hexdigest()
+
+
+def test_seed_and_epoch_come_back(saved, tmp_path):
+    parts = Parts.load(saved[0])
+    assert (parts.seed, parts.epoch) == (0, None)
+    parts.epoch = 7
+    parts.save(tmp_path)
+    assert (Parts.load(tmp_path).seed, Parts.load(tmp_path).epoch) == (0, 7)
 
 
 def test_load_gives_the_parts_back(saved):
@@ -73,7 +96,7 @@ def test_merge_from_disk_is_merge_in_memory(saved, tmp_path):
 
 def test_stock_timm_loads_the_composed_model(saved, tmp_path):
     folder, parts = saved
-    timm_dd.merge_files(folder, tmp_path, data={"mean": (0.1, 0.2, 0.3)})
+    timm_dd.merge_files(folder, tmp_path)
     x = torch.randn(2, 3, 64, 64)
     expected = timm_dd.merge(parts).eval()(x)
     overlay = dict(file=str(tmp_path / "model.safetensors"), num_classes=3)
@@ -84,7 +107,7 @@ def test_stock_timm_loads_the_composed_model(saved, tmp_path):
         assert torch.equal(model.eval()(x), expected)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architecture"] == NAME and config["num_classes"] == 3
-    assert config["pretrained_cfg"]["input_size"] == [3, 64, 64] and config["pretrained_cfg"]["mean"] == [0.1, 0.2, 0.3]
+    assert config["pretrained_cfg"]["input_size"] == [3, 64, 64]
 
 
 def test_parts_that_give_features(tmp_path):
@@ -105,7 +128,7 @@ def test_parts_of_a_module(tmp_path):
     parts.save(tmp_path / "parts")
     assert torch.equal(Parts.load(tmp_path / "parts", model=model)(x), parts(x))
     assert torch.equal(timm_dd.merge(tmp_path / "parts", model=model)(x), timm_dd.merge(parts)(x))
-    timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed", model=model)
+    timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed")
     assert [p.name for p in (tmp_path / "composed").iterdir()] == ["model.safetensors"]
     with pytest.raises(MergeError, match="pass that module"):
         timm_dd.merge(tmp_path / "parts")
@@ -118,11 +141,31 @@ def test_filters_outside_the_state_dict_come_back(tmp_path):
     assert torch.equal(Parts.load(tmp_path).eval()(x), parts.eval()(x))
 
 
+def test_a_model_from_a_folder_is_split_by_its_own_name(tmp_path):
+    """Whoever merges the parts need not have that folder."""
+    timm_dd.merge_files(_parts(tmp_path / "first", num_classes=3), tmp_path / "composed")
+    parts = timm_dd.split(f"local-dir:{tmp_path / 'composed'}", 2, pretrained=True)
+    assert parts.plan.model == NAME and parts.plan.model_args["num_classes"] == 3
+    expected = timm.create_model(f"local-dir:{tmp_path / 'composed'}", pretrained=True).state_dict()
+    merged = timm_dd.merge(parts).state_dict()  # already block-diagonal
+    assert all(torch.equal(v, merged[k]) for k, v in expected.items())
+
+
+def _parts(folder, **kwargs):
+    timm_dd.split(NAME, 2, seed=0, **kwargs).save(folder)
+    return folder
+
+
 # ---- refusals
 
 
 def missing(folder):
     (folder / part_name(1, 2)).unlink()
+
+
+def twice(folder):
+    (folder / "1").mkdir()
+    (folder / "1" / part_name(1, 2)).write_bytes((folder / part_name(1, 2)).read_bytes())
 
 
 def truncated(folder):
@@ -134,21 +177,47 @@ def empty(folder):
     (folder / part_name(1, 2)).write_bytes(b"")
 
 
-def rewrite(folder, change, k=1):
+def longer(folder):
+    path = folder / part_name(1, 2)
+    path.write_bytes(path.read_bytes() + b"more")
+
+
+def rewrite(folder, change, k=1, sealed=True):
+    """Part k as a careful liar would write it: with `change`, and sealed again."""
     path = folder / part_name(k, 2)
     with safe_open(path, "pt") as f:
         metadata = f.metadata()
     tensors = load_file(path)
+    metadata.pop("xxh3_128")
     change(tensors, metadata)
-    save_file(tensors, path, metadata)
+    specs = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    with replacing(path) as temporary:  # the tensors are a map of the file
+        tensorfile.write(temporary, specs, map(tensorfile.to_raw, tensors.values()), metadata, sealed)
 
 
 def nan(folder):
-    rewrite(folder, lambda t, m: t["fc.weight"].fill_(float("nan")))
+    rewrite(folder, lambda t, m: t["fc.weight"].view(-1)[-1].fill_(float("nan")))
+
+
+def infinite(folder):
+    rewrite(folder, lambda t, m: t["conv1.0.weight"].view(-1)[0].fill_(-float("inf")))
 
 
 def half(folder):
     rewrite(folder, lambda t, m: t.update({k: v.half() for k, v in t.items() if v.is_floating_point()}))
+
+
+def unsealed(folder):
+    rewrite(folder, lambda t, m: None, sealed=False)
+
+
+def foreign(folder):
+    with replacing(folder / part_name(1, 2)) as temporary:
+        save_file(load_file(folder / part_name(1, 2)), temporary)
+
+
+def newer_part(folder):
+    rewrite(folder, lambda t, m: m.update({"timm_dd.format": "2"}))
 
 
 def a_tensor_less(folder):
@@ -184,51 +253,162 @@ def broken_plan(folder):
     (folder / "plan.json").write_text("{")
 
 
-def newer_plan(folder):
+def deep_plan(folder):
+    (folder / "plan.json").write_text("[" * 100_000 + "]" * 100_000)
+
+
+def lie(change):
+    """A plan with `change`, and parts that swear by it."""
+
+    def spoil(folder):
+        plan = json.loads((folder / "plan.json").read_text())
+        change(plan)
+        (folder / "plan.json").write_text(json.dumps(plan))
+        digest = hashlib.sha256((folder / "plan.json").read_bytes()).hexdigest()
+        for k in range(2):
+            rewrite(folder, lambda t, m: m.update(plan=digest, model=plan.get("model") or ""), k)
+
+    return spoil
+
+
+def other_plan(folder):
     plan = json.loads((folder / "plan.json").read_text())
-    (folder / "plan.json").write_text(json.dumps({**plan, "format": 99}))
+    (folder / "plan.json").write_text(json.dumps({**plan, "exact": False}))
 
 
-def poor_plan(folder):
-    plan = json.loads((folder / "plan.json").read_text())
-    del plan["tensors"]["fc.weight"]["axes"]
-    (folder / "plan.json").write_text(json.dumps(plan))
-
-
+HUGE = 10**12
 SPOILS = {
-    missing: "is missing",
-    truncated: "damaged",
-    empty: "damaged",
-    nan: "not finite",
-    half: "one dtype",
-    a_tensor_less: "lacks fc.weight",
-    another_shape: "has shape",
-    exchanged: "another split",
-    another_model: "another split",
-    another_k: "another split",
-    no_plan: "no plan.json",
-    broken_plan: "not JSON",
-    newer_plan: "format 99",
-    poor_plan: "not a whole plan",
+    "missing": (missing, "is missing"),
+    "twice": (twice, "has part 1 twice"),
+    "truncated": (truncated, "damaged"),
+    "empty": (empty, "damaged"),
+    "longer": (longer, "damaged"),
+    "nan": (nan, "fc.weight is not finite"),
+    "infinite": (infinite, "conv1.0.weight is not finite"),
+    "half": (half, "one dtype"),
+    "unsealed": (unsealed, "was changed"),
+    "foreign": (foreign, "not written by timm_dd"),
+    "newer part": (newer_part, "has format '2', timm_dd .* reads format 1"),
+    "a tensor less": (a_tensor_less, "lacks fc.weight"),
+    "another shape": (another_shape, "has shape"),
+    "exchanged": (exchanged, "its part is '1', expected '0'"),
+    "another model": (another_model, "its model is 'resnet14t'"),
+    "another K": (another_k, "its parts is '3', expected '2'"),
+    "no plan": (no_plan, "no plan.json"),
+    "broken plan": (broken_plan, "not JSON"),
+    "deep plan": (deep_plan, "not JSON"),
+    "changed plan": (other_plan, "its plan is"),
+    "newer plan": (lie(lambda p: p.update(format=99)), "format 99"),
+    "poor plan": (lie(lambda p: p["tensors"]["fc.weight"].pop("axes")), "not a whole plan"),
+    "K of the plan": (lie(lambda p: p.update(parts=HUGE)), "not a whole plan"),
+    "absurd K": (lie(lambda p: p.update(parts=HUGE, domain={"kind": "Full", "parts": HUGE})), "not a whole plan"),
+    "absurd shape": (lie(lambda p: p["tensors"]["fc.weight"].update(shape=[HUGE, 512])), "has shape"),
+    "shape": (lie(lambda p: p["tensors"]["fc.bias"].update(shape=[4])), "has shape"),
+    "axis": (lie(lambda p: p["tensors"]["fc.weight"].update(axes=[None, [[256], [256]]])), "blocks that overlap"),
+    "negative width": (lie(lambda p: p["tensors"]["bn1.bias"].update(axes=[[[{"width": -32}]]])), "not a whole plan"),
+    "a model by path": (lie(lambda p: p.update(model="local-dir:/etc")), "no model 'local-dir:/etc'"),
+    "a model by script": (lie(lambda p: p.update(model="os.system")), "no model 'os.system'"),
+    "a pickle": (lie(lambda p: p["model_args"].update(checkpoint_path="/tmp/a.pth")), "no argument 'checkpoint_path'"),
+    "a number as tensors": (lie(lambda p: p.update(tensors=3)), "not a whole plan"),
 }
 
 
-@pytest.mark.parametrize("spoil", SPOILS, ids=lambda f: f.__name__)
-def test_a_spoilt_folder_is_refused_and_nothing_is_left_behind(spoil, folder, tmp_path_factory):
+@pytest.mark.parametrize("case", SPOILS)
+def test_a_spoilt_folder_is_refused_and_nothing_is_left_behind(case, folder, tmp_path_factory):
+    spoil, message = SPOILS[case]
     spoil(folder)
     out = tmp_path_factory.mktemp("out")
     kept = out / "kept"
     kept.mkdir()
     (kept / "model.safetensors").write_text("as it was")
-    for output in (out / "composed", kept):
-        with pytest.raises(MergeError, match=SPOILS[spoil]) as e:
+    for output in (out / "above" / "composed", kept):
+        with pytest.raises(MergeError, match=message) as e:
             timm_dd.merge_files(folder, output)
         assert "\n" not in str(e.value)
-    with pytest.raises(MergeError, match=SPOILS[spoil]):
-        timm_dd.merge(folder)
+    for read in (timm_dd.merge, Parts.load):
+        if case != "half" or read is timm_dd.merge:
+            with pytest.raises(MergeError, match=message):
+                read(folder)
     assert [p.name for p in out.iterdir()] == ["kept"]
     assert [p.name for p in kept.iterdir()] == ["model.safetensors"]
     assert (kept / "model.safetensors").read_text() == "as it was"
+
+
+def test_every_flipped_bit_is_noticed(folder, tmp_path_factory):
+    out, path, generator = tmp_path_factory.mktemp("out"), folder / part_name(0, 2), random.Random(0)
+    whole = path.read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    for at in [*range(0, 8 * 8, 5), *(generator.randrange(8 * (8 + header)) for _ in range(40))] + [
+        generator.randrange(8 * len(whole)) for _ in range(40)
+    ]:
+        spoilt = bytearray(whole)
+        spoilt[at // 8] ^= 1 << at % 8
+        path.write_bytes(spoilt)
+        with pytest.raises(MergeError):
+            timm_dd.merge_files(folder, out / "composed")
+    assert list(out.iterdir()) == []
+
+
+def test_a_plan_of_other_edits_is_refused(folder):
+    """What merge does not need, loading does."""
+    lie(lambda p: p["edits"].append(["nothing", None, ["args", 0], [1, 2]]))(folder)
+    with pytest.raises(MergeError, match="does not fit its model"):
+        Parts.load(folder)
+
+
+def test_two_at_once_into_one_folder(saved, tmp_path):
+    with output_folder(tmp_path / "composed") as aside:
+        aside("model.safetensors").write_text("the first one's")
+        refused = []
+
+        def second():
+            with pytest.raises(MergeError, match="another process is writing into"):
+                timm_dd.merge_files(saved[0], tmp_path / "composed")
+            refused.append(True)
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert refused == [True]
+    assert (tmp_path / "composed" / "model.safetensors").read_text() == "the first one's"
+    timm_dd.merge_files(saved[0], tmp_path / "composed")
+
+
+def test_a_full_disk(saved, tmp_path):
+    """A limit on the size of files stands for the disk's; the process that has it is another one."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "config.json").write_text("as it was")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    for output in (kept, tmp_path / "new" / "composed"):
+        command = [TIMM_DD, "merge", str(saved[0]), "-o", str(output)]
+        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert f"cannot write to {output}: File too large" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+    assert [p.name for p in kept.iterdir()] == ["config.json"] and (kept / "config.json").read_text() == "as it was"
+
+
+def test_what_a_killed_merge_left_is_removed_by_the_next(saved, tmp_path):
+    (tmp_path / ".model.safetensors.abc123").write_bytes(b"half")
+    timm_dd.merge_files(saved[0], tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_part_that_shrinks_while_it_is_read(folder, monkeypatch):
+    """Between the look at its header and the reading of its tensors."""
+    common = timm_dd.files.common_dtypes
+
+    def shrink(dtypes):
+        os.truncate(folder / part_name(1, 2), 100_000)
+        return common(dtypes)
+
+    monkeypatch.setattr(timm_dd.files, "common_dtypes", shrink)
+    with pytest.raises(MergeError, match="it ends at byte"):
+        timm_dd.merge_files(folder, folder / "composed")
 
 
 def test_an_output_below_a_file_is_refused(saved, tmp_path):
@@ -243,6 +423,11 @@ def test_an_unwritable_folder_is_refused(saved, tmp_path):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     with pytest.raises(MergeError, match="cannot write"):
         saved[1].save(tmp_path / "parts")
+
+
+def test_a_folder_that_nobody_can_make(saved):
+    with pytest.raises(MergeError, match="cannot write to /proc/composed"):
+        timm_dd.merge_files(saved[0], "/proc/composed")
 
 
 def test_no_folder(tmp_path):

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "timm_dd"
 # Each imports only from what stands before it.
 ORDER = [
-    "errors", "widths", "domain", "table", "models", "networks", "trace", "sizes", "rules.laws", "rules.registry",
+    "version", "errors", "widths", "domain", "table", "atomic", "tensorfile",
+    "models", "networks", "trace", "sizes", "rules.laws", "rules.registry",
     "rules.pool", "rules.conv", "rules.linear", "rules.norm", "rules.pointwise", "rules.shape", "rules.attention",
     "rules.recurrent", "rules", "plan", "planner", "claims",
     "files", "packed", "split", "merge", "profile", "verify", "picture",

@@ -12,8 +12,7 @@ from .plan import Plan
 from .profile import Profile, profile
 from .split import Parts, plan, split
 from .verify import Report, verify
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "Box",

@@ -1,35 +1,34 @@
-"""Parts and composed models on disk: safetensors and JSON, each file written aside, synced, then renamed.
+"""Folders of parts and composed models, as safetensors and JSON.
 
-A folder of parts holds ``plan.json`` and ``part-0000k-of-0000K.safetensors``; each part's metadata names the format,
-its index, K, the model and the plan's digest. A composed model is timm's form: ``model.safetensors``, ``config.json``.
+A folder of parts holds ``plan.json`` and ``part-0000k-of-0000K.safetensors``, sealed, whose metadata say what they are.
+A composed model is timm's form: ``model.safetensors``, ``config.json``. The README's last section describes the format.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
-import os
-import shutil
-import struct
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from . import models, tensorfile
+from .atomic import json_text, output_folder, replacing
 from .errors import MergeError, headline
 from .plan import FORMAT, Plan
+from .tensorfile import READ_ERRORS, TensorFile, to_raw
+from .version import __version__
 
-PLAN = "plan.json"
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+PLAN, MODEL = "plan.json", "model.safetensors"
+LARGEST_PLAN = 100 << 20  # bytes, as the header of a safetensors file
 
 
 def part_name(k: int, parts: int) -> str:
@@ -39,152 +38,74 @@ def part_name(k: int, parts: int) -> str:
 # ---- writing
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; it takes the place of `path`, synced to disk, if the block succeeds."""
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(fd)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_temporaries(folder: Path, before: float) -> None:
-    """Remove what `replacing` left in `folder` and below when a process was killed, if older than the time `before`."""
-    for path in folder.rglob(".*.*"):
-        if path.is_file() and path.stat().st_mtime < before:
-            path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_json(path: Path, value) -> None:
-    try:
-        text = json.dumps(value, indent=1) + "\n"
-    except TypeError as e:
-        raise MergeError(
-            f"{path.name} takes numbers, texts and lists alone ({e}); give the model other arguments"
-        ) from e
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def output_folder(folder: str | Path) -> Iterator[Path]:
-    """`folder`, made if need be and removed again if the block fails; errors of the disk as MergeError."""
-    folder = Path(folder)
-    made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-    except BaseException as e:
-        if made:
-            shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(e, OSError):
-            raise MergeError(f"cannot write to {folder}: {e.strerror or e}; choose another output folder") from e
-        raise
-
-
-def save_parts(folder: str | Path, plan: Plan, states: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """Write the plan and its K parts."""
-    with output_folder(folder) as out:
-        save_plan(out, plan)
+def save_parts(
+    folder: str | Path,
+    plan: Plan,
+    states: Sequence[Mapping[str, torch.Tensor]],
+    seed: int | None = None,
+    epoch: int | None = None,
+) -> None:
+    """Write the plan and its K parts: all of them, or none."""
+    with output_folder(folder) as aside:
         for k, state in enumerate(states):
-            save_part(out, plan, k, state)
+            write_part(aside(part_name(k, plan.parts)), plan, k, state, seed, epoch)
+        aside(PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
 
 
-def save_plan(folder: Path, plan: Plan) -> None:
-    write_json(folder / PLAN, plan.to_json())
-
-
-def save_part(folder: Path, plan: Plan, k: int, state: Mapping[str, torch.Tensor]) -> None:
-    """Write part k; `state` is its state dict. The same tensors give the same bytes."""
+def save_part(folder: Path, plan: Plan, k: int, state: Mapping[str, torch.Tensor], seed: int, epoch: int) -> None:
     with replacing(folder / part_name(k, plan.parts)) as temporary:
-        write_safetensors(temporary, _specs(state), _on_cpu(state), _metadata(plan, k))
+        write_part(temporary, plan, k, state, seed, epoch)
 
 
-def _specs(state: Mapping[str, torch.Tensor]) -> dict[str, tuple]:
-    return {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
+def write_part(
+    path: Path, plan: Plan, k: int, state: Mapping[str, torch.Tensor], seed: int | None, epoch: int | None
+) -> None:
+    """Write part k; `state` is its state dict. The same tensors give the same bytes.
 
-
-def _on_cpu(state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((name, t.detach().cpu()) for name, t in state.items())
-
-
-def _metadata(plan: Plan, k: int) -> dict[str, str]:
-    return {
-        "timm_dd": str(FORMAT),
-        "model": plan.model or "",
-        "part": str(k),
-        "parts": str(plan.parts),
-        "plan": plan.digest(),
+    Args:
+        seed: of the fresh weights; None if not known.
+        epoch: how many it was trained for; None if not known.
+    """
+    about = {"model_args": plan.model_args, "domain": plan.domain.to_json(), "seed": seed, "epoch": epoch}
+    made = {"timm_dd": __version__, "timm": version("timm")}
+    metadata = {
+        **_identity(plan, k, plan.digest()),
+        **{name: json.dumps(value) for name, value in about.items()},
+        **made,
     }
+    _write(path, state, metadata, sealed=True)
 
 
-def save_model(folder: str | Path, model: nn.Module, data: Mapping | None = None) -> None:
-    """Write a model in timm's form; `data` is the configuration of its images."""
-    state = model.state_dict()
-    save_composed(folder, model, _specs(state), _on_cpu(state), data)
+def _identity(plan: Plan, k: int, digest: str) -> dict[str, str]:
+    """The metadata by which a part is known to be the plan's."""
+    numbers = {"timm_dd.format": FORMAT, "part": k, "parts": plan.parts}
+    return {**{name: str(n) for name, n in numbers.items()}, "model": plan.model or "", "plan": digest}
 
 
-def save_composed(
-    folder: str | Path, model: nn.Module, specs: Mapping, tensors: Iterable, data: Mapping | None = None
-) -> None:
-    """Write `tensors` (name, value), whose `specs` (shape, dtype) are known beforehand, and, for a timm model, its
-    config with what `data` says of its images (input_size, mean, std, interpolation, crop_pct). timm has no config for
-    models that give features of several layers."""
-    with output_folder(folder) as out, contextlib.ExitStack() as stack:
-        write_safetensors(stack.enter_context(replacing(out / "model.safetensors")), specs, tensors)
-        if hasattr(model, "pretrained_cfg") and hasattr(model, "num_classes"):
-            config = stack.enter_context(replacing(out / "config.json"))
-            known = ("input_size", "mean", "std", "interpolation", "crop_pct")
-            _write_config(config, model, {k: v for k, v in (data or {}).items() if k in known})
+def _write(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str], sealed: bool = False) -> None:
+    """Write a state dict, the largest elements first: so all are aligned, and tensors of one dtype are together."""
+    state = dict(sorted(state.items(), key=lambda item: -item[1].dtype.itemsize))
+    specs = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
+    tensorfile.write(path, specs, map(to_raw, state.values()), metadata, sealed)
 
 
-def _write_config(path: Path, model: nn.Module, data: dict) -> None:
-    save_config_for_hf(model, path, model_config={"pretrained_cfg": data})
-    size = data.get("input_size", model.pretrained_cfg["input_size"])
-    if len(size) != 3:  # timm's function writes the last two axes alone
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["pretrained_cfg"]["input_size"] = list(size)
-        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+def save_model(folder: str | Path, model: nn.Module, config: dict | None, about: Mapping[str, str]) -> None:
+    """Write a model in timm's form; `about` it goes into the metadata."""
+    with output_folder(folder) as aside:
+        _write(aside(MODEL), model.state_dict(), about)
+        write_config(aside, config)
 
 
-def write_safetensors(
-    path: Path,
-    specs: Mapping[str, tuple],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """A safetensors file written as its tensors come, in the order of `specs`; the library's own writer wants all of
-    them in memory at once, and orders metadata at random."""
-    header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    offset = 0
-    for name, (shape, dtype) in specs.items():
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for name, tensor in tensors:
-            shape, dtype = specs[name]
-            assert tuple(tensor.shape) == tuple(shape) and tensor.dtype == dtype, name
-            f.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+def write_config(aside: Callable[[str], Path], config: dict | None) -> None:
+    if config is not None:
+        aside("config.json").write_text(json_text(config), encoding="utf-8")
+
+
+def summary(plan: Plan, digest: str, head: str = "sum") -> dict[str, str]:
+    """What a composed model's metadata say of how it was made; `digest` is the plan's."""
+    reasons = dict.fromkeys(reason for *_, reason in plan.approximations)
+    about = {"parts": str(plan.parts), "domain": str(plan.domain), "approximate": "; ".join(reasons), "head": head}
+    return {"timm_dd": __version__, "timm": version("timm"), "plan": digest, **about}
 
 
 # ---- reading
@@ -196,10 +117,10 @@ def load_composed(folder: str | Path, model: nn.Module) -> None:
     Raises:
         MergeError: no such file, damaged, or of another model.
     """
-    path = Path(folder) / "model.safetensors"
+    path = Path(folder) / MODEL
     if not path.is_file():
-        raise MergeError(f"no model.safetensors in {folder}; expected a folder written by merge_files or timm-dd merge")
-    with _reading(path):
+        raise MergeError(f"no {MODEL} in {folder}; expected a folder written by merge_files or timm-dd merge")
+    with _reading(path, "compose the parts again"):
         state = load_file(path)
     try:
         model.load_state_dict(state, assign=True)
@@ -207,115 +128,193 @@ def load_composed(folder: str | Path, model: nn.Module) -> None:
         raise MergeError(f"{path} is of another model ({headline(e)}); use the one composed of these parts") from e
 
 
-def load_plan(folder: str | Path) -> Plan:
-    """The plan of a folder of parts.
+class PartsFolder:
+    """A folder of parts, open for reading.
+
+    Args:
+        folder: on this machine, or ``hf-hub:USER/REPO[@revision]``.
+
+    Attributes:
+        plan: of all of them.
+        digest: of the plan as it is written there: a later version may describe the same plan in other words.
 
     Raises:
         MergeError: no such folder, no plan, or not a plan of this format.
     """
-    path = Path(folder) / PLAN
+
+    def __init__(self, folder: str | Path):
+        self.path = _local(folder)
+        described, self.digest = _read_plan(self.path / PLAN)
+        try:
+            self.plan = Plan.from_json(described)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as e:
+            raise MergeError(
+                f"{self.path / PLAN} is not a whole plan ({type(e).__name__}: {headline(e)}); it is damaged, "
+                "write the parts again"
+            ) from e
+        models.check_known(self.plan.model, self.plan.model_args, str(self.path / PLAN))
+        self._files = contextlib.ExitStack()
+        self._opened: dict[int, TensorFile] = {}
+
+    def open(self, k: int) -> TensorFile:
+        """Part k's file, its header checked against the plan.
+
+        Raises:
+            MergeError: missing, there twice, truncated, of another K, model or plan, or with a tensor of a wrong shape.
+        """
+        path = self._part_path(k)
+        with _reading(path):
+            file = self._files.enter_context(TensorFile(path))
+        self._opened[k] = file
+        _check_metadata(path, _identity(self.plan, k, self.digest), file.metadata)
+        _check_names(self.plan, set(file.tensors), str(path))
+        for name, entry in file.tensors.items():
+            _check_shape(self.plan, k, name, entry.shape, str(path))
+        return file
+
+    def check(self, k: int) -> None:
+        """Read all of part k, which is open.
+
+        Raises:
+            MergeError: its bytes are not those that were written, or a tensor is not finite.
+        """
+        path = self._opened[k].path
+        with _reading(path):
+            sealed, infinite = self._opened[k].scan()
+        if not sealed:
+            raise MergeError(
+                f"{path} is damaged or was changed: its bytes do not have the checksum in its metadata; "
+                "copy or write this part again"
+            )
+        if infinite is not None:
+            raise MergeError(f"{path}: {infinite} is not finite; {_TRAIN_AGAIN}")
+
+    def rows(self, k: int, name: str, first: int, last: int) -> np.ndarray:
+        """Rows [first, last) of a tensor of part k, which is open, as integers."""
+        file = self._opened[k]
+        try:
+            return file.rows(name, first, last)
+        except READ_ERRORS as e:
+            raise _unreadable(file.path, e) from e
+
+    def load(self, k: int) -> dict[str, torch.Tensor]:
+        """Part k's state dict.
+
+        Raises:
+            MergeError: as `open` and `check`.
+        """
+        path = self.open(k).path
+        self.check(k)
+        with _reading(path):
+            return load_file(path)
+
+    def history(self) -> tuple[int | None, int | None]:
+        """Seed and epoch of part 0, which is open."""
+        seed, epoch = (self._opened[0].metadata.get(key) for key in ("seed", "epoch"))
+        return tuple(int(n) if n is not None and n.isdecimal() else None for n in (seed, epoch))
+
+    def _part_path(self, k: int) -> Path:
+        """Part k's file, in the folder itself or, as a training run leaves it, in a folder of its own."""
+        name = part_name(k, self.plan.parts)
+        found = [p for p in (self.path / name, self.path / str(k) / name) if p.is_file()]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise MergeError(f"{self.path} has part {k} twice, {found[0]} and {found[1]}; remove one")
+        others = [p for pattern in ("part-*.safetensors", "*/part-*.safetensors") for p in self.path.glob(pattern)]
+        raise MergeError(
+            f"{name} is missing in {self.path}, which has {len(others)} of {self.plan.parts} parts; train or copy it"
+        )
+
+    def close(self) -> None:
+        self._files.close()
+
+    def __enter__(self) -> PartsFolder:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _local(folder: str | Path) -> Path:
+    if not str(folder).startswith("hf-hub:"):
+        return Path(folder)
+    repo, _, revision = str(folder).removeprefix("hf-hub:").partition("@")
     try:
-        d = json.loads(path.read_text(encoding="utf-8"))
+        found = snapshot_download(repo, revision=revision or None, allow_patterns=[PLAN, "*part-*.safetensors"])
+    except (HfHubHTTPError, OSError, ValueError) as e:
+        raise MergeError(f"{folder} cannot be downloaded ({headline(e)}); check its name and your login") from e
+    return Path(found)
+
+
+def _read_plan(path: Path) -> tuple[dict, str]:
+    """A plan in JSON, and its digest."""
+    try:
+        if path.stat().st_size > LARGEST_PLAN:
+            raise MergeError(f"{path} has more than {LARGEST_PLAN:,} bytes; this is no plan")
+        text = path.read_bytes()
+        d = json.loads(text)
     except OSError as e:
         raise MergeError(
-            f"no {PLAN} in {folder} ({e.strerror}); expected a folder written by Parts.save or timm-dd split"
+            f"no {PLAN} in {path.parent} ({e.strerror}); expected a folder written by Parts.save or timm-dd split"
         ) from e
     except (ValueError, RecursionError) as e:
-        raise MergeError(f"{path} is not JSON ({e}); it is damaged, write the parts again") from e
-    if not isinstance(d, dict) or d.get("format") != FORMAT:
-        found = d.get("format") if isinstance(d, dict) else type(d).__name__
-        raise MergeError(
-            f"{path} has format {found!r}, this version reads format {FORMAT}; use the version that wrote it"
-        )
-    try:
-        return Plan.from_json(d)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise MergeError(
-            f"{path} is not a whole plan ({type(e).__name__}: {e}); it is damaged, write the parts again"
-        ) from e
-
-
-def load_part(folder: str | Path, plan: Plan, k: int) -> dict[str, torch.Tensor]:
-    """Part k's state dict, checked against the plan.
-
-    Raises:
-        MergeError: missing, truncated, of another K, model or plan, of a wrong shape, or not finite.
-    """
-    path = _part_path(folder, plan, k)
-    with _reading(path):
-        with safe_open(path, "pt") as f:
-            _check_metadata(path, plan, k, f.metadata() or {})
-        state = load_file(path)
-    check_state(plan, k, state, str(path))
-    return state
-
-
-@contextlib.contextmanager
-def open_parts(folder: str | Path, plan: Plan) -> Iterator[Callable[[int, str], torch.Tensor]]:
-    """A function (k, name) that reads one tensor of one part from disk, checked as it is read."""
-    with contextlib.ExitStack() as stack:
-        handles, dtypes = [], {}
-        for k in range(plan.parts):
-            path = _part_path(folder, plan, k)
-            with _reading(path):
-                handles.append(stack.enter_context(safe_open(path, "pt")))
-                _check_metadata(path, plan, k, handles[-1].metadata() or {})
-                _check_names(plan, set(handles[-1].keys()), str(path))
-
-        def read(k: int, name: str) -> torch.Tensor:
-            path = _part_path(folder, plan, k)
-            with _reading(path):
-                tensor = handles[k].get_tensor(name)
-            _check_tensor(plan, k, name, tensor, str(path))
-            _check_dtype(name, dtypes.setdefault(name, tensor.dtype), tensor.dtype, str(path))
-            return tensor
-
-        yield read
-
-
-def _part_path(folder: str | Path, plan: Plan, k: int) -> Path:
-    """Part k's file, in the folder itself or, as a training run leaves it, in a folder of its own."""
-    name = part_name(k, plan.parts)
-    path = next((p for p in (Path(folder) / name, Path(folder) / str(k) / name) if p.is_file()), None)
-    if path is None:
-        found = [p for pattern in ("part-*.safetensors", "*/part-*.safetensors") for p in Path(folder).glob(pattern)]
-        raise MergeError(
-            f"{name} is missing in {folder}, which has {len(found)} of {plan.parts} parts; train or copy it"
-        )
-    return path
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError) as e:
         if isinstance(e, MergeError):
             raise
-        raise MergeError(f"{path} cannot be read ({e}); it is truncated or damaged, write this part again") from e
+        raise MergeError(f"{path} is not JSON ({headline(e)}); it is damaged, write the parts again") from e
+    if not isinstance(d, dict) or d.get("format") != FORMAT:
+        found = d.get("format") if isinstance(d, dict) else type(d).__name__
+        raise MergeError(f"{path} has format {found!r:.99}, {_OTHER_VERSION}")
+    return d, sha256(text).hexdigest()
 
 
-def _check_metadata(path: Path, plan: Plan, k: int, found: Mapping[str, str]) -> None:
-    for key, expected in _metadata(plan, k).items():
-        if found.get(key) != expected:
+_OTHER_VERSION = f"timm_dd {__version__} reads format {FORMAT}; use the version that wrote it, or a newer one"
+_TRAIN_AGAIN = "train this part again with a smaller learning rate"
+
+
+@contextlib.contextmanager
+def _reading(path: Path, remedy: str = "write this part again") -> Iterator[None]:
+    try:
+        yield
+    except READ_ERRORS as e:
+        raise _unreadable(path, e, remedy) from e
+
+
+def _unreadable(path: Path, error: Exception, remedy: str = "write this part again") -> MergeError:
+    return MergeError(f"{path} cannot be read ({headline(error)}); it is truncated or damaged, {remedy}")
+
+
+def _check_metadata(path: Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    if "timm_dd.format" not in found:
+        raise MergeError(f"{path} was not written by timm_dd; use the parts that go with {PLAN}")
+    if found["timm_dd.format"] != expected["timm_dd.format"]:
+        raise MergeError(f"{path} has format {found['timm_dd.format']!r:.99}, {_OTHER_VERSION}")
+    for key, value in expected.items():
+        if found.get(key) != value:
             raise MergeError(
-                f"{path} belongs to another split: its {key} is {found.get(key)!r}, expected {expected!r}; "
+                f"{path} belongs to another split: its {key} is {found.get(key)!r:.99}, expected {value!r:.99}; "
                 f"use the parts that go with {PLAN}"
             )
-
-
-def check_dtypes(states: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """Raise MergeError unless every tensor has one dtype in all parts."""
-    for k, state in enumerate(states):
-        for name, tensor in state.items():
-            _check_dtype(name, states[0][name].dtype, tensor.dtype, f"part {k}")
 
 
 def check_state(plan: Plan, k: int, state: Mapping[str, torch.Tensor], where: str) -> None:
     """Raise MergeError unless `state` has part k's tensors, of the plan's shapes and finite."""
     _check_names(plan, set(state), where)
     for name, tensor in state.items():
-        _check_tensor(plan, k, name, tensor, where)
+        _check_shape(plan, k, name, tuple(tensor.shape), where)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise MergeError(f"{where}: {name} is not finite; {_TRAIN_AGAIN}")
+
+
+def common_dtypes(parts: Sequence[Mapping[str, torch.dtype]]) -> Mapping[str, torch.dtype]:
+    """The dtype of every tensor; MergeError unless it is the same in all parts."""
+    for k, dtypes in enumerate(parts):
+        for name, dtype in dtypes.items():
+            if dtype != parts[0][name]:
+                raise MergeError(
+                    f"part {k}: {name} is {dtype}, in part 0 it is {parts[0][name]}; convert the parts to one dtype"
+                )
+    return parts[0]
 
 
 def _check_names(plan: Plan, names: set[str], where: str) -> None:
@@ -325,16 +324,7 @@ def _check_names(plan: Plan, names: set[str], where: str) -> None:
         raise MergeError(f"{where} {what}; it is a part of another model, use the parts that go with {PLAN}")
 
 
-def _check_tensor(plan: Plan, k: int, name: str, tensor: torch.Tensor, where: str) -> None:
+def _check_shape(plan: Plan, k: int, name: str, shape: tuple[int, ...], where: str) -> None:
     expected = plan.tensors[name].part_shape(k, plan.divisor)
-    if tuple(tensor.shape) != expected:
-        raise MergeError(
-            f"{where}: {name} has shape {tuple(tensor.shape)}, expected {expected}; it is a part of another split"
-        )
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise MergeError(f"{where}: {name} is not finite; train this part again with a smaller learning rate")
-
-
-def _check_dtype(name: str, expected: torch.dtype, found: torch.dtype, where: str) -> None:
-    if found != expected:
-        raise MergeError(f"{where}: {name} is {found}, in part 0 it is {expected}; convert the parts to one dtype")
+    if shape != expected:
+        raise MergeError(f"{where}: {name} has shape {shape}, expected {expected}; it is a part of another split")

@@ -1,30 +1,40 @@
 """Prolongation: K parts become the model itself, each part's weights in its own blocks, zero between them.
 
-`merge_tensor` makes one global tensor of its K parts, (2.11)–(2.14) and (2.22); everything else is a loop over it.
+`merge_rows` makes some rows of one global tensor of its K parts, (2.11)–(2.14) and (2.22); everything else is a loop
+over it: `merge` over the rows of tensors in memory, `merge_files` from disk to disk, a piece at a time.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
-from . import files, models
+from . import files, models, tensorfile
+from .atomic import output_folder
 from .errors import MergeError
 from .plan import Plan, TensorPlan
 from .split import Parts, plan_model
+from .tensorfile import PIECE, from_raw, raw, to_raw
+from .widths import FrozenAxis
 
 HEADS = ("sum", "mean")
+Rows = Callable[[int, str, int, int], np.ndarray]  # (k, name, first, last): rows of part k's tensor, as `raw` ones
 
 
 def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | None = None) -> nn.Module:
     """The global model with the parts' weights, ready to train or to save.
 
     Args:
-        parts: from `split`, or the folder that `Parts.save` wrote.
+        parts: from `split`, or the folder that `Parts.save` wrote, or ``hf-hub:USER/REPO``.
         head: ``sum`` the parts' logits, (2.16); ``mean`` for regression, (2.22).
         model: the module that was split, where parts on disk come from one.
 
@@ -37,16 +47,25 @@ def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | No
         for k, state in enumerate(states):
             files.check_state(plan, k, state, f"part {k}")
     else:
-        plan = files.load_plan(parts)
-        states = [files.load_part(parts, plan, k) for k in range(plan.parts)]
+        folder = files.PartsFolder(parts)
+        plan, states = folder.plan, [folder.load(k) for k in range(folder.plan.parts)]
     check_mergeable(plan, head)
-    files.check_dtypes(states)
+    dtypes = files.common_dtypes([{name: t.dtype for name, t in state.items()} for state in states])
     merged = (
         models.create(plan.model, **plan.model_args)
         if plan.model is not None
         else copy.deepcopy(plan_model(plan, model))
     )
-    _load(merged, dict(merge_tensors(plan, merged.state_dict(), lambda k, name: states[k][name], head)))
+    pieces = [{name: to_raw(t) for name, t in state.items()} for state in states]
+
+    def rows(k: int, name: str, first: int, last: int) -> np.ndarray:
+        return np.atleast_1d(pieces[k][name])[first:last]
+
+    state = {}
+    for name, t in plan.tensors.items():
+        value = merge_rows(plan, name, dtypes[name], rows, 0, _rows(t), head)
+        state[name] = from_raw(value, dtypes[name]).reshape(t.shape)
+    _load(merged, state)
     return merged
 
 
@@ -60,35 +79,29 @@ def _load(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         own.data = state[name].to(own.device)
 
 
-def merge_files(
-    folder: str | Path,
-    output: str | Path,
-    *,
-    head: str = "sum",
-    model: nn.Module | None = None,
-    data: Mapping | None = None,
-) -> None:
-    """Merge parts on disk into ``model.safetensors`` and timm's ``config.json``, one tensor in memory at a time.
+def merge_files(folder: str | Path, output: str | Path, *, head: str = "sum") -> None:
+    """Merge parts on disk into ``model.safetensors`` and timm's ``config.json``, a piece in memory at a time.
 
     Args:
-        head, model: as for `merge`.
-        data: of the images, for the config: mean, std, interpolation, crop_pct.
+        folder: of parts, or ``hf-hub:USER/REPO``.
+        head: as for `merge`.
 
     Raises:
         MergeError: as `merge`; the output folder is left as it was.
     """
-    plan = files.load_plan(folder)
-    check_mergeable(plan, head)
-    with files.open_parts(folder, plan) as read:
-        empty = plan_model(plan, model)
-        specs = {name: (t.shape, read(0, name).dtype) for name, t in plan.tensors.items() if name in empty.state_dict()}
-        files.save_composed(
-            output,
-            empty,
-            specs,
-            merge_tensors(plan, specs, read, head),
-            {"input_size": plan.input_size, **(data or {})},
-        )
+    with files.PartsFolder(folder) as parts:
+        plan = parts.plan
+        check_mergeable(plan, head)
+        opened = [parts.open(k) for k in range(plan.parts)]
+        dtypes = files.common_dtypes([{name: e.dtype for name, e in part.tensors.items()} for part in opened])
+        specs = {name: (plan.tensors[name].shape, dtypes[name]) for name in opened[0].tensors}
+        pieces = (p for name, (_, dtype) in specs.items() for p in _pieces(plan, name, dtype, parts.rows, head))
+        with output_folder(output) as aside, ThreadPoolExecutor(os.cpu_count()) as pool:
+            checks = [pool.submit(parts.check, k) for k in range(plan.parts)]
+            tensorfile.write(aside(files.MODEL), specs, pieces, files.summary(plan, parts.digest, head))
+            files.write_config(aside, plan.config)
+            for check in checks:
+                check.result()
 
 
 def check_mergeable(plan: Plan, head: str) -> None:
@@ -104,34 +117,87 @@ def check_mergeable(plan: Plan, head: str) -> None:
         raise MergeError("the outputs of this model have no weights of their own to divide by K; use head='sum'")
 
 
-def merge_tensors(
-    plan: Plan, names, read: Callable[[int, str], torch.Tensor], head: str
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The global tensors, one after another; ``read(k, name)`` gives part k's."""
-    for name in names:
-        t = plan.tensors[name]
-        tensor = merge_tensor(t, [read(k, name) for k in range(plan.parts)])
-        if head == "mean" and plan.parts > 1 and name in plan.head:
-            tensor = tensor / plan.parts
-        yield name, tensor
+def _rows(t: TensorPlan) -> int:
+    return t.shape[0] if t.shape else 1
 
 
-def merge_tensor(t: TensorPlan, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One global tensor: the blocks in their places, or their sum, or the mean of those that own an element."""
-    if not blocks[0].is_floating_point() and t.reduce != "place":
-        return torch.stack(list(blocks)).amax(0)  # a count of batches
-    if t.reduce == "mean" and all(a is None for a in t.axes) and all(torch.equal(blocks[0], b) for b in blocks[1:]):
-        return blocks[0].clone()
-    out = blocks[0].new_zeros(t.shape, dtype=blocks[0].dtype if t.reduce == "place" else torch.float64)
-    owners = torch.zeros(t.shape)
-    for k, block in enumerate(blocks):
-        at = t.block(k, len(blocks))
-        if t.reduce == "place":
-            rows = t.index(k, len(blocks))[0] if t.outside == "mean" else None
-            if rows is not None:
-                out[rows] = block.double().mean(tuple(range(1, block.ndim)), keepdim=True).to(block.dtype)
-            out[at] = block
+def _pieces(plan: Plan, name: str, dtype: torch.dtype, rows: Rows, head: str) -> Iterator[np.ndarray]:
+    """A global tensor, some of its rows at a time."""
+    t = plan.tensors[name]
+    step = max(1, PIECE // max(1, math.prod(t.shape[1:]) * dtype.itemsize))
+    for first in range(0, _rows(t), step):
+        yield merge_rows(plan, name, dtype, rows, first, min(first + step, _rows(t)), head)
+
+
+def merge_rows(
+    plan: Plan, name: str, dtype: torch.dtype, rows: Rows, first: int, last: int, head: str = "sum"
+) -> np.ndarray:
+    """Rows [first, last) of one global tensor, as integers: the blocks in their places, or their sum, or the mean of
+    those that own an element."""
+    t = plan.tensors[name]
+    merged = (_placed if t.reduce == "place" else _reduced)(t, plan.parts, name, dtype, rows, first, last)
+    if head == "mean" and plan.parts > 1 and name in plan.head:
+        merged = to_raw(from_raw(merged, dtype) / plan.parts)
+    return merged
+
+
+def _placed(t: TensorPlan, parts: int, name: str, dtype: torch.dtype, rows: Rows, first: int, last: int) -> np.ndarray:
+    out = np.zeros((last - first, *t.shape[1:]), raw(dtype))
+    for k in range(parts):
+        at, own = _place(t, k, parts, first, last)
+        if own.start < own.stop:
+            block = rows(k, name, own.start, own.stop)
+            if t.outside == "mean":
+                mean = from_raw(block, dtype).double().mean(tuple(range(1, block.ndim)), keepdim=True)
+                out[at[0]] = to_raw(mean.to(dtype))
+            out[_open(at)] = block
+    return out
+
+
+def _reduced(t: TensorPlan, parts: int, name: str, dtype: torch.dtype, rows: Rows, first: int, last: int) -> np.ndarray:
+    wide = np.dtype("f8" if dtype.is_floating_point else str(dtype).removeprefix("torch."))
+    out = np.zeros((last - first, *t.shape[1:]), wide)
+    owners = np.zeros(out.shape, np.int64)
+    for k in range(parts):
+        at, own = _place(t, k, parts, first, last)
+        at, block = _open(at), rows(k, name, own.start, own.stop)
+        owners[at] += 1
+        if not dtype.is_floating_point:  # a count of batches
+            block = block.view(wide)
+            out[at] = np.where(owners[at] > 1, np.maximum(out[at], block), block)
+        elif t.reduce == "sum":
+            out[at] += from_raw(block, dtype).double().numpy()
         else:
-            out[at] += block
-            owners[at] += 1
-    return (out / owners.clamp(min=1) if t.reduce == "mean" else out).to(blocks[0].dtype)
+            out[at] += (from_raw(block, dtype).double().numpy() - out[at]) / owners[at]  # equal ones stay as they are
+    return to_raw(torch.from_numpy(out).to(dtype)) if dtype.is_floating_point else out.view(raw(dtype))
+
+
+def _place(t: TensorPlan, k: int, parts: int, first: int, last: int) -> tuple[tuple[slice | np.ndarray, ...], slice]:
+    """Where part k's elements lie in rows [first, last) of a tensor, dim by dim, and which of its rows they are."""
+    dims = [slice(0, n) if a is None else _indices(a, k, parts) for n, a in zip(t.shape, t.axes)] or [slice(0, 1)]
+    row = dims[0]
+    if isinstance(row, slice):
+        start = max(row.start, first)
+        stop = max(start, min(row.stop, last))
+        dims[0], own = slice(start - first, stop - first), slice(start - row.start, stop - row.start)
+    else:
+        start, stop = np.searchsorted(row, (first, last)).tolist()
+        dims[0], own = row[start:stop] - first, slice(start, stop)
+    return tuple(dims), own
+
+
+@functools.lru_cache(maxsize=1024)  # layers in a row share axes
+def _indices(axis: FrozenAxis, k: int, parts: int) -> slice | np.ndarray:
+    """Part k's indices into an axis, ascending; a slice where they have no gaps."""
+    index = axis.index(k, parts).numpy()
+    if index.size and index[-1] - index[0] + 1 != index.size:
+        return index
+    start = int(index[0]) if index.size else 0
+    return slice(start, start + index.size)
+
+
+def _open(index: Sequence[slice | np.ndarray]) -> tuple[slice | np.ndarray, ...]:
+    """An index like that of ``numpy.ix_``; slices, which are faster, stay slices where they mean the same."""
+    if [type(i) for i in index].count(np.ndarray) < 2:
+        return tuple(index)
+    return np.ix_(*(np.arange(i.start, i.stop) if isinstance(i, slice) else i for i in index))

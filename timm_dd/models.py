@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from .errors import SplitError, headline
+from .errors import MergeError, SplitError, headline
 
 
 def create(name: str, pretrained: bool = False, seed: int | None = None, **kwargs: Any) -> nn.Module:
@@ -44,6 +48,45 @@ def _explain(name: str, error: Exception) -> SplitError:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has the names"
     return SplitError(f"timm has no model {name!r}; {hint}")
+
+
+def config(model: nn.Module, data: Mapping[str, Any]) -> dict | None:
+    """timm's ``config.json`` for a model, with what `data` says of its images (input_size, mean, std, interpolation,
+    crop_pct); None for what timm has no config for: modules of one's own, features of several layers."""
+    if not hasattr(model, "pretrained_cfg") or not hasattr(model, "num_classes"):
+        return None
+    known = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    own = {k: list(v) if isinstance(v, tuple) else v for k, v in data.items() if k in known}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        try:
+            save_config_for_hf(model, path, model_config={"pretrained_cfg": own})
+        except (TypeError, ValueError):  # arguments that JSON has no words for
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    found["pretrained_cfg"].update(own)  # timm's function writes the last two axes of a size alone
+    return found
+
+
+def registered(name: str, model: nn.Module, args: dict) -> tuple[str, dict]:
+    """The name and arguments by which any timm makes `model` anew: of ``local-dir:`` and ``hf-hub:``, their own."""
+    if timm.is_model(name):
+        return name, args
+    own = config(model, {})
+    return own["architecture"], {**own["model_args"], **args}
+
+
+NOT_OF_A_PLAN = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+
+
+def check_known(name: str | None, args: Mapping[str, Any], where: str) -> None:
+    """Raise MergeError unless a model that a file names is one of timm's own, with arguments that load nothing."""
+    if name is None:
+        return
+    if not timm.is_model(name):  # neither is anything with a source: local-dir:, hf-hub:
+        raise MergeError(f"{where}: this timm has no model {name!r:.99}; use the version of timm that split it")
+    if forbidden := [key for key in NOT_OF_A_PLAN if key in args]:
+        raise MergeError(f"{where}: a plan has no argument {forbidden[0]!r}; write the parts again")
 
 
 def arguments(name: str, img_size=None, **kwargs: Any) -> dict:

@@ -7,15 +7,16 @@ not exactly the sum of its parts. The `planner` makes it; `split` and `merge` ca
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from hashlib import sha256
+from types import NoneType
 from typing import Any
 
 import torch
 
+from .atomic import json_text
 from .domain import Domain, spatial
 from .table import table
 from .widths import FrozenAxis, block
@@ -44,6 +45,22 @@ class TensorPlan:
     trained: bool = True
     scale: tuple[float, ...] = ()
     outside: str = "zero"
+
+    def check(self, parts: int, divisor: int) -> None:
+        """Raise ValueError unless this is a tensor of `parts` parts, in whose blocks each element has one owner."""
+        if not all(map(is_count, self.shape)) or len(self.axes) != len(self.shape):
+            raise ValueError(f"unexpected shape {self.shape}")
+        for axis, n in zip(self.axes, self.shape):
+            if axis is not None and (axis.check(parts) or axis.size != n):
+                raise ValueError(f"unexpected axis of {axis.size} in shape {self.shape}")
+        if self.reduce not in ("place", "sum", "mean"):
+            raise ValueError(f"unexpected reduce {self.reduce!r}")
+        if self.outside != "zero" and (self.outside != "mean" or not self.shape):
+            raise ValueError(f"unexpected outside {self.outside!r}")
+        if self.reduce == "place" and divisor > 1 and not any(a is not None and a.is_owned for a in self.axes):
+            raise ValueError("blocks that overlap")
+        if len(self.scale) not in (0, parts):
+            raise ValueError(f"unexpected scale {self.scale}")
 
     def index(self, k: int, divisor: int) -> tuple[torch.Tensor | None, ...]:
         """Part k's indices along each dim, None where it has all of them."""
@@ -99,6 +116,7 @@ class Plan:
         outputs: where a part's outputs are its own channels; empty for logits, of which every part gives all.
         constants: as `tensors`, for what the model computes and keeps out of its state dict (a fixed filter).
         head: parameters whose scaling scales the logits, for ``merge(head="mean")`` (2.22); empty if none do.
+        config: timm's ``config.json`` of the merged model; None for what timm has no config for.
         approximations: (node, module path, reason); empty means that with every part seeing the whole image
             F(x) = Σ F_k(x) to rounding, (2.16).
     """
@@ -117,6 +135,7 @@ class Plan:
     head: tuple[str, ...]
     approximations: tuple[tuple[str, str, str], ...]
     layers: tuple[Layer, ...] = field(default=())
+    config: dict | None = None
 
     @property
     def exact(self) -> bool:
@@ -149,15 +168,17 @@ class Plan:
             "edits": [[e.node, e.module, list(e.where), list(e.values)] for e in self.edits],
             "outputs": [[o.node, o.dim, o.axis.to_json()] for o in self.outputs],
             "layers": [_layer_to_json(r) for r in self.layers],
+            "config": self.config,
         }
 
     @classmethod
     def from_json(cls, d: dict) -> Plan:
-        return cls(
+        """The plan that `to_json` described; ValueError, KeyError, TypeError or AttributeError if none was."""
+        plan = cls(
             model=d["model"],
-            model_args=d["model_args"],
-            parts=int(d["parts"]),
-            divisor=int(d["width_divisor"]),
+            model_args=dict(d["model_args"]),
+            parts=d["parts"],
+            divisor=d["width_divisor"],
             input_size=tuple(d["input_size"]),
             output=d["output"],
             domain=Domain.from_json(d["domain"]),
@@ -166,13 +187,35 @@ class Plan:
             edits=tuple(EditPlan(n, m, tuple(w), tuple(v)) for n, m, w, v in d["edits"]),
             outputs=tuple(OutputPlan(n, dim, FrozenAxis.from_json(a)) for n, dim, a in d["outputs"]),
             head=tuple(d["head"]),
-            approximations=tuple(tuple(a) for a in d["approximations"]),
+            approximations=tuple((n, p, why) for n, p, why in d["approximations"]),
             layers=tuple(Layer(p, o, tuple(s), tuple(map(tuple, k)), tuple(why)) for p, o, s, k, why in d["layers"]),
+            config=None if d["config"] is None else dict(d["config"]),
         )
+        plan._check()
+        return plan
+
+    def _check(self) -> None:
+        """Raise ValueError unless the numbers agree with each other: a file may say anything."""
+        counts = (self.parts, self.divisor, *self.input_size)
+        if not all(is_count(n) and n > 0 for n in counts) or self.domain.parts != self.parts:
+            raise ValueError(f"unexpected counts {counts} with {self.domain.parts} boxes")
+        if not isinstance(self.model, (str, NoneType)):
+            raise ValueError(f"unexpected model {self.model!r}")
+        for name, t in {**self.tensors, **self.constants}.items():
+            try:
+                t.check(self.parts, self.divisor)
+            except ValueError as e:
+                raise ValueError(f"{name}: {e}") from e
+        if not self.tensors.keys() >= set(self.head):
+            raise ValueError(f"unexpected head {self.head}")
+        if any(len(edit.values) != self.parts for edit in self.edits):
+            raise ValueError(f"an edit without {self.parts} values")
+        if not all(isinstance(text, str) for reason in self.approximations for text in reason):
+            raise ValueError("an approximation that is not said in words")
 
     def digest(self) -> str:
-        """A fingerprint of the plan, for the files of its parts."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        """The SHA-256 of plan.json, by which the parts know theirs."""
+        return sha256(json_text(self.to_json()).encode()).hexdigest()
 
     def __str__(self) -> str:
         return self.text()
@@ -196,6 +239,10 @@ class Plan:
             return ["exact: the merged model is the sum of its parts"]
         counts = Counter(reason for *_, reason in self.approximations)
         return ["approximate:", *(f"  {n} × {reason}" for reason, n in counts.most_common())]
+
+
+def is_count(n: Any) -> bool:
+    return type(n) is int and 0 <= n < 2**63
 
 
 def _row(layer: Layer, k: int, colour: bool) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.data import default_collate
 
 from . import files, models
 from .domain import Domain, check_parts, default_domain, spatial
-from .errors import SplitError
+from .errors import MergeError, SplitError, headline
 from .packed import Packed, pack
 from .plan import Plan, TensorPlan
 from .planner import make_plan
@@ -29,11 +30,18 @@ class Parts(nn.ModuleList):
 
     A list of modules: ``len(parts)``, ``parts[2]``, iteration, ``parts.to(device)``; each part's state dict has the
     global model's keys.
+
+    Attributes:
+        plan: how they were split.
+        seed: of their fresh weights; None if not known.
+        epoch: how many they were trained for, for their files; None if not known. Set it as you train.
     """
 
-    def __init__(self, modules: Sequence[fx.GraphModule], plan: Plan, module: nn.Module | None = None):
+    def __init__(
+        self, modules: Sequence[fx.GraphModule], plan: Plan, module: nn.Module | None = None, seed: int | None = None
+    ):
         super().__init__(modules)
-        self.plan = plan
+        self.plan, self.seed, self.epoch = plan, seed, None
         # The user's own module, from which merge makes a copy; in a tuple, so that it is no submodule.
         self._origin = (module,)
 
@@ -81,7 +89,7 @@ class Parts(nn.ModuleList):
         Raises:
             MergeError: the folder cannot be written.
         """
-        files.save_parts(folder, self.plan, [part.state_dict() for part in self])
+        files.save_parts(folder, self.plan, [part.state_dict() for part in self], self.seed, self.epoch)
 
     @classmethod
     def load(cls, folder: str | Path, model: nn.Module | None = None) -> Parts:
@@ -90,17 +98,28 @@ class Parts(nn.ModuleList):
         Raises:
             MergeError: a part is missing or damaged, or belongs to another split.
         """
-        plan = files.load_plan(folder)
-        source = plan_model(plan, model)
-        graph = trace(skeleton(source), has_rule, plan.input_size)
-        modules = []
-        for k in range(plan.parts):
-            state = files.load_part(folder, plan, k)
-            dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
-            for name, t in _slices(plan, k, source, graph, plan.constants).items():
-                state[name] = t.to(dtype) if t.is_floating_point() else t
-            modules.append(emit(graph, plan, k, state, source.training))
-        return cls(modules, plan, model)
+        with files.PartsFolder(folder) as opened:
+            plan, states = opened.plan, [opened.load(k) for k in range(opened.plan.parts)]
+            seed, epoch = opened.history()
+        try:
+            source = plan_model(plan, model)
+            graph = trace(skeleton(source), has_rule, plan.input_size)
+            modules = [_loaded(graph, plan, k, source, state) for k, state in enumerate(states)]
+        except (SplitError, KeyError, AttributeError, IndexError, TypeError, RuntimeError) as e:
+            raise MergeError(
+                f"{folder}: the plan does not fit its model ({headline(e)}); use the version of timm that split it"
+            ) from e
+        parts = cls(modules, plan, model, seed)
+        parts.epoch = epoch
+        return parts
+
+
+def _loaded(graph: fx.GraphModule, plan: Plan, k: int, source: nn.Module, state: dict) -> fx.GraphModule:
+    """Part k with the tensors of its file, and with the constants that no file has."""
+    dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
+    for name, t in _slices(plan, k, source, graph, plan.constants).items():
+        state[name] = t.to(dtype) if t.is_floating_point() else t
+    return emit(graph, plan, k, state, source.training)
 
 
 def split(
@@ -142,7 +161,8 @@ def split(
     if isinstance(model, str):
         args = models.arguments(model, img_size=img_size, **kwargs)
         source = models.create(model, pretrained=pretrained, seed=seed, **args)
-        size, named, origin = models.input_size(source, img_size, kwargs.get("in_chans")), (model, args), None
+        size, origin = models.input_size(source, img_size, kwargs.get("in_chans")), None
+        named = models.registered(model, source, args)
     else:
         given = [
             *kwargs,
@@ -156,7 +176,8 @@ def split(
     graph, plan = _plan(skeleton(source), size, named, parts, domain, narrow, width_divisor, reconstruct)
     names, fresh = [*plan.tensors, *plan.constants], origin is None and not pretrained
     slices = (_slices(plan, k, source, graph, names, fresh) for k in range(parts))
-    return Parts([emit(graph, plan, k, tensors, source.training) for k, tensors in enumerate(slices)], plan, origin)
+    modules = [emit(graph, plan, k, tensors, source.training) for k, tensors in enumerate(slices)]
+    return Parts(modules, plan, origin, seed)
 
 
 def plan(
@@ -174,7 +195,8 @@ def plan(
     args = models.arguments(model, img_size=img_size, **kwargs)
     empty = models.create_empty(model, **args)
     size = models.input_size(empty, img_size, kwargs.get("in_chans"))
-    return _plan(skeleton(empty), size, (model, args), parts, domain, narrow, width_divisor)[1]
+    named = models.registered(model, empty, args)
+    return _plan(skeleton(empty), size, named, parts, domain, narrow, width_divisor)[1]
 
 
 def _check_type(name: str, value: Any, types: tuple, expected: str) -> None:
@@ -206,7 +228,8 @@ def _plan(
         raise SplitError(f"width_divisor is a whole number from 1 up, got {divisor!r}")
     graph = trace(blank, has_rule, size)
     output = "boxes" if reconstruct else "features" if models.gives_features(blank) else "logits"
-    return graph, make_plan(graph, divisor, domain, size, *named, output=output, replicate=narrow is not None)
+    plan = make_plan(graph, divisor, domain, size, *named, output=output, replicate=narrow is not None)
+    return graph, replace(plan, config=models.config(blank, {"input_size": size}))
 
 
 def plan_model(plan: Plan, model: nn.Module | None) -> nn.Module:
@@ -215,7 +238,7 @@ def plan_model(plan: Plan, model: nn.Module | None) -> nn.Module:
         create = models.create if plan.constants else models.create_empty
         return create(plan.model, **plan.model_args)
     if model is None:
-        raise files.MergeError("these parts come from a module, not from a timm name; pass that module as `model`")
+        raise MergeError("these parts come from a module, not from a timm name; pass that module as `model`")
     return model
 
 

@@ -17,8 +17,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from .. import files
+from .. import tensorfile
+from ..atomic import replacing
 from ..errors import TrainError, headline
+from ..tensorfile import to_raw
 from .learner import Learner
 
 KEPT = 2
@@ -27,15 +29,14 @@ KEPT = 2
 def save(learner: Learner) -> None:
     """Write a checkpoint of `learner` into its folder, and remove all but the last two."""
     tensors, numbers = learner.state()
-    tensors = {name: t.detach().cpu() for name, t in tensors.items()}
     path = learner.folder / f"checkpoint-{learner.updates:09d}.safetensors"
     specs = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     try:
         text = json.dumps(numbers)
     except TypeError as e:
         raise TrainError(f"--opt {learner.args.opt} has a state that is not saved ({e}); choose another") from e
-    with files.replacing(path) as temporary:
-        files.write_safetensors(temporary, specs, tensors.items(), {"learner": text})
+    with replacing(path) as temporary:
+        tensorfile.write(temporary, specs, map(to_raw, tensors.values()), {"learner": text})
     for old in found(learner.folder)[KEPT:]:
         old.unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from .. import files
+from ..atomic import replacing
 from .checkpoints import Keeper, save
 from .data import seed_epoch
 from .engines import Engine
@@ -118,7 +118,7 @@ def _alive(learners: Sequence[Learner]) -> list[Learner]:
 
 def _write_summary(learner: Learner) -> None:
     """All epochs so far, in the form of timm's summary.csv."""
-    with files.replacing(learner.folder / "summary.csv") as temporary, open(temporary, "w", newline="") as f:
+    with replacing(learner.folder / "summary.csv") as temporary, open(temporary, "w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(["epoch", "train_loss", "eval_top1", "lr", "seconds"])
         writer.writerows(

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
 from .. import files, models
+from ..atomic import json_text, output_folder, remove_temporaries, replace_json
 from ..errors import TrainError
 from ..merge import merge, merge_files
 from ..plan import Plan
@@ -121,6 +122,8 @@ class Run:
             seed=args.seed,
             **self.model_args,
         )
+        config = models.config(models.create_empty(args.model, **self.model_args), self.data_config)
+        self.parts.plan = replace(self.parts.plan, config=config)
         if args.reassign and not self.parts.plan.exact:
             raise TrainError(f"--reassign: {args.model} is not the same with its channels in another order")
         if before is not None:
@@ -170,9 +173,9 @@ class Run:
             Stage("parts", loaders, args.epochs, self.seed, self.keeper, by, self.trackers, apart=True).fit(learners)
         for k, learner in zip(own, learners):
             if learner.failure is not None:
-                files.write_json(learner.folder / "failure.json", learner.failure)
+                replace_json(learner.folder / "failure.json", learner.failure)
                 continue
-            files.save_part(learner.folder, self.parts.plan, k, learner.result.state_dict())
+            files.save_part(learner.folder, self.parts.plan, k, learner.result.state_dict(), self.seed, args.epochs)
             summary = {
                 "part": k,
                 "top1": _accuracy(learner, loaders, shared=False),
@@ -181,7 +184,7 @@ class Run:
                 "seconds": learner.seconds,
                 "options": learner.options,
             }
-            files.write_json(learner.folder / "summary.json", summary)
+            replace_json(learner.folder / "summary.json", summary)
 
     def _part(self, k: int, model: nn.Module, updates: int) -> Learner:
         args, folder, box = options.stage(self.args, "part", k), self.parts_folder / str(k), self.parts.plan.boxes()[k]
@@ -243,7 +246,7 @@ class Run:
         of the composed model after each step, and the seconds of the last."""
         composed = self.folder / "composed"
         if self.ranks.primary:
-            merge_files(self.parts_folder, composed, data=self.data_config)
+            merge_files(self.parts_folder, composed)
         if self.ranks.world > 1:
             dist.barrier()
         parts = Parts.load(self.parts_folder)
@@ -259,7 +262,12 @@ class Run:
         learner.seconds = time.perf_counter() - start
         if other:
             found["updated"] = evaluate([learner], loaders[1], Engine())[0]
-        return {**found, "tuned": self._fit(learner, loaders, args.epochs, "fine-tuning"), "seconds": learner.seconds}
+        about = files.summary(parts.plan)
+        return {
+            **found,
+            "tuned": self._fit(learner, loaders, args.epochs, "fine-tuning", about),
+            "seconds": learner.seconds,
+        }
 
     def _prepare(self, learner: Learner, plan: Plan, loader, args) -> bool:
         """Make the composed model ready to be fine-tuned; whether its accuracy may be another."""
@@ -283,7 +291,7 @@ class Run:
         model = models.create(self.args.model, pretrained=self.args.pretrained, seed=self.args.seed, **given)
         loaders = self._loaders(args)
         learner = self._global("baseline", model, args, len(loaders[0]), self.folder / "baseline")
-        return self._fit(learner, loaders, args.epochs, "baseline"), learner.seconds
+        return self._fit(learner, loaders, args.epochs, "baseline", {}), learner.seconds
 
     def _loaders(self, args) -> tuple:
         share_cores(self.ranks.local_world)
@@ -305,15 +313,17 @@ class Run:
         batch, stream = data.images_of_an_update(args) * self.ranks.world, 999 - self.ranks.rank
         return self._learner(name, model, None, args, updates, batch, stream, folder)
 
-    def _fit(self, learner: Learner, loaders, epochs: int, title: str) -> float:
+    def _fit(self, learner: Learner, loaders, epochs: int, title: str, about: dict[str, str]) -> float:
         """Train the global model, keeping the last epoch's weights and the best; returns the last accuracy."""
 
         def keep() -> None:
-            if self.ranks.primary:
-                files.save_model(learner.folder / "last", learner.result, self.data_config)
-                *before, last = [row["top1"] for row in learner.history] or [0.0]
-                if last > max(before, default=-1.0):
-                    files.save_model(learner.folder / "best", learner.result, self.data_config)
+            if not self.ranks.primary:
+                return
+            *before, last = [row["top1"] for row in learner.history] or [0.0]
+            config = models.config(learner.result, self.data_config)
+            known = {**about, "epoch": str(len(learner.history)), "top1": f"{last:.2f}"}
+            for name in ["last", "best"] if last > max(before, default=-1.0) else ["last"]:
+                files.save_model(learner.folder / name, learner.result, config, known)
 
         if self.resuming:
             restore(learner)
@@ -341,7 +351,7 @@ class Run:
                 self.keeper.check("the last checkpoints are kept")
                 raise
         if self.ranks.primary:
-            files.write_json(done, summary)
+            replace_json(done, summary)
             print(
                 f"\n{self.report(summary)}\n\n{self.folder}: composed/ before fine-tuning, global/best after",
                 flush=True,
@@ -369,15 +379,14 @@ class Run:
                 raise TrainError(
                     f"{self.folder} holds a run already; go on with --resume, or choose another --experiment"
                 )
-            if files.load_plan(self.folder).digest() != self.parts.plan.digest():
+            if files.PartsFolder(self.folder).digest != self.parts.plan.digest():
                 raise TrainError(f"{self.folder} holds a run of another model or split; choose another --experiment")
-        with files.output_folder(self.parts_folder):
-            files.save_plan(self.parts_folder, self.parts.plan)
-            files.save_plan(self.folder, self.parts.plan)
-            with files.replacing(self.folder / "args.yaml") as temporary:  # last: with it there is a run
-                given = yaml.safe_dump(vars(self.args), default_flow_style=None)
-                temporary.write_text(f"{self._signature()}\n{given}")
-        files.remove_temporaries(self.folder, self.begun)
+        with output_folder(self.folder) as aside, output_folder(self.parts_folder) as beside_parts:
+            given = yaml.safe_dump(vars(self.args), default_flow_style=None)
+            aside("args.yaml").write_text(f"{self._signature()}\n{given}")  # the last to land: with it there is a run
+            for path in (aside(files.PLAN), beside_parts(files.PLAN)):
+                path.write_text(json_text(self.parts.plan.to_json()), encoding="utf-8")
+        remove_temporaries(self.folder, self.begun)
         plan = self.parts.plan
         verdict = "exact" if plan.exact else f"approximate in {len(plan.approximations)} places"
         print(

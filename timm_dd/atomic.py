@@ -1,0 +1,119 @@
+"""Files that are there whole or not at all: written aside, synced to disk, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .errors import MergeError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; it takes the place of `path` if the block succeeds."""
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(fd)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def output_folder(folder: str | Path) -> Iterator[Callable[[str], Path]]:
+    """A function that gives a temporary path for the name of a file in `folder`; all of them take their places
+    together if the block succeeds, otherwise `folder` is as it was.
+
+    Raises:
+        MergeError: it cannot be written, or another process is writing into it.
+    """
+    folder = Path(folder)
+    made: list[Path] = []
+    try:
+        _make(folder, made)
+        with _alone(folder), contextlib.ExitStack() as stack:
+
+            def aside(name: str) -> Path:
+                for left in folder.glob(f".{name}.*"):  # by a process that was killed
+                    left.unlink(missing_ok=True)
+                return stack.enter_context(replacing(folder / name))
+
+            yield aside
+    except BaseException as e:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # another process has written into it
+                path.rmdir()
+        if isinstance(e, OSError):
+            raise MergeError(f"cannot write to {folder}: {e.strerror or e}; choose another output folder") from e
+        raise
+
+
+def _make(folder: Path, made: list[Path]) -> None:
+    """Make `folder` and the folders above it, and note which were not there."""
+    for path in reversed([folder, *folder.parents]):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            made.append(path)
+    if not folder.is_dir():
+        raise NotADirectoryError(0, "it is a file")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system takes back even from a process that is killed."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(fd)
+        raise MergeError(f"another process is writing into {folder}; wait for it, or choose another folder") from e
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def remove_temporaries(folder: Path, before: float) -> None:
+    """Remove what `replacing` left in `folder` and below when a process was killed, if older than the time `before`."""
+    for path in folder.rglob(".*.*"):
+        if path.is_file() and path.stat().st_mtime < before:
+            path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def json_text(value) -> str:
+    """`value` as it stands in our files.
+
+    Raises:
+        MergeError: it holds what JSON has no words for.
+    """
+    try:
+        return json.dumps(value, indent=1) + "\n"
+    except TypeError as e:
+        raise MergeError(f"only numbers, texts and lists can be written ({e}); give the model other arguments") from e
+
+
+def replace_json(path: Path, value) -> None:
+    """Write `value` in the place of `path`."""
+    with replacing(path) as temporary:
+        temporary.write_text(json_text(value), encoding="utf-8")
