@@ -1,5 +1,7 @@
 """What a user can cause: each message says what was expected, what came, where, and what to do."""
 
+from typing import Any
+
 
 class SplitError(ValueError):
     """A model, a number of parts or a domain that cannot be split as asked."""
@@ -18,5 +20,11 @@ class TrainError(ValueError):
 
 
 def headline(error: BaseException) -> str:
-    """The first line of another library's message; the error's name if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of another library's message, if need be shortened; the error's name if it has none."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 300 else f"{line[:300]}…"
+
+
+def shown(value: Any) -> str:
+    """What a file says, in the one line of a message."""
+    return repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}…"

@@ -22,7 +22,7 @@ from torch import nn
 
 from . import models, tensorfile
 from .atomic import json_text, output_folder, replacing
-from .errors import MergeError, headline
+from .errors import MergeError, headline, shown
 from .plan import FORMAT, Plan
 from .tensorfile import READ_ERRORS, TensorFile, to_raw
 from .version import __version__
@@ -187,7 +187,7 @@ class PartsFolder:
                 "copy or write this part again"
             )
         if infinite is not None:
-            raise MergeError(f"{path}: {infinite} is not finite; {_TRAIN_AGAIN}")
+            raise MergeError(f"{path}: {shown(infinite)} is not finite; {_TRAIN_AGAIN}")
 
     def rows(self, k: int, name: str, first: int, last: int) -> np.ndarray:
         """Rows [first, last) of a tensor of part k, which is open, as integers."""
@@ -264,7 +264,7 @@ def _read_plan(path: Path) -> tuple[dict, str]:
         raise MergeError(f"{path} is not JSON ({headline(e)}); it is damaged, write the parts again") from e
     if not isinstance(d, dict) or d.get("format") != FORMAT:
         found = d.get("format") if isinstance(d, dict) else type(d).__name__
-        raise MergeError(f"{path} has format {found!r:.99}, {_OTHER_VERSION}")
+        raise MergeError(f"{path} has format {shown(found)}, {_OTHER_VERSION}")
     return d, sha256(text).hexdigest()
 
 
@@ -288,11 +288,11 @@ def _check_metadata(path: Path, expected: Mapping[str, str], found: Mapping[str,
     if "timm_dd.format" not in found:
         raise MergeError(f"{path} was not written by timm_dd; use the parts that go with {PLAN}")
     if found["timm_dd.format"] != expected["timm_dd.format"]:
-        raise MergeError(f"{path} has format {found['timm_dd.format']!r:.99}, {_OTHER_VERSION}")
+        raise MergeError(f"{path} has format {shown(found['timm_dd.format'])}, {_OTHER_VERSION}")
     for key, value in expected.items():
         if found.get(key) != value:
             raise MergeError(
-                f"{path} belongs to another split: its {key} is {found.get(key)!r:.99}, expected {value!r:.99}; "
+                f"{path} belongs to another split: its {key} is {shown(found.get(key))}, expected {shown(value)}; "
                 f"use the parts that go with {PLAN}"
             )
 
@@ -320,11 +320,14 @@ def common_dtypes(parts: Sequence[Mapping[str, torch.dtype]]) -> Mapping[str, to
 def _check_names(plan: Plan, names: set[str], where: str) -> None:
     unknown, missing = names - plan.tensors.keys(), plan.tensors.keys() - names
     if unknown or missing:
-        what = f"lacks {min(missing)}" if missing else f"has {min(unknown)}, which the plan does not know"
+        what = f"lacks {shown(min(missing))}" if missing else f"has {shown(min(unknown))}, which the plan does not know"
         raise MergeError(f"{where} {what}; it is a part of another model, use the parts that go with {PLAN}")
 
 
 def _check_shape(plan: Plan, k: int, name: str, shape: tuple[int, ...], where: str) -> None:
     expected = plan.tensors[name].part_shape(k, plan.divisor)
     if shape != expected:
-        raise MergeError(f"{where}: {name} has shape {shape}, expected {expected}; it is a part of another split")
+        raise MergeError(
+            f"{where}: {shown(name)} has shape {shown(shape)}, expected {shown(expected)}; "
+            "it is a part of another split"
+        )

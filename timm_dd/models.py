@@ -14,7 +14,7 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from .errors import MergeError, SplitError, headline
+from .errors import MergeError, SplitError, headline, shown
 
 
 def create(name: str, pretrained: bool = False, seed: int | None = None, **kwargs: Any) -> nn.Module:
@@ -84,7 +84,7 @@ def check_known(name: str | None, args: Mapping[str, Any], where: str) -> None:
     if name is None:
         return
     if not timm.is_model(name):  # neither is anything with a source: local-dir:, hf-hub:
-        raise MergeError(f"{where}: this timm has no model {name!r:.99}; use the version of timm that split it")
+        raise MergeError(f"{where}: this timm has no model {shown(name)}; use the version of timm that split it")
     if forbidden := [key for key in NOT_OF_A_PLAN if key in args]:
         raise MergeError(f"{where}: a plan has no argument {forbidden[0]!r}; write the parts again")
 

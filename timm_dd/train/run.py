@@ -262,12 +262,9 @@ class Run:
         learner.seconds = time.perf_counter() - start
         if other:
             found["updated"] = evaluate([learner], loaders[1], Engine())[0]
-        about = files.summary(parts.plan)
-        return {
-            **found,
-            "tuned": self._fit(learner, loaders, args.epochs, "fine-tuning", about),
-            "seconds": learner.seconds,
-        }
+        about = files.summary(parts.plan, parts.plan.digest())
+        found["tuned"] = self._fit(learner, loaders, args.epochs, "fine-tuning", about)
+        return {**found, "seconds": learner.seconds}
 
     def _prepare(self, learner: Learner, plan: Plan, loader, args) -> bool:
         """Make the composed model ready to be fine-tuned; whether its accuracy may be another."""

@@ -1,0 +1,287 @@
+"""Mutated parts and plans, by the thousand: merging is refused in one line and leaves nothing, or gives a whole model.
+
+    python tests/fuzz.py --inputs 20000
+
+A mutation changes bytes of a file, or what its JSON says, and then as a liar would: the digests are made to fit. A few
+files are exchanged, removed, or something else than files.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+import timm_dd
+from timm_dd import Domain, MergeError, Parts
+from timm_dd.files import part_name
+from timm_dd.tensorfile import UNSEALED, xxhash
+
+PARTS = 2
+LIMIT = 10  # seconds for one input
+VALUES = (None, True, -1, 0, 1, 2, 3, 2**31, 2**63, 10**18, 0.5, 1e308, float("nan"), "", "x", "../../x", "hf-hub:a/b",
+          "local-dir:/tmp", "\x00", "place", "mean", [], [[]], {}, {"width": 4}, [1] * 9,
+          {"window": 4, "start": [0], "extent": [9]})  # fmt: skip
+
+
+class TooLong(BaseException):
+    pass
+
+
+def make(folder: Path) -> list[Path]:
+    """Folders of parts to begin with: a timm model, one with replicated widths, a fully connected one with windows."""
+    timm_dd.split("dd_resnet20_16", PARTS, seed=0, num_classes=3).half().save(folder / "a")
+    timm_dd.split("tinynet_e", PARTS, seed=0, num_classes=3, narrow="replicate", img_size=32).save(folder / "b")
+    flat = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
+    domain = Domain.grid(1, 2, overlap=2)
+    timm_dd.split(flat, PARTS, example_input=torch.empty(1, 3, 8, 8), domain=domain).save(folder / "c")
+    return [folder / name for name in "abc"]
+
+
+# ---- bytes
+
+
+def flip(data: bytearray, r: random.Random) -> None:
+    for _ in range(r.choice((1, 1, 1, 8, 64))):
+        data[r.randrange(len(data))] ^= 1 << r.randrange(8)
+
+
+def flip_in_the_header(data: bytearray, r: random.Random) -> None:
+    for _ in range(r.choice((1, 2, 4))):
+        data[r.randrange(min(len(data), 2000))] = r.randrange(256)
+
+
+def cut(data: bytearray, r: random.Random) -> None:
+    del data[r.randrange(len(data)) :]
+
+
+def grow(data: bytearray, r: random.Random) -> None:
+    data += r.randbytes(r.choice((1, 8, 1000)))
+
+
+def overwrite(data: bytearray, r: random.Random) -> None:
+    at, n = r.randrange(len(data)), r.choice((4, 64, 5000))
+    data[at : at + n] = r.choice((bytes, r.randbytes))(n)
+
+
+def move(data: bytearray, r: random.Random) -> None:
+    a, b, n = r.randrange(len(data)), r.randrange(len(data)), r.choice((4, 64, 5000))
+    data[a : a + n] = data[b : b + n]
+
+
+BYTES = (flip, flip_in_the_header, cut, grow, overwrite, move)
+
+# ---- JSON
+
+
+def places(value, path=()):
+    """The paths to everything in a JSON value."""
+    yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*path, key))
+
+
+def lie(value, r: random.Random):
+    """`value` with one to three things in it changed, removed, repeated or put elsewhere."""
+    for _ in range(r.choice((1, 1, 2, 3))):
+        found = [p for p in places(value) if p]
+        if not found:
+            break
+        *path, last = r.choice(found)
+        inside = value
+        for step in path:
+            inside = inside[step]
+        how = r.randrange(8)
+        if how == 0:
+            del inside[last]
+        elif how == 1 and isinstance(inside, list):
+            inside.insert(last, inside[last])
+        elif how == 2:
+            other = value
+            for step in r.choice(found):
+                other = other[step]
+            inside[last] = json.loads(json.dumps(other))
+        elif how == 3 and type(inside[last]) is int:
+            inside[last] += r.choice((-1, 1, 1000))
+        elif how == 4 and isinstance(inside, dict):
+            inside["x" + str(last)] = inside.pop(last)
+        elif how == 5:
+            inside[last] = json.loads("[" * 500 + "]" * 500)
+        else:
+            inside[last] = r.choice(VALUES)
+    return value
+
+
+def header(path: Path) -> tuple[dict, bytes]:
+    data = path.read_bytes()
+    (n,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + n]), data[8 + n :]
+
+
+def seal(path: Path, head: dict, data: bytes) -> None:
+    """Write a part with a checksum that fits."""
+    if isinstance(head.get("__metadata__"), dict):
+        head["__metadata__"]["xxh3_128"] = UNSEALED
+    text = json.dumps(head).encode()
+    whole = struct.pack("<Q", len(text)) + text + data
+    digest = xxhash.xxh3_128(whole).hexdigest().encode()
+    path.write_bytes(whole.replace(UNSEALED.encode(), digest, 1))
+
+
+def lie_in_a_plan(folder: Path, r: random.Random) -> None:
+    plan = lie(json.loads((folder / "plan.json").read_text()), r)
+    (folder / "plan.json").write_text(json.dumps(plan))
+    for k in range(PARTS):
+        head, data = header(folder / part_name(k, PARTS))
+        head["__metadata__"]["plan"] = hashlib.sha256((folder / "plan.json").read_bytes()).hexdigest()
+        if isinstance(plan, dict):
+            head["__metadata__"]["model"] = str(plan.get("model") or "")
+        seal(folder / part_name(k, PARTS), head, data)
+
+
+def lie_in_a_part(folder: Path, r: random.Random) -> None:
+    path = folder / part_name(r.randrange(PARTS), PARTS)
+    head, data = header(path)
+    seal(path, lie(head, r), data)
+
+
+# ---- files
+
+
+def exchange(path: Path, r: random.Random) -> None:
+    other = r.choice(sorted(p for p in path.parent.iterdir() if p != path))
+    shutil.copyfile(other, path)
+
+
+def remove(path: Path, r: random.Random) -> None:
+    path.unlink()
+
+
+def folder_instead(path: Path, r: random.Random) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def link_instead(path: Path, r: random.Random) -> None:
+    path.unlink()
+    path.symlink_to(r.choice(("/dev/null", "/etc/passwd", "nowhere", path.name)))
+
+
+def pipe_instead(path: Path, r: random.Random) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+FILES = (exchange, remove, folder_instead, link_instead, pipe_instead)
+
+
+def mutate(folder: Path, r: random.Random) -> str:
+    """Change something in a folder of parts; what."""
+    kind = r.random()
+    if kind < 0.35:
+        lie_in_a_plan(folder, r)
+        return "lie in a plan"
+    if kind < 0.6:
+        lie_in_a_part(folder, r)
+        return "lie in a part"
+    path = r.choice(sorted(folder.iterdir()))
+    if kind < 0.95:
+        how = r.choice(BYTES)
+        data = bytearray(path.read_bytes())
+        how(data, r)
+        path.write_bytes(data)
+    else:
+        how = r.choice(FILES)
+        how(path, r)
+    return how.__name__.replace("_", " ")
+
+
+# ---- the run
+
+
+def call(folder: Path, output: Path, r: random.Random) -> str:
+    """Merge a folder; ``merged`` or ``refused``. Now and then read it into memory too."""
+    before = {p.name: p.read_bytes() for p in output.iterdir()} if output.exists() else None
+    try:
+        timm_dd.merge_files(folder, output, head=r.choice(("sum", "sum", "sum", "mean")))
+    except MergeError as e:
+        assert "\n" not in str(e) and len(str(e)) < 1000, e
+        after = {p.name: p.read_bytes() for p in output.iterdir()} if output.exists() else None
+        assert after == before, f"{after} after {e}"
+        return "refused"
+    names = sorted(p.name for p in output.iterdir())
+    assert names in (["model.safetensors"], ["config.json", "model.safetensors"]), names
+    load_file(output / "model.safetensors")
+    return "merged"
+
+
+def read(folder: Path) -> None:
+    for function in (Parts.load, timm_dd.merge):
+        try:
+            function(folder)
+        except MergeError as e:
+            assert "\n" not in str(e) and len(str(e)) < 1000, e
+
+
+def fuzz(inputs: int, seed: int, folder: Path, progress: bool = False) -> Counter:
+    """Counts of (mutation, outcome). Anything but MergeError, or something left behind, is raised, with its number."""
+
+    def stop(*_):
+        raise TooLong(f"longer than {LIMIT} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    sources, counts = make(folder / "sources"), Counter()
+    try:
+        for i in tqdm(range(inputs), disable=not progress):
+            r = random.Random(f"{seed}-{i}")
+            parts, output = folder / "parts", folder / "output"
+            shutil.copytree(r.choice(sources), parts)
+            if r.random() < 0.5:
+                output.mkdir()
+            what = mutate(parts, r)
+            signal.alarm(LIMIT)
+            try:
+                outcome = call(parts, output, r)
+                if r.random() < 0.02:
+                    read(parts)
+            except BaseException as e:
+                raise AssertionError(f"input {i} of seed {seed}, {what}: {type(e).__name__}: {e}") from e
+            finally:
+                signal.alarm(0)
+                shutil.rmtree(parts)
+                shutil.rmtree(output, ignore_errors=True)
+            assert sorted(p.name for p in folder.iterdir()) == ["sources"]
+            counts[what, outcome] += 1
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    return counts
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--inputs", type=int, default=20_000)
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args()
+    start = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        counts = fuzz(args.inputs, args.seed, Path(folder), progress=True)
+    for what in sorted({what for what, _ in counts}):
+        print(f"{what:>22}: {counts[what, 'refused']:6} refused, {counts[what, 'merged']:6} merged")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(f"{counts.total():,} inputs in {time.time() - start:.0f} s, no other exception, nothing left; peak {peak} MB")
+
+
+if __name__ == "__main__":
+    main()
