@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,24 +16,17 @@ from .errors import MergeError
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; it takes the place of `path` if the block succeeds."""
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(fd)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _replacing(path.parent) as aside:
+        yield aside(path.name)
 
 
 @contextlib.contextmanager
-def output_folder(folder: str | Path) -> Iterator[Callable[[str], Path]]:
+def output_folder(folder: str | Path, sync: bool = True) -> Iterator[Callable[[str], Path]]:
     """A function that gives a temporary path for the name of a file in `folder`; all of them take their places
     together if the block succeeds, otherwise `folder` is as it was.
+
+    Args:
+        sync: wait until the disk has them; what can be made again need not wait.
 
     Raises:
         MergeError: it cannot be written, or another process is writing into it.
@@ -42,13 +35,7 @@ def output_folder(folder: str | Path) -> Iterator[Callable[[str], Path]]:
     made: list[Path] = []
     try:
         _make(folder, made)
-        with _alone(folder), contextlib.ExitStack() as stack:
-
-            def aside(name: str) -> Path:
-                for left in folder.glob(f".{name}.*"):  # by a process that was killed
-                    left.unlink(missing_ok=True)
-                return stack.enter_context(replacing(folder / name))
-
+        with _alone(folder), _replacing(folder, sync, clean=True) as aside:
             yield aside
     except BaseException as e:
         for path in reversed(made):
@@ -57,6 +44,31 @@ def output_folder(folder: str | Path) -> Iterator[Callable[[str], Path]]:
         if isinstance(e, OSError):
             raise MergeError(f"cannot write to {folder}: {e.strerror or e}; choose another output folder") from e
         raise
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path, sync: bool = True, clean: bool = False) -> Iterator[Callable[[str], Path]]:
+    """Temporary paths in `folder`; `clean` removes what a process that was killed left there."""
+    temporaries: dict[Path, Path] = {}
+
+    def aside(name: str) -> Path:
+        for left in folder.glob(f".{name}.*") if clean else ():
+            left.unlink(missing_ok=True)
+        temporary = folder / f".{name}.{secrets.token_hex(4)}"
+        temporaries[temporary] = folder / name
+        return temporary
+
+    try:
+        yield aside
+        for temporary in temporaries if sync else ():
+            _sync(temporary)
+        for temporary, path in temporaries.items():
+            os.replace(temporary, path)
+        if sync:
+            _sync(folder)
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
 
 
 def _make(folder: Path, made: list[Path]) -> None:
@@ -93,8 +105,8 @@ def remove_temporaries(folder: Path, before: float) -> None:
             path.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

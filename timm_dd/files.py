@@ -7,13 +7,14 @@ A composed model is timm's form: ``model.safetensors``, ``config.json``. The REA
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -67,7 +68,7 @@ def write_part(
         epoch: how many it was trained for; None if not known.
     """
     about = {"model_args": plan.model_args, "domain": plan.domain.to_json(), "seed": seed, "epoch": epoch}
-    made = {"timm_dd": __version__, "timm": version("timm")}
+    made = {"timm_dd": __version__, "timm": timm.__version__}
     metadata = {
         **_identity(plan, k, plan.digest()),
         **{name: json.dumps(value) for name, value in about.items()},
@@ -105,7 +106,7 @@ def summary(plan: Plan, digest: str, head: str = "sum") -> dict[str, str]:
     """What a composed model's metadata say of how it was made; `digest` is the plan's."""
     reasons = dict.fromkeys(reason for *_, reason in plan.approximations)
     about = {"parts": str(plan.parts), "domain": str(plan.domain), "approximate": "; ".join(reasons), "head": head}
-    return {"timm_dd": __version__, "timm": version("timm"), "plan": digest, **about}
+    return {"timm_dd": __version__, "timm": timm.__version__, "plan": digest, **about}
 
 
 # ---- reading
@@ -250,6 +251,8 @@ def _local(folder: str | Path) -> Path:
 def _read_plan(path: Path) -> tuple[dict, str]:
     """A plan in JSON, and its digest."""
     try:
+        if not path.is_file():  # a pipe, for one, would be waited for
+            raise FileNotFoundError(errno.ENOENT, "no such file")
         if path.stat().st_size > LARGEST_PLAN:
             raise MergeError(f"{path} has more than {LARGEST_PLAN:,} bytes; this is no plan")
         text = path.read_bytes()

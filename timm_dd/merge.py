@@ -23,11 +23,11 @@ from .atomic import output_folder
 from .errors import MergeError
 from .plan import Plan, TensorPlan
 from .split import Parts, plan_model
-from .tensorfile import PIECE, from_raw, raw, to_raw
+from .tensorfile import PIECE, RAW, from_raw, to_raw
 from .widths import FrozenAxis
 
 HEADS = ("sum", "mean")
-Rows = Callable[[int, str, int, int], np.ndarray]  # (k, name, first, last): rows of part k's tensor, as `raw` ones
+Rows = Callable[[int, str, int, int], np.ndarray]  # (k, name, first, last): rows of part k's tensor, as `RAW` ones
 
 
 def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | None = None) -> nn.Module:
@@ -96,7 +96,7 @@ def merge_files(folder: str | Path, output: str | Path, *, head: str = "sum") ->
         dtypes = files.common_dtypes([{name: e.dtype for name, e in part.tensors.items()} for part in opened])
         specs = {name: (plan.tensors[name].shape, dtypes[name]) for name in opened[0].tensors}
         pieces = (p for name, (_, dtype) in specs.items() for p in _pieces(plan, name, dtype, parts.rows, head))
-        with output_folder(output) as aside, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with output_folder(output, sync=False) as aside, ThreadPoolExecutor(os.cpu_count()) as pool:
             checks = [pool.submit(parts.check, k) for k in range(plan.parts)]
             tensorfile.write(aside(files.MODEL), specs, pieces, files.summary(plan, parts.digest, head))
             files.write_config(aside, plan.config)
@@ -142,7 +142,7 @@ def merge_rows(
 
 
 def _placed(t: TensorPlan, parts: int, name: str, dtype: torch.dtype, rows: Rows, first: int, last: int) -> np.ndarray:
-    out = np.zeros((last - first, *t.shape[1:]), raw(dtype))
+    out = np.zeros((last - first, *t.shape[1:]), RAW[dtype])
     for k in range(parts):
         at, own = _place(t, k, parts, first, last)
         if own.start < own.stop:
@@ -169,12 +169,12 @@ def _reduced(t: TensorPlan, parts: int, name: str, dtype: torch.dtype, rows: Row
             out[at] += from_raw(block, dtype).double().numpy()
         else:
             out[at] += (from_raw(block, dtype).double().numpy() - out[at]) / owners[at]  # equal ones stay as they are
-    return to_raw(torch.from_numpy(out).to(dtype)) if dtype.is_floating_point else out.view(raw(dtype))
+    return to_raw(torch.from_numpy(out).to(dtype)) if dtype.is_floating_point else out.view(RAW[dtype])
 
 
 def _place(t: TensorPlan, k: int, parts: int, first: int, last: int) -> tuple[tuple[slice | np.ndarray, ...], slice]:
     """Where part k's elements lie in rows [first, last) of a tensor, dim by dim, and which of its rows they are."""
-    dims = [slice(0, n) if a is None else _indices(a, k, parts) for n, a in zip(t.shape, t.axes)] or [slice(0, 1)]
+    dims = [*_dims(t.shape, t.axes, k, parts)]
     row = dims[0]
     if isinstance(row, slice):
         start = max(row.start, first)
@@ -186,9 +186,13 @@ def _place(t: TensorPlan, k: int, parts: int, first: int, last: int) -> tuple[tu
     return tuple(dims), own
 
 
-@functools.lru_cache(maxsize=1024)  # layers in a row share axes
+@functools.lru_cache(maxsize=256)  # layers in a row are alike
+def _dims(shape: tuple, axes: tuple[FrozenAxis | None, ...], k: int, parts: int) -> tuple[slice | np.ndarray, ...]:
+    """Part k's indices along every dim, ascending; a scalar has one. Slices where they have no gaps."""
+    return tuple(slice(0, n) if a is None else _indices(a, k, parts) for n, a in zip(shape, axes)) or (slice(0, 1),)
+
+
 def _indices(axis: FrozenAxis, k: int, parts: int) -> slice | np.ndarray:
-    """Part k's indices into an axis, ascending; a slice where they have no gaps."""
     index = axis.index(k, parts).numpy()
     if index.size and index[-1] - index[0] + 1 != index.size:
         return index

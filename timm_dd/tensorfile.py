@@ -24,6 +24,8 @@ DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 NAMES = {name: dtype for dtype, name in DTYPES.items()}
+# Unsigned integers of their sizes: how numpy, which knows no bfloat16, carries elements of any dtype.
+RAW = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in DTYPES}
 EXPONENT = {torch.float64: 0x7FF << 52, torch.float32: 0xFF << 23, torch.float16: 0x1F << 10, torch.bfloat16: 0xFF << 7}
 PIECE = 1 << 20  # bytes that are read or written at a time: they stay in the processor's cache
 UNSEALED = "0" * 32
@@ -38,15 +40,10 @@ class Entry(NamedTuple):
     end: int
 
 
-def raw(dtype: torch.dtype) -> np.dtype:
-    """Unsigned integers of the size of `dtype`: how numpy, which knows no bfloat16, carries elements of any dtype."""
-    return np.dtype(f"u{dtype.itemsize}")
-
-
 def to_raw(tensor: torch.Tensor) -> np.ndarray:
     """The elements of a tensor on the CPU, without a copy if it is contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return flat.numpy().view(raw(tensor.dtype)).reshape(tensor.shape)
+    return flat.numpy().view(RAW[tensor.dtype]).reshape(tensor.shape)
 
 
 def from_raw(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -99,10 +96,10 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path = path
         with safe_open(path, "pt"):  # the library judges the header; it does not tell where a tensor begins
-            self._fd = os.open(path, os.O_RDONLY)
+            self._file = open(path, "rb")
         try:
             self._begin = 8 + struct.unpack("<Q", self._bytes(0, 8))[0]
-            header = json.loads(self._bytes(8, self._begin).tobytes())
+            header = json.loads(self._bytes(8, self._begin))
             self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
             self.tensors = {name: self._entry(**entry) for name, entry in header.items()}
             self.tensors = dict(sorted(self.tensors.items(), key=lambda item: item[1].start))
@@ -118,37 +115,34 @@ class TensorFile:
             raise ValueError(f"{end - start} bytes for a tensor of shape {shape}")
         return Entry(NAMES[dtype], tuple(shape), start, end)
 
-    def _bytes(self, start: int, stop: int) -> np.ndarray:
-        buffer = np.empty(stop - start, np.uint8)
-        self._fill(buffer, start)
-        return buffer
-
-    def _fill(self, array: np.ndarray, start: int) -> None:
-        read = os.preadv(self._fd, [array], start)
-        while read < array.nbytes:  # the system reads at most 2 GiB at a time
-            n = os.preadv(self._fd, [memoryview(array).cast("B")[read:]], start + read)
-            if n == 0:
-                raise OSError(f"it ends at byte {start + read}")
-            read += n
+    def _bytes(self, start: int, stop: int) -> bytes:
+        """A few bytes; other threads may read too."""
+        found = os.pread(self._file.fileno(), stop - start, start)
+        if len(found) < stop - start:
+            raise OSError(f"it ends at byte {start + len(found)}")
+        return found
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """Rows [first, last) of a tensor along its first dim, as integers (see `raw`); a scalar has one row."""
+        """Rows [first, last) of a tensor along its first dim, as integers (see `RAW`); a scalar has one row."""
         entry = self.tensors[name]
         shape = entry.shape or (1,)
-        array = np.empty((last - first, *shape[1:]), raw(entry.dtype))
-        self._fill(array, entry.start + first * math.prod(shape[1:]) * entry.dtype.itemsize)
+        array = np.empty((last - first, *shape[1:]), RAW[entry.dtype])
+        start = entry.start + first * math.prod(shape[1:]) * entry.dtype.itemsize
+        self._file.seek(start)
+        if (found := self._file.readinto(array)) < array.nbytes:
+            raise OSError(f"it ends at byte {start + found}")
         return array
 
     def scan(self) -> tuple[bool, str | None]:
         """Read everything once: whether its bytes are those that were sealed, and the first tensor that is not
         finite."""
         seal = self.metadata.get("xxh3_128", "").encode() or b"-"
-        digest = xxhash.xxh3_128(self._bytes(0, self._begin).tobytes().replace(seal, UNSEALED.encode(), 1))
+        digest = xxhash.xxh3_128(self._bytes(0, self._begin).replace(seal, UNSEALED.encode(), 1))
         infinite = None
         for dtype, start, stop in self._stretches():
             for at in range(start, stop, PIECE):
                 piece = self._bytes(at, min(at + PIECE, stop))
-                digest.update(piece.data)
+                digest.update(piece)
                 if infinite is None and not _finite(piece, dtype):
                     infinite = self._name(at, piece, dtype)
         return digest.hexdigest().encode() == seal, infinite
@@ -163,14 +157,14 @@ class TensorFile:
             stop = entry.end
         yield dtype, start, stop
 
-    def _name(self, at: int, piece: np.ndarray, dtype: torch.dtype) -> str:
+    def _name(self, at: int, piece: bytes, dtype: torch.dtype) -> str:
         """The tensor in which a piece that begins at byte `at` is not finite."""
         size = dtype.itemsize
-        first = at + next(i for i in range(0, piece.size, size) if not _finite(piece[i : i + size], dtype))
+        first = at + next(i for i in range(0, len(piece), size) if not _finite(piece[i : i + size], dtype))
         return next(name for name, entry in self.tensors.items() if entry.start <= first < entry.end)
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._file.close()
 
     def __enter__(self) -> TensorFile:
         return self
@@ -179,12 +173,12 @@ class TensorFile:
         self.close()
 
 
-def _finite(piece: np.ndarray, dtype: torch.dtype) -> bool:
+def _finite(piece: bytes, dtype: torch.dtype) -> bool:
     """Whether no element has an exponent of ones, which is what NaN and infinity have."""
     ones = EXPONENT.get(dtype)
     if ones is None:
         return True
-    elements = piece.view(raw(dtype))
+    elements = np.frombuffer(piece, RAW[dtype])
     ones = elements.dtype.type(ones)
     return not ((elements & ones) == ones).any()
 

@@ -301,14 +301,13 @@ def cut_sizes(size: int, parts: int) -> tuple[int, ...]:
     return tuple(size // parts + (k < size % parts) for k in range(parts))
 
 
-class Cut(NamedTuple):  # hashed once for every tensor of a model: a tuple does that fast
+class Cut(NamedTuple):
     """A Width after cutting: `size` channels, part k owns the k-th run of `cut_sizes`."""
 
     size: int
 
 
-@dataclass(frozen=True)
-class FrozenAxis:
+class FrozenAxis(NamedTuple):  # a tuple, as it is looked up for every tensor, and a tuple is hashed fast
     """An axis as plain data: terms of ints, `Cut` and `Window`; part k's indices follow from K alone."""
 
     terms: tuple[tuple[int | Cut | Window, ...], ...]
@@ -346,7 +345,7 @@ class FrozenAxis:
                 raise ValueError(f"unexpected {atom} in an axis")
 
     def part_size(self, k: int, divisor: int) -> int:
-        return sum(math.prod(_run(a, k, divisor)[1] for a in t) for t in self.terms)
+        return _part_size(self, k, divisor)
 
     def index(self, k: int, divisor: int) -> torch.Tensor:
         """Part k's indices into the axis, ascending within each term: int64 of shape (part_size,)."""
@@ -370,6 +369,11 @@ def block(shape: Sequence[int], axes: Sequence[FrozenAxis | None], k: int, divis
     whose axis is None."""
     index = [torch.arange(n) if a is None else a.index(k, divisor) for n, a in zip(shape, axes)]
     return torch.meshgrid(*index, indexing="ij") if len(index) > 1 else tuple(index) or (...,)
+
+
+@functools.lru_cache(maxsize=4096)
+def _part_size(axis: FrozenAxis, k: int, divisor: int) -> int:
+    return sum(math.prod(_run(a, k, divisor)[1] for a in t) for t in axis.terms)
 
 
 @functools.lru_cache(maxsize=64)  # layers in a row share axes

@@ -378,11 +378,14 @@ class Run:
                 )
             if files.PartsFolder(self.folder).digest != self.parts.plan.digest():
                 raise TrainError(f"{self.folder} holds a run of another model or split; choose another --experiment")
+        described, given = (
+            json_text(self.parts.plan.to_json()),
+            yaml.safe_dump(vars(self.args), default_flow_style=None),
+        )
         with output_folder(self.folder) as aside, output_folder(self.parts_folder) as beside_parts:
-            given = yaml.safe_dump(vars(self.args), default_flow_style=None)
+            beside_parts(files.PLAN).write_text(described, encoding="utf-8")
+            aside(files.PLAN).write_text(described, encoding="utf-8")
             aside("args.yaml").write_text(f"{self._signature()}\n{given}")  # the last to land: with it there is a run
-            for path in (aside(files.PLAN), beside_parts(files.PLAN)):
-                path.write_text(json_text(self.parts.plan.to_json()), encoding="utf-8")
         remove_temporaries(self.folder, self.begun)
         plan = self.parts.plan
         verdict = "exact" if plan.exact else f"approximate in {len(plan.approximations)} places"
