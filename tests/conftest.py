@@ -3,8 +3,11 @@
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
+from hub_server import HubServer
+from huggingface_hub import constants
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
@@ -129,3 +132,21 @@ def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     assert main(["train", *RUN, "--parts", "4", "--baseline", "--output", str(folder), "--experiment", "one"]) == 0
     return folder / "one"
+
+
+# ---- the Hub
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on loopback for this process, which has imported huggingface_hub: its environment would come too late."""
+    with HubServer() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        own = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(tmp_path / "hub")}
+        for name, value in {**own, "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False}.items():
+            monkeypatch.setattr(constants, name, value)
+        for name, value in server.env(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        huggingface_hub.close_session()  # a client reads the proxies as it is made
+        yield server
+    huggingface_hub.close_session()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import HubServer
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_session, lfs
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -30,19 +29,6 @@ model-index:
 ---
 # A model
 """
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A server for this process, which has imported huggingface_hub: its environment would come too late."""
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    huggingface_hub.close_session()  # a client reads the proxies as it is made
-    with HubServer() as server:
-        yield server
-    huggingface_hub.close_session()
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "timm_dd"
 # Each imports only from what stands before it.
 ORDER = [
-    "version", "errors", "widths", "domain", "table", "atomic", "tensorfile",
+    "version", "errors", "console", "widths", "domain", "table", "atomic", "tensorfile",
     "models", "networks", "trace", "sizes", "rules.laws", "rules.registry",
     "rules.pool", "rules.conv", "rules.linear", "rules.norm", "rules.pointwise", "rules.shape", "rules.attention",
     "rules.recurrent", "rules", "plan", "planner", "claims",
-    "files", "packed", "split", "merge", "profile", "verify", "picture",
+    "files", "card", "hub", "packed", "split", "merge", "profile", "verify", "picture",
     "train", "train.options", "train.data", "train.schedule", "train.learner", "train.engines",
     "train.checkpoints", "train.trackers", "train.composed", "train.loop", "train.run", "train.demo", "train.__main__",
     "cli", "",

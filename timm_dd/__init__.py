@@ -6,7 +6,8 @@ model = timm_dd.merge(parts)
 
 from . import networks as networks  # registers the papers' networks with timm
 from .domain import Box, Domain
-from .errors import MergeError, SplitError
+from .errors import MergeError, PushError, SplitError
+from .hub import push
 from .merge import merge, merge_files
 from .plan import Plan
 from .profile import Profile, profile
@@ -21,6 +22,7 @@ __all__ = [
     "Parts",
     "Plan",
     "Profile",
+    "PushError",
     "Report",
     "SplitError",
     "__version__",
@@ -28,6 +30,7 @@ __all__ = [
     "merge_files",
     "plan",
     "profile",
+    "push",
     "split",
     "verify",
 ]

@@ -6,86 +6,108 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import shtab
 from torch import nn
 
+from . import console
 from .domain import spatial
-from .errors import MergeError, SplitError, TrainError
+from .errors import MergeError
+from .version import __version__
 
 
 def parser() -> argparse.ArgumentParser:
-    from . import __version__
+    from .train import options
 
     p = argparse.ArgumentParser(
         prog="timm-dd", description="Split a timm model's width into K parts, train them apart, merge them back."
     )
     p.add_argument("--version", action="version", version=f"timm-dd {__version__}")
-    commands = p.add_subparsers(dest="command", required=True, metavar="command")
+    shtab.add_argument_to(p, help="print the completion for a shell")
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="the whole pipeline on scikit-learn's scanned digits, minutes on two cores")
-    demo.add_argument("--output", default="runs", metavar="DIR")
+    demo = _command(commands, "demo", _demo, "the whole pipeline on scikit-learn's digits", "demo --output runs/")
+    demo.add_argument("--output", default="runs", metavar="DIR", help="for the run's folder")
     demo.add_argument("--seed", type=int, default=42)
-    demo.set_defaults(run=_demo)
 
-    plan = commands.add_parser("plan", help="what each part of a model would be")
+    plan = _command(commands, "plan", _plan, "what each part of a model would be", "plan resnet50 4 --grid 2x2")
     _split_options(plan)
     plan.add_argument("--json", action="store_true", help="for machines")
     plan.add_argument("--domain-png", metavar="FILE", help="draw the boxes instead, on a chessboard or on --image")
     plan.add_argument("--image", metavar="FILE", help="an image for --domain-png")
-    plan.set_defaults(run=_plan)
 
-    profile = commands.add_parser("profile", help="parameters, FLOPs and activations: global, part, ratio")
+    profile = _command(
+        commands, "profile", _profile, "parameters, FLOPs, activations: global, part", "profile resnet50 4 --overlap 28"
+    )
     _split_options(profile)
     profile.add_argument("--json", action="store_true", help="for machines")
-    profile.set_defaults(run=_profile)
 
-    split = commands.add_parser("split", help="write the parts of a model")
+    split = _command(commands, "split", _split, "write the parts of a model", "split resnet18 4 -o parts/ --pretrained")
     _split_options(split)
-    split.add_argument("-o", "--output", required=True, metavar="PARTS")
-    split.add_argument("--pretrained", action="store_true")
-    split.add_argument("--seed", type=int, default=42)
-    split.set_defaults(run=_split)
+    split.add_argument("-o", "--output", required=True, metavar="PARTS", help="folder for the parts")
+    split.add_argument("--pretrained", action="store_true", help="slice timm's pretrained weights")
+    split.add_argument("--seed", type=int, default=42, help="of fresh weights")
 
-    merge = commands.add_parser("merge", help="compose the parts in a folder into timm's own form")
-    merge.add_argument("parts", metavar="PARTS")
-    merge.add_argument("-o", "--output", required=True, metavar="COMPOSED")
+    train = options.parser(add_help=False)
+    commands.add_parser("train", parents=[train], help="train the parts, then the composed model", add_help=False)
+
+    merge = _command(commands, "merge", _merge, "compose parts into timm's own form", "merge parts/ -o composed/")
+    merge.add_argument("parts", metavar="PARTS", help="a folder, or hf-hub:USER/REPO[@REVISION]")
+    merge.add_argument("-o", "--output", required=True, metavar="COMPOSED", help="folder for the model")
     merge.add_argument("--head", choices=["sum", "mean"], default="sum", help="mean for regression")
-    merge.set_defaults(run=_merge)
 
-    verify = commands.add_parser("verify", help="theorems 2.1 and 2.2 in numbers; exit 1 where a claim fails")
-    verify.add_argument("composed", metavar="COMPOSED")
-    verify.add_argument("parts", metavar="PARTS")
+    verify = _command(
+        commands, "verify", _verify, "theorems 2.1 and 2.2 in numbers; 1 where one fails", "verify composed/ parts/"
+    )
+    verify.add_argument("composed", metavar="COMPOSED", help="folder from merge")
+    verify.add_argument("parts", metavar="PARTS", help="folder of the parts that were merged")
     verify.add_argument("--head", choices=["sum", "mean"], default="sum", help="as given to merge")
     verify.add_argument("--data-dir", metavar="DIR", help="validation images: losses, accuracies and the bound (2.19)")
     verify.add_argument("--dataset", default="", metavar="NAME", help="digits, or a timm dataset, instead of a folder")
     verify.add_argument("--val-split", default="validation", metavar="NAME")
-    verify.set_defaults(run=_verify)
 
-    commands.add_parser(
-        "train", help="train the parts and the composed model (see timm-dd train --help)", add_help=False
+    push = _command(
+        commands, "push", _push, "a composed model, or parts, to the Hugging Face Hub", "push composed/ USER/REPO"
     )
+    push.add_argument("folder", metavar="FOLDER", help="from merge, split or train")
+    push.add_argument("repo", metavar="USER/REPO", help="made if it is not there")
+    push.add_argument("--private", action="store_true", help="make it private")
+    push.add_argument("-m", "--message", metavar="TEXT", help="of the commit")
+    push.add_argument("--tag", metavar="NAME", help="for the commit, v1.0 for one")
+    push.add_argument(
+        "--dry-run", nargs="?", const="", metavar="DIR", help="write what would be pushed, by default to REPO"
+    )
+    return p
+
+
+def _command(commands, name: str, run: Callable, help: str, example: str) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=f"example: timm-dd {example}"
+    )
+    p.set_defaults(run=run)
+    console.options(p)
     return p
 
 
 def _split_options(p: argparse.ArgumentParser) -> None:
     from .train.options import grid, sizes
 
-    p.add_argument("model", metavar="MODEL")
-    p.add_argument("parts", type=int, metavar="K")
+    p.add_argument("model", metavar="MODEL", help="a timm name")
+    p.add_argument("parts", type=int, metavar="K", help="the number of parts")
     p.add_argument(
         "--grid",
         type=grid,
         metavar="RxC",
         help="boxes, by default the most square grid; full: the whole image; centered8; type-b",
     )
-    p.add_argument("--overlap", type=int, default=0, metavar="PX")
-    p.add_argument("--margin", type=int, default=0, metavar="PX")
+    p.add_argument("--overlap", type=int, default=0, metavar="PX", help="by how much a box is longer than its cell")
+    p.add_argument("--margin", type=int, default=0, metavar="PX", help="pixels cropped from the borders beforehand")
     p.add_argument("--narrow", choices=["replicate"], help="keep what is narrower than K whole in every part")
     p.add_argument("--width-divisor", type=int, metavar="D", help="divide widths by D instead of K; not to be merged")
     p.add_argument("--img-size", type=sizes, metavar="PX", help="pixels, or 192x168")
-    p.add_argument("--num-classes", type=int, metavar="N")
+    p.add_argument("--num-classes", type=int, metavar="N", help="by default the model's")
 
 
 def _source(args: argparse.Namespace) -> dict:
@@ -174,6 +196,17 @@ def _labelled_images(args: argparse.Namespace, model: nn.Module, size: Sequence[
     return data.validation(given, data.data_config(given, model))
 
 
+def _push(args: argparse.Namespace) -> None:
+    from . import hub
+
+    if args.dry_run is None:
+        print(hub.push(args.folder, args.repo, private=args.private, message=args.message, tag=args.tag))
+        return
+    target = args.dry_run or args.repo.split("/")[-1]
+    hub.stage(args.folder, args.repo, target)
+    print(f"{target}: what would be pushed; edit README.md, then timm-dd push {target} {args.repo}")
+
+
 def _demo(args: argparse.Namespace) -> None:
     from .train.demo import demo
 
@@ -187,13 +220,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return train(argv[1:])
     args = parser().parse_args(argv)
-    try:
-        status = args.run(args)
-        sys.stdout.flush()
-        return status or 0
-    except BrokenPipeError:  # whoever reads, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (SplitError, MergeError, TrainError, OSError) as e:
-        print(f"timm-dd {args.command}: {e}", file=sys.stderr)
-        return 1
+    return console.run(args.command, args.run, args)

@@ -19,6 +19,10 @@ class TrainError(ValueError):
     """A training run that cannot start or cannot go on: data, options, or a loss that is not finite."""
 
 
+class PushError(ValueError):
+    """A push that the Hub refuses, or that does not reach it."""
+
+
 def headline(error: BaseException) -> str:
     """The first line of another library's message, if need be shortened; the error's name if it has none."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]

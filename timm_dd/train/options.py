@@ -10,6 +10,7 @@ import argparse
 import copy
 import itertools
 import json
+import shlex
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,13 +18,13 @@ from pathlib import Path
 import yaml
 from timm.utils import ParseKwargs
 
-from .. import models
+from .. import console, models
 from ..domain import Domain, default_domain
 from ..errors import SplitError, TrainError, headline
 
 FREE = {  # may change when a run goes on
     "checkpoint_every", "config", "cycles", "device", "engine", "experiment", "log_tensorboard", "log_wandb", "output",
-    "pin_mem", "resume", "validation_batch_size", "wandb_project", "workers",
+    "pin_mem", "quiet", "resume", "validation_batch_size", "verbose", "wandb_project", "workers",
 }  # fmt: skip
 COMPOSED = ("calibrate", "off_diagonal_lr", "off_diagonal_noise", "update_bn")  # nothing to parts and baseline
 SCALES = ("sum", "mean", "temperature")
@@ -39,8 +40,9 @@ STAGED = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(add_help: bool = True) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
+        add_help=add_help,
         prog="timm-dd train",
         description="Train K parts of a timm model on K sub-images, compose them, fine-tune the composed model.",
         epilog="example: torchrun --nproc-per-node 4 -m timm_dd.train --model resnet50 --parts 4 --grid 2x2 "
@@ -54,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     _optimizer(p.add_argument_group("optimizer and schedule"))
     _stages(p.add_argument_group("stages (--part-X and --baseline-X set one for the parts and for the baseline)"))
     _run(p.add_argument_group("run"))
+    console.options(p)
     return p
 
 
@@ -346,6 +349,27 @@ def of_training(args: argparse.Namespace) -> dict:
     """The options, as a stage sees them, on which a network's weights depend; as JSON."""
     own = {k: v for k, v in vars(args).items() if k not in FREE and not k.startswith(("part_", "baseline"))}
     return json.loads(json.dumps(own))
+
+
+def command(args: argparse.Namespace) -> str:
+    """The command line that gives the same weights; of the data's folder, which is the reader's affair, the name."""
+    words = ["timm-dd", "train"]
+    for action in parser(add_help=False)._actions:
+        value = getattr(args, action.dest)
+        if value == action.default or action.dest in FREE:
+            continue
+        flag = _flag(action.dest)
+        if action.dest == "data_dir":
+            words += [flag, Path(value).name]
+        elif action.dest == "grid" and not isinstance(value, str):
+            words += [flag, "x".join(map(str, value))]
+        elif isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, dict):
+            words += [flag, *(f"{k}={v}" for k, v in value.items())]
+        else:
+            words += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return shlex.join(words)
 
 
 def check_same(before: dict, now: dict) -> None:

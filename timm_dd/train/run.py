@@ -103,6 +103,7 @@ class Run:
         self.seed = args.seed + self.cycle - 1  # of the order of images, and of dropout
         self.device = self.ranks.device(args.device)
         self.train_set, self.val_set, classes = data.datasets(args)
+        self.data_name = (args.dataset or Path(args.data_dir).resolve().name).split("/")[-1]
         self.model_args = options.model_arguments(args, classes)
         args.num_classes = self.model_args["num_classes"]
         self.data_config = data.data_config(args, models.create_empty(args.model, **self.model_args))
@@ -264,6 +265,7 @@ class Run:
             found["updated"] = evaluate([learner], loaders[1], Engine())[0]
         about = files.summary(parts.plan, parts.plan.digest())
         found["tuned"] = self._fit(learner, loaders, args.epochs, "fine-tuning", about)
+        found["best"] = max((row["top1"] for row in learner.history), default=found["tuned"])
         return {**found, "seconds": learner.seconds}
 
     def _prepare(self, learner: Learner, plan: Plan, loader, args) -> bool:
@@ -363,7 +365,8 @@ class Run:
         parts = [self._part_summary(k) for k in range(self.args.parts)]
         tuned = self.tune()
         seconds = {"parts": max(p["seconds"] for p in parts), "composed": tuned.pop("seconds")}
-        summary = {"parts": [p["top1"] for p in parts], **tuned, "seconds": seconds}
+        about = {"command": options.command(self.args), "dataset": self.data_name, "split": self.args.val_split}
+        summary = {"parts": [p["top1"] for p in parts], **tuned, "seconds": seconds, **about}
         if self.args.baseline and self.cycle == 1:
             summary["baseline"], summary["seconds"]["baseline"] = self.baseline()
         return summary

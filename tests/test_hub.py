@@ -1,0 +1,216 @@
+"""Pushing to a Hub on loopback, and what comes back from it: to stock timm, and to `merge`."""
+
+import functools
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard, lfs
+from safetensors.torch import load_file
+
+import timm_dd
+from timm_dd import MergeError, Parts, PushError, hub
+from timm_dd.cli import main
+from timm_dd.train import options
+
+# huggingface_hub gives httpx the file of an LFS upload as data=, which httpx calls deprecated
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+REPO = "user/model"
+STOCK = """
+import sys
+sys.modules["timm_dd"] = None  # not to be imported
+import timm, torch
+model = timm.create_model("hf-hub:{}", pretrained=True).eval()
+torch.save(model(torch.load({!r})), {!r})
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    parts = timm_dd.split("resnet10t", 2, seed=0, num_classes=3, img_size=64)
+    parts.epoch = 3
+    parts.save(folder / "parts")
+    timm_dd.merge_files(folder / "parts", folder / "composed")
+    return folder
+
+
+def card(server, repo=REPO):
+    return server.repos[repo].commits[-1].tree["README.md"].content.decode()
+
+
+def edit(server, text, repo=REPO):
+    from huggingface_hub import HfApi
+
+    HfApi().upload_file(repo_id=repo, path_in_repo="README.md", path_or_fileobj=text.encode())
+
+
+def test_stock_timm_loads_what_was_pushed(hub, folders, tmp_path, capsys):
+    """In a process where timm_dd cannot be imported: the same logits, bit for bit."""
+    assert main(["push", str(folders / "composed"), REPO, "--tag", "v1", "-m", "The first"]) == 0
+    assert capsys.readouterr().out.startswith(f"{hub.url}/{REPO}/commit/")
+    commit = hub.repos[REPO].commits[-1]
+    assert set(commit.tree) == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    assert not hub.repos[REPO].private and "v1" in hub.repos[REPO].tags
+    x = torch.randn(2, 3, 64, 64)
+    torch.save(x, tmp_path / "x")
+    for name in (REPO, f"{REPO}@v1"):
+        code = STOCK.format(name, str(tmp_path / "x"), str(tmp_path / "y"))
+        subprocess.run([sys.executable, "-c", code], check=True)
+        with torch.no_grad():
+            assert torch.equal(torch.load(tmp_path / "y"), timm_dd.merge(folders / "parts").eval()(x))
+
+
+def test_parts_are_merged_straight_from_the_hub(hub, folders, tmp_path):
+    assert timm_dd.push(folders / "parts", f"{REPO}-parts", private=True).startswith(hub.url)
+    assert hub.repos[f"{REPO}-parts"].private
+    assert main(["merge", f"hf-hub:{REPO}-parts", "-o", str(tmp_path / "composed")]) == 0
+    expected = (folders / "composed" / "model.safetensors").read_bytes()
+    assert (tmp_path / "composed" / "model.safetensors").read_bytes() == expected
+    parts = Parts.load(f"hf-hub:{REPO}-parts")
+    assert (parts.seed, parts.epoch) == (0, 3)
+    text = card(hub, f"{REPO}-parts")
+    assert f"timm-dd merge hf-hub:{REPO}-parts -o composed/" in text and "trained for 3 epochs, seed 0" in text
+    assert "11,689,512" not in text and f"{parts.plan.params():,} parameters" in text
+    timm_dd.split("resnet10t", 3, num_classes=3).save(tmp_path / "three")
+    timm_dd.push(tmp_path / "three", f"{REPO}-parts")  # parts of another split do not stay beside the new ones
+    names = [name for name in hub.repos[f"{REPO}-parts"].commits[-1].tree if name.startswith("part-")]
+    assert len(names) == 3 and all("-of-00003" in name for name in names)
+
+
+def test_the_card_of_a_trained_model(hub, one, tmp_path):
+    """The figures are those of summary.json, for this very model, in the form that the Hub reads."""
+    summary = json.loads((one / "summary.json").read_text())
+    for folder, key in (("composed", "composed"), ("global/last", "tuned"), ("global/best", "best")):
+        timm_dd.push(one / folder, REPO)
+        found = ModelCard(card(hub))
+        found.validate()
+        (result,) = found.data.eval_results
+        assert (result.dataset_name, result.dataset_split) == ("digits", "validation")
+        assert result.metric_value == round(summary[key], 2)
+        assert (found.data.library_name, found.data.pipeline_tag) == ("timm", "image-classification")
+        assert f"{summary['together']:.2f}" in found.text and f"{summary['baseline']:.2f}" in found.text
+        assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in found.text
+        assert summary["command"] in found.text and "import timm_dd" not in found.text
+
+
+def test_the_command_of_a_card_gives_the_same_run(one):
+    """Every option on which weights depend comes back; what is the reader's own affair is not in it."""
+    asked = yaml.safe_load((one / "args.yaml").read_text())
+    command = json.loads((one / "summary.json").read_text())["command"]
+    assert command.startswith("timm-dd train ") and not any(flag in command for flag in ("--output", "--experiment"))
+    again = vars(options.parse(shlex.split(command)[2:]))
+    assert all(again[name] == asked[name] for name in again.keys() - options.FREE)
+
+
+def test_a_model_of_ours_needs_us(tmp_path):
+    timm_dd.split("dd_resnet20_16", 2).save(tmp_path / "parts")
+    timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed")
+    hub.stage(tmp_path / "composed", REPO, tmp_path / "staged")
+    assert "import timm_dd  # registers dd_resnet20_16" in (tmp_path / "staged" / "README.md").read_text()
+
+
+def test_an_approximate_plan_says_so(tmp_path):
+    parts = timm_dd.split("convnext_atto", 2, img_size=64)
+    parts.save(tmp_path / "parts")
+    timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed")
+    for folder in ("parts", "composed"):
+        hub.stage(tmp_path / folder, REPO, tmp_path / f"staged-{folder}")
+        text = (tmp_path / f"staged-{folder}" / "README.md").read_text()
+        assert "The plan is approximate" in text and parts.plan.approximations[0][2] in text
+
+
+def test_a_card_is_written_anew_unless_somebody_edited_it(hub, folders):
+    timm_dd.push(folders / "composed", REPO)
+    first = card(hub)
+    timm_dd.push(folders / "parts", REPO)
+    assert card(hub) != first  # it was ours to write
+    edited = card(hub).replace("## Use", "## My own words")
+    edit(hub, edited)
+    timm_dd.push(folders / "composed", REPO)
+    assert card(hub) == edited
+    assert "model.safetensors" in hub.repos[REPO].commits[-1].tree
+
+
+def test_a_dry_run_writes_the_folder_that_would_be_pushed(hub, folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["push", str(folders / "composed"), REPO, "--dry-run"]) == 0
+    staged = tmp_path / "model"
+    assert sorted(p.name for p in staged.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert not any(p.is_symlink() for p in staged.iterdir()) and hub.requests == []
+    assert main(["push", str(folders / "composed"), REPO, "--dry-run"]) == 1
+    assert "model is not empty" in capsys.readouterr().err
+    (staged / "README.md").write_text((staged / "README.md").read_text().replace("## Use", "## My own words"))
+    timm_dd.push(staged, REPO)
+    assert "## My own words" in card(hub)
+    assert all(hub.repos[REPO].commits[-1].tree[p.name].content == p.read_bytes() for p in staged.iterdir())
+
+
+def test_a_broken_connection(hub, folders, monkeypatch):
+    """Without huggingface_hub's own retries, which wait for seconds: an error, no commit, and the next push goes on."""
+    monkeypatch.setattr(lfs, "http_backoff", functools.partial(lfs.http_backoff, max_retries=0))
+    hub.fail_uploads = 1
+    with pytest.raises(PushError, match="push again") as e:
+        timm_dd.push(folders / "parts", REPO)
+    assert "\n" not in str(e.value) and "README.md" not in hub.repos[REPO].commits[-1].tree
+    arrived = len(hub.lfs)
+    timm_dd.push(folders / "parts", REPO)
+    assert "plan.json" in hub.repos[REPO].commits[-1].tree
+    assert arrived == 1 and len([m for m, _ in hub.requests if m == "PUT"]) == 3  # one broke, two arrived
+
+
+def test_what_would_be_public_or_fail_is_refused_beforehand(hub, folders, capsys):
+    timm_dd.push(folders / "composed", REPO, tag="v1")
+    capsys.readouterr()
+    before = len(hub.repos[REPO].commits)
+    with pytest.raises(PushError, match="is public"):
+        timm_dd.push(folders / "parts", REPO, private=True)
+    with pytest.raises(PushError, match="has a tag v1"):
+        timm_dd.push(folders / "parts", REPO, tag="v1")
+    with pytest.raises(PushError, match="not the name of a repository"):
+        timm_dd.push(folders / "parts", "model")
+    assert len(hub.repos[REPO].commits) == before
+    hub.token = "hf_another"
+    assert main(["push", str(folders / "composed"), "user/other"]) == 1
+    err = capsys.readouterr().err
+    assert "hf auth login" in err and err.count("\n") == 1 and "hf_test" not in err
+    with pytest.raises(MergeError, match="cannot be downloaded"):
+        timm_dd.merge("hf-hub:user/nothing")
+
+
+def test_no_hub(folders, hub, capsys):
+    hub.__exit__(None, None, None)
+    assert main(["push", str(folders / "composed"), REPO]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_is_not_ours_is_not_pushed(folders, tmp_path):
+    with pytest.raises(MergeError, match="has neither model.safetensors nor plan.json"):
+        timm_dd.push(tmp_path, REPO)
+    timm.models.save_for_hf(timm.create_model("resnet10t"), tmp_path, safe_serialization=True)
+    with pytest.raises(MergeError, match="was not composed by timm_dd"):
+        timm_dd.push(tmp_path, REPO)
+    whole = (folders / "composed" / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(MergeError, match="config.json is damaged"):
+        timm_dd.push(tmp_path, REPO)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(MergeError, match="no config.json"):
+        timm_dd.push(tmp_path, REPO)
+    (tmp_path / "model.safetensors").write_bytes(whole[:-9])
+    with pytest.raises(MergeError, match="cannot be read"):
+        timm_dd.push(tmp_path, REPO)
+
+
+def test_weights_are_those_of_the_folder(hub, folders):
+    timm_dd.push(folders / "composed", REPO)
+    model = timm.create_model(f"hf-hub:{REPO}", pretrained=True)
+    stored = load_file(folders / "composed" / "model.safetensors")
+    assert all(torch.equal(v, stored[k]) for k, v in model.state_dict().items())

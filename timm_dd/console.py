@@ -1,0 +1,43 @@
+"""How the commands talk: ``--quiet`` and ``--verbose``, one line for an error, the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from .errors import MergeError, PushError, SplitError, TrainError
+
+FAILURES = (SplitError, MergeError, TrainError, PushError, OSError)
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    g = p.add_mutually_exclusive_group()
+    g.add_argument("-q", "--quiet", action="store_true", help="print errors alone")
+    g.add_argument("-v", "--verbose", action="store_true", help="print log messages, and the traceback of an error")
+
+
+def run(name: str, function: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
+    """Run a command; 0 if it is done, 1 if the work failed, with one line on stderr."""
+    if args.verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+            if args.quiet:
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            status = function(args)
+        sys.stdout.flush()
+        return status or 0
+    except BrokenPipeError:  # whoever reads, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except FAILURES as e:
+        if args.verbose:
+            traceback.print_exc()
+        print(f"timm-dd {name}: {e}", file=sys.stderr)
+        return 1
