@@ -1,7 +1,9 @@
 """The command line: what each command prints and leaves, and its exit status."""
 
+import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import timm_dd
-from timm_dd.cli import main
+from timm_dd.cli import main, parser
+from timm_dd.train import options
 
 
 def test_plan(capsys):
@@ -145,6 +148,58 @@ def test_bad_input(arguments, status, message, tmp_path, monkeypatch, capsys):
     if status == 1:
         assert errors.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def subparsers():
+    (action,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return action.choices
+
+
+def test_help_fits_a_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    assert all(any(line.split()[:1] == [name] for line in lines) for name in subparsers())
+
+
+@pytest.mark.parametrize("command", ["demo", "plan", "profile", "split", "train", "merge", "verify", "push"])
+def test_the_example_in_a_commands_help_is_right(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    example = " ".join(re.search(r"^example: (.*)", capsys.readouterr().out, re.M | re.S)[1].split())
+    if command == "train":
+        options.parse(shlex.split(example.partition("timm_dd.train")[2]))
+    else:
+        words = shlex.split(example)
+        assert words[:2] == ["timm-dd", command] and parser().parse_args(words[1:]).command == command
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", shell])
+    script = capsys.readouterr().out
+    assert "--dry-run" in script and "--off-diagonal-lr" in script
+    if shell == "bash":
+        asked = "COMP_WORDS=(timm-dd pu); COMP_CWORD=1; _shtab_timm_dd; echo ${COMPREPLY[@]}"
+        done = subprocess.run(["bash", "-c", f"{script}\n{asked}"], capture_output=True, text=True)
+        assert done.stdout == "push\n", done.stderr
+
+
+def test_quiet_and_verbose(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["split", "resnet10t", "2", "-o", "parts", "-q"]) == 0
+    assert main(["merge", "parts", "-o", "composed", "--quiet"]) == 0
+    run = ["--model", "test_resnet", "--dataset", "digits", "--parts", "2", "--epochs", "0", "--output", "runs"]
+    assert main(["train", *run, "--train-num-samples", "128", "-j", "0", "--device", "cpu", "-q"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main(["merge", "nowhere", "-o", "out", "-q"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["merge", "nowhere", "-o", "out", "-v"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and err.splitlines()[-1].startswith("timm-dd merge: no plan.json in nowhere")
 
 
 def test_version(capsys):

@@ -306,9 +306,10 @@ SPOILS = {
     "shape": (lie(lambda p: p["tensors"]["fc.bias"].update(shape=[4])), "has shape"),
     "axis": (lie(lambda p: p["tensors"]["fc.weight"].update(axes=[None, [[256], [256]]])), "blocks that overlap"),
     "negative width": (lie(lambda p: p["tensors"]["bn1.bias"].update(axes=[[[{"width": -32}]]])), "not a whole plan"),
-    "a model by path": (lie(lambda p: p.update(model="local-dir:/etc")), "no model 'local-dir:/etc'"),
-    "a model by script": (lie(lambda p: p.update(model="os.system")), "no model 'os.system'"),
+    "a model by path": (lie(lambda p: p.update(model="local-dir:/etc", config=None)), "no model 'local-dir:/etc'"),
+    "a model by script": (lie(lambda p: p.update(model="os.system", config=None)), "no model 'os.system'"),
     "a pickle": (lie(lambda p: p["model_args"].update(checkpoint_path="/tmp/a.pth")), "no argument 'checkpoint_path'"),
+    "another architecture": (lie(lambda p: p["config"].update(architecture="resnet50")), "a config of 'resnet50'"),
     "a number as tensors": (lie(lambda p: p.update(tensors=3)), "not a whole plan"),
 }
 
@@ -349,8 +350,16 @@ def test_every_flipped_bit_is_noticed(folder, tmp_path_factory):
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.parametrize("args", [{"num_classes": 4}, {"nothing": 1}])
+def test_a_plan_of_another_model_is_refused(args, folder):
+    """What merging from disk to disk does not need, a model in memory does."""
+    lie(lambda p: p.update(model_args=args))(folder)
+    with pytest.raises(MergeError, match="the plan does not fit its model"):
+        timm_dd.merge(folder)
+
+
 def test_a_plan_of_other_edits_is_refused(folder):
-    """What merge does not need, loading does."""
+    """Merging from disk to disk does not need them; loading does."""
     lie(lambda p: p["edits"].append(["nothing", None, ["args", 0], [1, 2]]))(folder)
     with pytest.raises(MergeError, match="does not fit its model"):
         Parts.load(folder)

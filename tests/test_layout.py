@@ -3,9 +3,12 @@
 import ast
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import tomllib
+
+import timm_dd
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "timm_dd"
@@ -56,6 +59,21 @@ def test_importing_does_not_bring_the_training_stack():
     code = "import sys, timm_dd; print([m for m in sys.modules if 'timm_dd.train' in m or 'sklearn' in m])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_api_reference_is_whole(tmp_path):
+    """pdoc builds it without a warning, and each public name and method in it has words."""
+    build = [sys.executable, "-W", "error", "-m", "pdoc", "timm_dd", "-o", str(tmp_path)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    page = (tmp_path / "timm_dd.html").read_text()
+    for name in timm_dd.__all__:
+        value = getattr(timm_dd, name)
+        assert f'id="{name}"' in page
+        own = vars(value).items() if isinstance(value, type) else ()
+        members = [m.__func__ if isinstance(m, (staticmethod, classmethod)) else m for k, m in own if k[0] != "_"]
+        for described in [value, *(m for m in members if isinstance(m, (property, types.FunctionType)))]:
+            assert isinstance(described, str) or described.__doc__, described
 
 
 def test_no_pickle():

@@ -87,7 +87,7 @@ def _command(commands, name: str, run: Callable, help: str, example: str) -> arg
         name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=f"example: timm-dd {example}"
     )
     p.set_defaults(run=run)
-    console.options(p)
+    console.options(p, quiet=run not in (_plan, _profile, _verify))
     return p
 
 

@@ -15,9 +15,11 @@ from .errors import MergeError, PushError, SplitError, TrainError
 FAILURES = (SplitError, MergeError, TrainError, PushError, OSError)
 
 
-def options(p: argparse.ArgumentParser) -> None:
+def options(p: argparse.ArgumentParser, quiet: bool = True) -> None:
+    """``--verbose``, and ``--quiet`` unless what a command prints is all that it gives."""
     g = p.add_mutually_exclusive_group()
-    g.add_argument("-q", "--quiet", action="store_true", help="print errors alone")
+    if quiet:
+        g.add_argument("-q", "--quiet", action="store_true", help="print errors alone")
     g.add_argument("-v", "--verbose", action="store_true", help="print log messages, and the traceback of an error")
 
 
@@ -27,7 +29,7 @@ def run(name: str, function: Callable[[argparse.Namespace], int | None], args: a
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
         with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
-            if args.quiet:
+            if getattr(args, "quiet", False):
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
             status = function(args)

@@ -137,6 +137,7 @@ class Domain(abc.ABC):
         return Custom(boxes)
 
     def to_json(self) -> dict:
+        """The kind and its numbers, for `from_json`."""
         return {"kind": type(self).__name__, **asdict(self)}
 
     @staticmethod

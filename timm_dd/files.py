@@ -17,7 +17,6 @@ import numpy as np
 import timm
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -243,7 +242,7 @@ def _local(folder: str | Path) -> Path:
     repo, _, revision = str(folder).removeprefix("hf-hub:").partition("@")
     try:
         found = snapshot_download(repo, revision=revision or None, allow_patterns=[PLAN, "*part-*.safetensors"])
-    except (HfHubHTTPError, OSError, ValueError) as e:
+    except Exception as e:  # of huggingface_hub, and of whichever HTTP library it uses
         raise MergeError(f"{folder} cannot be downloaded ({headline(e)}); check its name and your login") from e
     return Path(found)
 

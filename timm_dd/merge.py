@@ -20,7 +20,7 @@ from torch import nn
 
 from . import files, models, tensorfile
 from .atomic import output_folder
-from .errors import MergeError
+from .errors import MergeError, SplitError
 from .plan import Plan, TensorPlan
 from .split import Parts, plan_model
 from .tensorfile import PIECE, RAW, from_raw, to_raw
@@ -51,11 +51,6 @@ def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | No
         plan, states = folder.plan, [folder.load(k) for k in range(folder.plan.parts)]
     check_mergeable(plan, head)
     dtypes = files.common_dtypes([{name: t.dtype for name, t in state.items()} for state in states])
-    merged = (
-        models.create(plan.model, **plan.model_args)
-        if plan.model is not None
-        else copy.deepcopy(plan_model(plan, model))
-    )
     pieces = [{name: to_raw(t) for name, t in state.items()} for state in states]
 
     def rows(k: int, name: str, first: int, last: int) -> np.ndarray:
@@ -65,8 +60,19 @@ def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | No
     for name, t in plan.tensors.items():
         value = merge_rows(plan, name, dtypes[name], rows, 0, _rows(t), head)
         state[name] = from_raw(value, dtypes[name]).reshape(t.shape)
+    merged = _blank(plan, model)
     _load(merged, state)
     return merged
+
+
+def _blank(plan: Plan, model: nn.Module | None) -> nn.Module:
+    """The global model, to be given its weights."""
+    if plan.model is None:
+        return copy.deepcopy(plan_model(plan, model))
+    try:
+        return models.create(plan.model, **plan.model_args)
+    except SplitError as e:
+        raise MergeError(f"the plan does not fit its model: {e}") from e
 
 
 def _load(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -76,6 +82,9 @@ def _load(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         if name not in state and own.is_floating_point():
             own.data = own.data.to(dtype)
     for name, own in model.state_dict(keep_vars=True).items():
+        if name not in state or state[name].shape != own.shape:
+            found = f"of shape {tuple(state[name].shape)}" if name in state else "missing"
+            raise MergeError(f"the plan does not fit its model: {name}, {tuple(own.shape)} in the model, is {found}")
         own.data = state[name].to(own.device)
 
 

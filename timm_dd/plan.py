@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .atomic import json_text
-from .domain import Domain, spatial
+from .domain import Box, Domain, spatial
 from .table import table
 from .widths import FrozenAxis, block
 
@@ -147,10 +147,12 @@ class Plan:
         shapes = (t.shape if k is None else t.part_shape(k, self.divisor) for t in self.tensors.values() if t.trained)
         return sum(map(math.prod, shapes))
 
-    def boxes(self):
+    def boxes(self) -> tuple[Box, ...]:
+        """Of the parts, in the image of `input_size`."""
         return self.domain.boxes(spatial(self.input_size))
 
     def to_json(self) -> dict:
+        """What plan.json holds; the README's last section describes it."""
         return {
             "format": FORMAT,
             "model": self.model,
@@ -206,6 +208,10 @@ class Plan:
                 t.check(self.parts, self.divisor)
             except ValueError as e:
                 raise ValueError(f"{name}: {e}") from e
+        if self.config is not None and not isinstance(self.config.get("architecture"), str):
+            raise ValueError("a config without architecture")
+        if self.model and self.config and self.config["architecture"] != self.model.split(".")[0]:
+            raise ValueError(f"a config of {self.config['architecture']!r} for {self.model!r}")
         if not self.tensors.keys() >= set(self.head):
             raise ValueError(f"unexpected head {self.head}")
         if any(len(edit.values) != self.parts for edit in self.edits):

@@ -101,6 +101,7 @@ class Profile:
     part: Cost
 
     def to_json(self) -> dict:
+        """The figures of `text`, for machines."""
         return {
             "model": self.model,
             "parts": self.parts,

@@ -116,6 +116,7 @@ class Report:
         return bad
 
     def text(self) -> str:
+        """A table of the layers, then the claims, and the bound where images were given."""
         rows = [("layer", "operation", "whole image", "own box", "field", "claim")]
         rows += [
             (r.path, r.operation, _figure(r.whole), _figure(r.box), f"{r.field:.0%}", "exact" if r.claimed else "-")
