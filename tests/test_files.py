@@ -401,6 +401,25 @@ def test_a_full_disk(saved, tmp_path):
     assert [p.name for p in kept.iterdir()] == ["config.json"] and (kept / "config.json").read_text() == "as it was"
 
 
+def test_merging_takes_little_memory_whatever_the_model_takes(tmp_path):
+    """48 MB of parts become 192 MB, the largest tensor of them 64 MB."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096, bias=False) for _ in range(3)))
+    timm_dd.split(model, 4, example_input=torch.empty(1, 4096)).save(tmp_path / "parts")
+    del model
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # the peak is what is used now
+    before = _status("VmRSS")
+    timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed")
+    assert (tmp_path / "composed" / "model.safetensors").stat().st_size > 3 * 64 * 2**20
+    assert _status("VmHWM") - before < 24 * 1024
+
+
+def _status(key):
+    """In kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(key)))
+
+
 def test_what_a_killed_merge_left_is_removed_by_the_next(saved, tmp_path):
     (tmp_path / ".model.safetensors.abc123").write_bytes(b"half")
     timm_dd.merge_files(saved[0], tmp_path)

@@ -76,7 +76,7 @@ def test_from_data_to_the_composed_model(make, domain, steps, tmp_path):
 
     tuned = train(composed, train_x, train_y, steps)
     assert accuracy(tuned, val_x, val_y) > 0.9
-    timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed", model=model)
+    timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed")
     again = network(len(size), classes, size)
     again.load_state_dict(load_file(tmp_path / "composed" / "model.safetensors"))
     merged = timm_dd.merge(tmp_path / "parts", model=model).eval()

@@ -1,6 +1,6 @@
 """Composed models and folders of parts on the Hugging Face Hub: safetensors, JSON and a model card, nothing else.
 
-`stage` gathers what a repository would hold in a folder; `push` does that and uploads it. Stock timm loads a composed
+`push` uploads what a repository is to hold, `stage` writes it into a folder. Stock timm loads a composed
 model as ``hf-hub:USER/REPO``; `merge` reads parts as ``hf-hub:USER/REPO-parts``.
 """
 
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -19,10 +20,12 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from . import card, files
+from .atomic import output_folder
 from .errors import MergeError, PushError, headline
 from .version import __version__
 
 CARD = "README.md"
+_logger = logging.getLogger(__name__)
 
 
 def push(
@@ -51,8 +54,11 @@ def push(
         PushError: the Hub refuses, or cannot be reached.
     """
     _check_name(repo)
+    found, text = _gather(Path(folder), repo)
     with tempfile.TemporaryDirectory() as temporary:
-        _stage(Path(folder), repo, Path(temporary), os.symlink)
+        for name, path in found.items():
+            os.symlink(path.resolve(), Path(temporary) / name)
+        (Path(temporary) / CARD).write_text(text, encoding="utf-8")
         with _talking_to_the_hub(repo):
             return _upload(Path(temporary), repo, private, message or f"{repo} by timm_dd {__version__}", tag)
 
@@ -67,11 +73,11 @@ def stage(folder: str | Path, repo: str, target: str | Path) -> None:
     target = Path(target)
     if target.exists() and any(target.iterdir()):
         raise MergeError(f"{target} is not empty; remove it, or choose another folder")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        _stage(Path(folder), repo, target, shutil.copyfile)
-    except OSError as e:
-        raise MergeError(f"cannot write to {target}: {e.strerror or e}; choose another folder") from e
+    found, text = _gather(Path(folder), repo)
+    with output_folder(target, sync=False) as aside:
+        for name, path in found.items():
+            shutil.copyfile(path, aside(name))
+        aside(CARD).write_text(text, encoding="utf-8")
 
 
 def _check_name(repo: str) -> None:
@@ -83,22 +89,20 @@ def _check_name(repo: str) -> None:
         raise PushError(f"{repo!r} is not the name of a repository, USER/REPO ({headline(e)})") from e
 
 
-def _stage(folder: Path, repo: str, target: Path, place: Callable) -> None:
+def _gather(folder: Path, repo: str) -> tuple[dict[str, Path], str]:
+    """The files of a repository by their names in it, and its card: the folder's own, or one of ours."""
     if (folder / files.PLAN).exists():
         with files.PartsFolder(folder) as parts:
-            found = {files.PLAN: folder / files.PLAN}
+            paths = [parts.open(k).path for k in range(parts.plan.parts)]
             for k in range(parts.plan.parts):
-                path = parts.open(k).path
                 parts.check(k)
-                found[path.name] = path
             text = card.of_parts(repo, parts)
+        found = {path.name: path for path in (folder / files.PLAN, *paths)}
     else:
-        found = {name: folder / name for name in (files.MODEL, "config.json")}
         text = card.of_model(repo, folder)
+        found = {name: folder / name for name in (files.MODEL, "config.json")}
     own = folder / CARD
-    (target / CARD).write_text(own.read_text(encoding="utf-8") if own.is_file() else _sign(text), encoding="utf-8")
-    for name, path in found.items():
-        place(path.resolve(), target / name)
+    return found, own.read_text(encoding="utf-8") if own.is_file() else _sign(text)
 
 
 def _upload(staged: Path, repo: str, private: bool, message: str, tag: str | None) -> str:
@@ -108,10 +112,10 @@ def _upload(staged: Path, repo: str, private: bool, message: str, tag: str | Non
     with contextlib.suppress(EntryNotFoundError):
         there = Path(api.hf_hub_download(repo, CARD)).read_text(encoding="utf-8")
         if not _is_signed(there):
-            (staged / CARD).write_text(there, encoding="utf-8")  # somebody has edited it
-    commit = api.upload_folder(
-        repo_id=repo, folder_path=staged, commit_message=message, delete_patterns=["part-*.safetensors"]
-    )
+            _logger.warning("%s: the card there was edited and stays as it is", repo)
+            (staged / CARD).write_text(there, encoding="utf-8")
+    others = "part-*.safetensors" if (staged / files.PLAN).exists() else None  # parts of another split go
+    commit = api.upload_folder(repo_id=repo, folder_path=staged, commit_message=message, delete_patterns=others)
     if tag is not None:
         api.create_tag(repo, tag=tag, revision=commit.oid)
     return commit.commit_url
