@@ -30,10 +30,12 @@ from timm_dd.files import part_name
 from timm_dd.tensorfile import UNSEALED, xxhash
 
 PARTS = 2
+DEEP = "@deep@"  # stands for lists in lists in lists
 LIMIT = 10  # seconds for one input
 VALUES = (None, True, -1, 0, 1, 2, 3, 2**31, 2**63, 10**18, 0.5, 1e308, float("nan"), "", "x", "../../x", "hf-hub:a/b",
           "local-dir:/tmp", "\x00", "place", "mean", [], [[]], {}, {"width": 4}, [1] * 9,
-          {"window": 4, "start": [0], "extent": [9]})  # fmt: skip
+          {"window": 4, "start": [0], "extent": [9]}, {"kind": "TypeB", "p": 10**9, "axes": 10**9},
+          {"kind": "Full", "parts": 10**18})  # fmt: skip
 
 
 class TooLong(BaseException):
@@ -118,10 +120,15 @@ def lie(value, r: random.Random):
         elif how == 4 and isinstance(inside, dict):
             inside["x" + str(last)] = inside.pop(last)
         elif how == 5:
-            inside[last] = json.loads("[" * 500 + "]" * 500)
+            inside[last] = DEEP
         else:
             inside[last] = r.choice(VALUES)
     return value
+
+
+def dump(value, r: random.Random) -> str:
+    n = r.choice((90, 900, 990, 100_000))
+    return json.dumps(value).replace(f'"{DEEP}"', "[" * n + "]" * n)
 
 
 def header(path: Path) -> tuple[dict, bytes]:
@@ -130,11 +137,11 @@ def header(path: Path) -> tuple[dict, bytes]:
     return json.loads(data[8 : 8 + n]), data[8 + n :]
 
 
-def seal(path: Path, head: dict, data: bytes) -> None:
+def seal(path: Path, head: dict, data: bytes, r: random.Random) -> None:
     """Write a part with a checksum that fits."""
     if isinstance(head.get("__metadata__"), dict):
         head["__metadata__"]["xxh3_128"] = UNSEALED
-    text = json.dumps(head).encode()
+    text = dump(head, r).encode()
     whole = struct.pack("<Q", len(text)) + text + data
     digest = xxhash.xxh3_128(whole).hexdigest().encode()
     path.write_bytes(whole.replace(UNSEALED.encode(), digest, 1))
@@ -142,19 +149,19 @@ def seal(path: Path, head: dict, data: bytes) -> None:
 
 def lie_in_a_plan(folder: Path, r: random.Random) -> None:
     plan = lie(json.loads((folder / "plan.json").read_text()), r)
-    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "plan.json").write_text(dump(plan, r))
     for k in range(PARTS):
         head, data = header(folder / part_name(k, PARTS))
         head["__metadata__"]["plan"] = hashlib.sha256((folder / "plan.json").read_bytes()).hexdigest()
         if isinstance(plan, dict):
             head["__metadata__"]["model"] = str(plan.get("model") or "")
-        seal(folder / part_name(k, PARTS), head, data)
+        seal(folder / part_name(k, PARTS), head, data, r)
 
 
 def lie_in_a_part(folder: Path, r: random.Random) -> None:
     path = folder / part_name(r.randrange(PARTS), PARTS)
     head, data = header(path)
-    seal(path, lie(head, r), data)
+    seal(path, lie(head, r), data, r)
 
 
 # ---- files

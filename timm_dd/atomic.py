@@ -121,7 +121,7 @@ def json_text(value) -> str:
     """
     try:
         return json.dumps(value, indent=1) + "\n"
-    except TypeError as e:
+    except (TypeError, ValueError, RecursionError) as e:
         raise MergeError(f"only numbers, texts and lists can be written ({e}); give the model other arguments") from e
 
 

@@ -114,10 +114,10 @@ class Domain(abc.ABC):
         across every inner corner of the grid, from the middle of a cell to that of the next: p² + (p - 1)² boxes.
 
         Raises:
-            SplitError: fewer than one box, or axis.
+            SplitError: fewer than one box, or not one to three axes.
         """
-        if p < 1 or axes < 1:
-            raise SplitError(f"type B needs at least one box along every axis, got {p} along {axes} axes")
+        if p < 1 or axes not in AROUND_CENTRE:
+            raise SplitError(f"type B needs at least one box along one to three axes, got {p} along {axes} axes")
         return TypeB(p, axes)
 
     @staticmethod

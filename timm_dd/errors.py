@@ -1,5 +1,6 @@
 """What a user can cause: each message says what was expected, what came, where, and what to do."""
 
+import reprlib
 from typing import Any
 
 
@@ -30,5 +31,9 @@ def headline(error: BaseException) -> str:
 
 
 def shown(value: Any) -> str:
-    """What a file says, in the one line of a message."""
-    return repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}…"
+    """What a file says, in the one line of a message, however long or deep it is."""
+    return _short.repr(value)
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 100

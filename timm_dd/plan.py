@@ -18,6 +18,7 @@ import torch
 
 from .atomic import json_text
 from .domain import Box, Domain, spatial
+from .errors import shown
 from .table import table
 from .widths import FrozenAxis, block
 
@@ -49,18 +50,18 @@ class TensorPlan:
     def check(self, parts: int, divisor: int) -> None:
         """Raise ValueError unless this is a tensor of `parts` parts, in whose blocks each element has one owner."""
         if not all(map(is_count, self.shape)) or len(self.axes) != len(self.shape):
-            raise ValueError(f"unexpected shape {self.shape}")
+            raise ValueError(f"unexpected shape {shown(self.shape)}")
         for axis, n in zip(self.axes, self.shape):
             if axis is not None and (axis.check(parts) or axis.size != n):
-                raise ValueError(f"unexpected axis of {axis.size} in shape {self.shape}")
+                raise ValueError(f"unexpected axis of {axis.size} in shape {shown(self.shape)}")
         if self.reduce not in ("place", "sum", "mean"):
-            raise ValueError(f"unexpected reduce {self.reduce!r}")
+            raise ValueError(f"unexpected reduce {shown(self.reduce)}")
         if self.outside != "zero" and (self.outside != "mean" or not self.shape):
-            raise ValueError(f"unexpected outside {self.outside!r}")
+            raise ValueError(f"unexpected outside {shown(self.outside)}")
         if self.reduce == "place" and divisor > 1 and not any(a is not None and a.is_owned for a in self.axes):
             raise ValueError("blocks that overlap")
         if len(self.scale) not in (0, parts):
-            raise ValueError(f"unexpected scale {self.scale}")
+            raise ValueError(f"unexpected scale {shown(self.scale)}")
 
     def index(self, k: int, divisor: int) -> tuple[torch.Tensor | None, ...]:
         """Part k's indices along each dim, None where it has all of them."""
@@ -200,20 +201,20 @@ class Plan:
         """Raise ValueError unless the numbers agree with each other: a file may say anything."""
         counts = (self.parts, self.divisor, *self.input_size)
         if not all(is_count(n) and n > 0 for n in counts) or self.domain.parts != self.parts:
-            raise ValueError(f"unexpected counts {counts} with {self.domain.parts} boxes")
+            raise ValueError(f"unexpected counts {shown(counts)} with {self.domain.parts} boxes")
         if not isinstance(self.model, (str, NoneType)):
-            raise ValueError(f"unexpected model {self.model!r}")
+            raise ValueError(f"unexpected model {shown(self.model)}")
         for name, t in {**self.tensors, **self.constants}.items():
             try:
                 t.check(self.parts, self.divisor)
             except ValueError as e:
-                raise ValueError(f"{name}: {e}") from e
+                raise ValueError(f"{shown(name)}: {e}") from e
         if self.config is not None and not isinstance(self.config.get("architecture"), str):
             raise ValueError("a config without architecture")
         if self.model and self.config and self.config["architecture"] != self.model.split(".")[0]:
-            raise ValueError(f"a config of {self.config['architecture']!r} for {self.model!r}")
+            raise ValueError(f"a config of {shown(self.config['architecture'])} for {shown(self.model)}")
         if not self.tensors.keys() >= set(self.head):
-            raise ValueError(f"unexpected head {self.head}")
+            raise ValueError(f"unexpected head {shown(self.head)}")
         if any(len(edit.values) != self.parts for edit in self.edits):
             raise ValueError(f"an edit without {self.parts} values")
         if not all(isinstance(text, str) for reason in self.approximations for text in reason):

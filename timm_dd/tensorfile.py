@@ -19,6 +19,8 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
+from .errors import shown
+
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -109,10 +111,10 @@ class TensorFile:
 
     def _entry(self, dtype: str, shape: list[int], data_offsets: list[int]) -> Entry:
         if dtype not in NAMES:
-            raise ValueError(f"dtype {dtype}, expected one of {', '.join(NAMES)}")
+            raise ValueError(f"dtype {shown(dtype)}, expected one of {', '.join(NAMES)}")
         start, end = (self._begin + offset for offset in data_offsets)
         if end - start != math.prod(shape) * NAMES[dtype].itemsize:
-            raise ValueError(f"{end - start} bytes for a tensor of shape {shape}")
+            raise ValueError(f"{end - start} bytes for a tensor of shape {shown(shape)}")
         return Entry(NAMES[dtype], tuple(shape), start, end)
 
     def _bytes(self, start: int, stop: int) -> bytes:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from .errors import WidthError
+from .errors import WidthError, shown
 
 
 class Width:
@@ -342,7 +342,7 @@ class FrozenAxis(NamedTuple):  # a tuple, as it is looked up for every tensor, a
             runs = zip(atom.start, atom.extent, strict=True) if isinstance(atom, Window) else ()
             inside = [start >= 0 and n > 0 and start + n <= atom.size for start, n in runs]
             if atom_size(atom) < 1 or not all(inside) or (isinstance(atom, Window) and len(inside) != parts):
-                raise ValueError(f"unexpected {atom} in an axis")
+                raise ValueError(f"unexpected {shown(atom)} in an axis")
 
     def part_size(self, k: int, divisor: int) -> int:
         return _part_size(self, k, divisor)
