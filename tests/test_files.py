@@ -439,6 +439,13 @@ def test_a_part_that_shrinks_while_it_is_read(folder, monkeypatch):
         timm_dd.merge_files(folder, folder / "composed")
 
 
+def test_a_dtype_that_has_no_name(tmp_path):
+    parts = timm_dd.split(torch.nn.Linear(4, 4), 2, example_input=torch.empty(1, 4))
+    with pytest.raises(MergeError, match="weight is torch.complex64, expected one of"):
+        parts.to(torch.complex64).save(tmp_path / "parts")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_output_below_a_file_is_refused(saved, tmp_path):
     (tmp_path / "file").write_text("")
     for call in (lambda p: timm_dd.merge_files(saved[0], p), saved[1].save):

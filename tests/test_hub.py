@@ -3,6 +3,7 @@
 import functools
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -99,6 +100,13 @@ def test_the_card_of_a_trained_model(hub, one, tmp_path):
         assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in found.text
         assert summary["command"] in found.text and "import timm_dd" not in found.text
         assert "hf_test" not in str(found)  # the token
+
+
+def test_a_run_with_a_damaged_summary(one, tmp_path):
+    shutil.copytree(one, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text('{"best": 1}')
+    with pytest.raises(MergeError, match="summary.json is damaged"):
+        hub.stage(tmp_path / "run" / "composed", REPO, tmp_path / "staged")
 
 
 def test_the_command_of_a_card_gives_the_same_run(one):

@@ -2,6 +2,7 @@
 those of the benchmarks' tables."""
 
 import csv
+import math
 import os
 import re
 import subprocess
@@ -95,6 +96,17 @@ def test_scaling_is_that_of_the_table():
 def test_time_to_accuracy_is_that_of_the_table():
     ratios = [float(r["ratio"]) for r in table("time_to_accuracy")]
     assert len(ratios) == 3 and f"after {sum(ratios) / 3:.2f}\nof their time, the mean of three seeds" in TEXT
+
+
+def test_merging_is_that_of_the_table():
+    rows = table("merge_speed")
+    ratios, sizes = sorted(float(r["ratio"]) for r in rows), sorted(int(r["parameters"]) for r in rows)
+    peak = max(float(r["peak_mb"]) for r in rows)
+    assert f"of {sizes[0] / 1e6:.0f} M to {sizes[-1] / 1e6:,.0f} M parameters" in TEXT
+    assert f"{ratios[0]:.2f} to {ratios[-1]:.2f} times as long" in TEXT
+    assert f"at most {math.ceil(peak)} MB more memory" in TEXT
+    imports = max(float(r["over_torch_mb"]) - float(r["peak_mb"]) for r in rows)
+    assert f"importing timm takes {imports:.0f} MB more" in TEXT
 
 
 @pytest.mark.parametrize("parts", ["2", "4", "8"])

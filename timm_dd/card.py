@@ -16,7 +16,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from . import files
 from .errors import MergeError, headline
 from .tensorfile import READ_ERRORS, TensorFile
-from .version import __version__
 
 TEMPLATES = Path(__file__).parent / "templates"  # links to hub_cards/
 TAGS = ["timm_dd", "domain-decomposition"]
@@ -37,8 +36,7 @@ def of_model(repo: str, folder: Path) -> str:
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", *TAGS],
         metrics=["accuracy"] if run else None,
-        model_name=repo.split("/")[-1],
-        eval_results=[_result(run, folder)] if run else None,
+        **({"model_name": repo.split("/")[-1], "eval_results": [_result(run, folder)]} if run else {}),
     )
     ours = timm.is_model(architecture) and timm.model_entrypoint(architecture).__module__.startswith("timm_dd")
     return _render(
@@ -52,7 +50,7 @@ def of_parts(repo: str, parts: files.PartsFolder) -> str:
     plan = parts.plan
     about = {**files.summary(plan, parts.digest), "seed": parts.history()[0], "epoch": parts.history()[1]}
     counts = plan.params(), plan.params(0)
-    return _render(data, "parts.md.jinja", repo=repo, about=about, plan=plan, counts=counts, version=__version__)
+    return _render(data, "parts.md.jinja", repo=repo, about=about, plan=plan, counts=counts)
 
 
 def _render(data: ModelCardData, template: str, **values) -> str:
@@ -78,7 +76,7 @@ def _metadata(path: Path) -> dict[str, str]:
 def _config(path: Path) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return {**config, "size": config["pretrained_cfg"]["input_size"], "architecture": config["architecture"]}
+        return {"size": config["pretrained_cfg"]["input_size"], **config, "architecture": config["architecture"]}
     except FileNotFoundError as e:
         raise MergeError(
             f"no config.json in {path.parent}: only what timm can create can be loaded from the Hub"
@@ -97,8 +95,16 @@ def _run(folder: Path, plan: str) -> dict | None:
         described, summary = above / files.PLAN, above / "summary.json"
         if summary.is_file() and described.is_file() and _stage(folder) is not None:
             if hashlib.sha256(described.read_bytes()).hexdigest() == plan:
-                return json.loads(summary.read_text(encoding="utf-8"))
+                return _summary(summary)
     return None
+
+
+def _summary(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {**found, "results": {stage: float(found[stage]) for stage in STAGES.values()}, "split": found["split"]}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise MergeError(f"{path} is damaged ({type(e).__name__}: {headline(e)}); let the run write it again") from e
 
 
 def _result(run: dict, folder: Path) -> EvalResult:
@@ -109,5 +115,5 @@ def _result(run: dict, folder: Path) -> EvalResult:
         dataset_split=run["split"],
         metric_type="accuracy",
         metric_name="top-1 accuracy, %",
-        metric_value=round(run[_stage(folder)], 2),
+        metric_value=round(run["results"][_stage(folder)], 2),
     )
