@@ -306,9 +306,10 @@ SPOILS = {
     "shape": (lie(lambda p: p["tensors"]["fc.bias"].update(shape=[4])), "has shape"),
     "axis": (lie(lambda p: p["tensors"]["fc.weight"].update(axes=[None, [[256], [256]]])), "blocks that overlap"),
     "negative width": (lie(lambda p: p["tensors"]["bn1.bias"].update(axes=[[[{"width": -32}]]])), "not a whole plan"),
-    "a model by path": (lie(lambda p: p.update(model="local-dir:/etc", config=None)), "no model 'local-dir:/etc'"),
-    "a model by script": (lie(lambda p: p.update(model="os.system", config=None)), "no model 'os.system'"),
-    "a pickle": (lie(lambda p: p["model_args"].update(checkpoint_path="/tmp/a.pth")), "no argument 'checkpoint_path'"),
+    "a model by path": (
+        lie(lambda p: p.update(model="local-dir:/etc", config=None)),
+        "unexpected model 'local-dir:/etc'",
+    ),
     "another architecture": (lie(lambda p: p["config"].update(architecture="resnet50")), "a config of 'resnet50'"),
     "a number as tensors": (lie(lambda p: p.update(tensors=3)), "not a whole plan"),
 }
@@ -348,6 +349,21 @@ def test_every_flipped_bit_is_noticed(folder, tmp_path_factory):
         with pytest.raises(MergeError):
             timm_dd.merge_files(folder, out / "composed")
     assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model": "os.system", "config": None}, "no model 'os.system'"),
+        ({"model_args": {"checkpoint_path": "/tmp/a.pth"}}, "no argument 'checkpoint_path'"),
+        ({"model_args": {"pretrained_cfg_overlay": {"url": "http://a"}}}, "no argument 'pretrained_cfg_overlay'"),
+    ],
+)
+def test_a_plan_that_would_have_something_else_loaded(change, message, folder):
+    lie(lambda p: p.update(change))(folder)
+    for read in (timm_dd.merge, Parts.load):
+        with pytest.raises(MergeError, match=message):
+            read(folder)
 
 
 @pytest.mark.parametrize("args", [{"num_classes": 4}, {"nothing": 1}])
@@ -441,8 +457,8 @@ def test_a_part_that_shrinks_while_it_is_read(folder, monkeypatch):
 
 def test_a_dtype_that_has_no_name(tmp_path):
     parts = timm_dd.split(torch.nn.Linear(4, 4), 2, example_input=torch.empty(1, 4))
-    with pytest.raises(MergeError, match="weight is torch.complex64, expected one of"):
-        parts.to(torch.complex64).save(tmp_path / "parts")
+    with pytest.raises(MergeError, match="weight is torch.float8_e4m3fn, expected one of"):
+        parts.to(torch.float8_e4m3fn).save(tmp_path / "parts")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,11 +1,13 @@
 """The house: imports run in one direction, importing is lean, no pickle, one version string."""
 
 import ast
+import re
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import pytest
 import tomllib
 
 import timm_dd
@@ -17,7 +19,7 @@ ORDER = [
     "version", "errors", "console", "widths", "domain", "table", "atomic", "tensorfile",
     "models", "networks", "trace", "sizes", "rules.laws", "rules.registry",
     "rules.pool", "rules.conv", "rules.linear", "rules.norm", "rules.pointwise", "rules.shape", "rules.attention",
-    "rules.recurrent", "rules", "plan", "planner", "claims",
+    "rules.recurrent", "rules", "plan", "blocks", "planner", "claims",
     "files", "card", "hub", "packed", "split", "merge", "profile", "verify", "picture",
     "train", "train.options", "train.data", "train.schedule", "train.learner", "train.engines",
     "train.checkpoints", "train.trackers", "train.composed", "train.loop", "train.run", "train.demo", "train.__main__",
@@ -55,18 +57,59 @@ def test_imports_run_in_one_direction():
             assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
 
 
-def test_importing_does_not_bring_the_training_stack():
-    code = "import sys, timm_dd; print([m for m in sys.modules if 'timm_dd.train' in m or 'sklearn' in m])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def run(code, *arguments):
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_a_command_imports_what_it_needs(tmp_path):
+    """Help needs no torch; merging files needs neither timm nor what timm needs; nothing but training needs that."""
+    code = """
+import sys
+from timm_dd.cli import main, parser
+parser().format_help()
+print("torch" in sys.modules)
+main(["merge", "-q", *sys.argv[1:]])
+print("torch" in sys.modules, "timm" in sys.modules, "torchvision" in sys.modules, "huggingface_hub" in sys.modules)
+import timm_dd
+timm_dd.split
+print("timm" in sys.modules, any("timm_dd.train" in m or "sklearn" in m for m in sys.modules))
+"""
+    parts, composed = ROOT / "tests" / "format-1" / "windows", tmp_path / "composed"
+    found = run(code, str(parts), "-o", str(composed))
+    assert found == ["False", "True", "False", "False", "False", "True", "False"]
+    assert (composed / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("order", ["timm, timm_dd", "timm_dd, timm", "timm_dd.files, timm"])
+def test_our_networks_are_timm_models(order):
+    assert run(f"import {order}; print(timm.is_model('dd_resnet32'))") == ["True"]
+
+
+def test_public_names_are_ours_whatever_was_imported_before():
+    """Five functions have the names of their modules."""
+    names = "plan, split, merge, profile, verify"
+    code = (
+        f"import timm_dd.merge, timm_dd.verify, timm_dd; from timm_dd import {names}; print(*map(callable, [{names}]))"
+    )
+    assert run(code) == ["True"] * 5
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        timm_dd.nothing  # noqa: B018
+    assert {"split", "__version__"} <= set(dir(timm_dd))
+
+
+def test_type_checkers_see_what_python_gives():
+    (block,) = (n for n in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(n, ast.If))
+    assert {a.name: node.module for node in block.body for a in node.names} == timm_dd._HOMES
 
 
 def test_the_api_reference_is_whole(tmp_path):
     """pdoc builds it without a warning, and each public name and method in it has words."""
-    build = [sys.executable, "-W", "error", "-m", "pdoc", "timm_dd", "-o", str(tmp_path)]
-    done = subprocess.run(build, capture_output=True, text=True)
+    (code,) = re.findall(r'python -c "(.*?)"', (ROOT / "README.md").read_text())
+    build = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    page = (tmp_path / "timm_dd.html").read_text()
+    page = (tmp_path / "api" / "timm_dd.html").read_text()
     for name in timm_dd.__all__:
         value = getattr(timm_dd, name)
         assert f'id="{name}"' in page

@@ -10,17 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import shtab
-from torch import nn
 
 from . import console
-from .domain import spatial
 from .errors import MergeError
 from .version import __version__
 
 
-def parser() -> argparse.ArgumentParser:
-    from .train import options
-
+def parser(whole: bool = False) -> argparse.ArgumentParser:
+    """Of all commands; the options of `train`, which has a parser of its own, are in it if it shall be `whole`."""
     p = argparse.ArgumentParser(
         prog="timm-dd", description="Split a timm model's width into K parts, train them apart, merge them back."
     )
@@ -50,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
     split.add_argument("--pretrained", action="store_true", help="slice timm's pretrained weights")
     split.add_argument("--seed", type=int, default=42, help="of fresh weights")
 
-    train = options.parser(add_help=False)
-    commands.add_parser("train", parents=[train], help="train the parts, then the composed model", add_help=False)
+    train = [_train_parser()] if whole else []
+    commands.add_parser("train", parents=train, help="train the parts, then the composed model", add_help=False)
 
     merge = _command(commands, "merge", _merge, "compose parts into timm's own form", "merge parts/ -o composed/")
     merge.add_argument("parts", metavar="PARTS", help="a folder, or hf-hub:USER/REPO[@REVISION]")
@@ -82,6 +79,12 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _train_parser() -> argparse.ArgumentParser:
+    from .train import options
+
+    return options.parser(add_help=False)
+
+
 def _command(commands, name: str, run: Callable, help: str, example: str) -> argparse.ArgumentParser:
     p = commands.add_parser(
         name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=f"example: timm-dd {example}"
@@ -92,13 +95,11 @@ def _command(commands, name: str, run: Callable, help: str, example: str) -> arg
 
 
 def _split_options(p: argparse.ArgumentParser) -> None:
-    from .train.options import grid, sizes
-
     p.add_argument("model", metavar="MODEL", help="a timm name")
     p.add_argument("parts", type=int, metavar="K", help="the number of parts")
     p.add_argument(
         "--grid",
-        type=grid,
+        type=console.grid,
         metavar="RxC",
         help="boxes, by default the most square grid; full: the whole image; centered8; type-b",
     )
@@ -106,7 +107,7 @@ def _split_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--margin", type=int, default=0, metavar="PX", help="pixels cropped from the borders beforehand")
     p.add_argument("--narrow", choices=["replicate"], help="keep what is narrower than K whole in every part")
     p.add_argument("--width-divisor", type=int, metavar="D", help="divide widths by D instead of K; not to be merged")
-    p.add_argument("--img-size", type=sizes, metavar="PX", help="pixels, or 192x168")
+    p.add_argument("--img-size", type=console.sizes, metavar="PX", help="pixels, or 192x168")
     p.add_argument("--num-classes", type=int, metavar="N", help="by default the model's")
 
 
@@ -125,6 +126,7 @@ def _source(args: argparse.Namespace) -> dict:
 
 
 def _plan(args: argparse.Namespace) -> None:
+    from .domain import spatial
     from .split import plan
 
     result = plan(args.model, args.parts, **_source(args))
@@ -155,7 +157,7 @@ def _split(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from .merge import merge_files
+    from .files import merge_files
 
     merge_files(args.parts, args.output, head=args.head)
     timm_form = (Path(args.output) / "config.json").exists()
@@ -177,7 +179,7 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if report.failures else 0
 
 
-def _labelled_images(args: argparse.Namespace, model: nn.Module, size: Sequence[int]):
+def _labelled_images(args: argparse.Namespace, model, size: Sequence[int]):
     """Validation images as the composed model's config.json describes them; None if no data is given."""
     if not args.data_dir and not args.dataset:
         return None
@@ -219,5 +221,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .train.__main__ import main as train
 
         return train(argv[1:])
-    args = parser().parse_args(argv)
+    args = parser(whole="--print-completion" in argv).parse_args(argv)
     return console.run(args.command, args.run, args)

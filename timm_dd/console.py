@@ -1,4 +1,4 @@
-"""How the commands talk: ``--quiet`` and ``--verbose``, one line for an error, the exit status."""
+"""What the commands share: types of arguments, ``--quiet`` and ``--verbose``, how they fail."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from .errors import MergeError, PushError, SplitError, TrainError
 
+LAYOUTS = ("full", "centered8", "type-b")
 FAILURES = (SplitError, MergeError, TrainError, PushError, OSError)
 
 
@@ -43,3 +44,23 @@ def run(name: str, function: Callable[[argparse.Namespace], int | None], args: a
             traceback.print_exc()
         print(f"timm-dd {name}: {e}", file=sys.stderr)
         return 1
+
+
+def grid(text: str) -> str | tuple[int, ...]:
+    """``2x2`` as (2, 2); a layout's name as it is."""
+    if text in LAYOUTS:
+        return text
+    try:
+        return sizes(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"expected rows x columns, like 2x2, or {', '.join(LAYOUTS)}, got {text!r}"
+        ) from None
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """``192x168`` as (192, 168)."""
+    try:
+        return tuple(int(n) for n in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers, like 192x168, got {text!r}") from None

@@ -9,19 +9,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import nn
 
-from . import models, tensorfile
+from . import tensorfile
 from .atomic import json_text, output_folder, replacing
+from .blocks import check_mergeable, pieces
 from .errors import MergeError, headline, shown
 from .plan import FORMAT, Plan
 from .tensorfile import READ_ERRORS, TensorFile, to_raw
@@ -67,7 +69,7 @@ def write_part(
         epoch: how many it was trained for; None if not known.
     """
     about = {"model_args": plan.model_args, "domain": plan.domain.to_json(), "seed": seed, "epoch": epoch}
-    made = {"timm_dd": __version__, "timm": timm.__version__}
+    made = {"timm_dd": __version__, "timm": version("timm")}
     metadata = {
         **_identity(plan, k, plan.digest()),
         **{name: json.dumps(value) for name, value in about.items()},
@@ -105,7 +107,7 @@ def summary(plan: Plan, digest: str, head: str = "sum") -> dict[str, str]:
     """What a composed model's metadata say of how it was made; `digest` is the plan's."""
     reasons = dict.fromkeys(reason for *_, reason in plan.approximations)
     about = {"parts": str(plan.parts), "domain": str(plan.domain), "approximate": "; ".join(reasons), "head": head}
-    return {"timm_dd": __version__, "timm": timm.__version__, "plan": digest, **about}
+    return {"timm_dd": __version__, "timm": version("timm"), "plan": digest, **about}
 
 
 # ---- reading
@@ -152,7 +154,6 @@ class PartsFolder:
                 f"{self.path / PLAN} is not a whole plan ({type(e).__name__}: {headline(e)}); it is damaged, "
                 "write the parts again"
             ) from e
-        models.check_known(self.plan.model, self.plan.model_args, str(self.path / PLAN))
         self._files = contextlib.ExitStack()
         self._opened: dict[int, TensorFile] = {}
 
@@ -236,9 +237,36 @@ class PartsFolder:
         self.close()
 
 
+def merge_files(folder: str | Path, output: str | Path, *, head: str = "sum") -> None:
+    """Merge parts on disk into ``model.safetensors`` and timm's ``config.json``, a piece in memory at a time.
+
+    Args:
+        folder: of parts, or ``hf-hub:USER/REPO``.
+        head: as for `merge`.
+
+    Raises:
+        MergeError: as `merge`; the output folder is left as it was.
+    """
+    with PartsFolder(folder) as parts:
+        plan = parts.plan
+        check_mergeable(plan, head)
+        opened = [parts.open(k) for k in range(plan.parts)]
+        dtypes = common_dtypes([{name: e.dtype for name, e in part.tensors.items()} for part in opened])
+        specs = {name: (plan.tensors[name].shape, dtypes[name]) for name in opened[0].tensors}
+        merged = (p for name, (_, dtype) in specs.items() for p in pieces(plan, name, dtype, parts.rows, head))
+        with output_folder(output, sync=False) as aside, ThreadPoolExecutor(os.cpu_count()) as pool:
+            checks = [pool.submit(parts.check, k) for k in range(plan.parts)]
+            tensorfile.write(aside(MODEL), specs, merged, summary(plan, parts.digest, head))
+            write_config(aside, plan.config)
+            for check in checks:
+                check.result()
+
+
 def _local(folder: str | Path) -> Path:
     if not str(folder).startswith("hf-hub:"):
         return Path(folder)
+    from huggingface_hub import snapshot_download
+
     repo, _, revision = str(folder).removeprefix("hf-hub:").partition("@")
     try:
         found = snapshot_download(repo, revision=revision or None, allow_patterns=[PLAN, "*part-*.safetensors"])

@@ -79,14 +79,12 @@ def registered(name: str, model: nn.Module, args: dict) -> tuple[str, dict]:
 NOT_OF_A_PLAN = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
-def check_known(name: str | None, args: Mapping[str, Any], where: str) -> None:
-    """Raise MergeError unless a model that a file names is one of timm's own, with arguments that load nothing."""
-    if name is None:
-        return
+def check_known(name: str, args: Mapping[str, Any]) -> None:
+    """Raise MergeError unless a model that a plan names is one of timm's own, with arguments that load nothing."""
     if not timm.is_model(name):  # neither is anything with a source: local-dir:, hf-hub:
-        raise MergeError(f"{where}: this timm has no model {shown(name)}; use the version of timm that split it")
+        raise MergeError(f"this timm has no model {shown(name)}; use the version of timm that split it")
     if forbidden := [key for key in NOT_OF_A_PLAN if key in args]:
-        raise MergeError(f"{where}: a plan has no argument {forbidden[0]!r}; write the parts again")
+        raise MergeError(f"a plan has no argument {forbidden[0]!r}; write the parts again")
 
 
 def arguments(name: str, img_size=None, **kwargs: Any) -> dict:

@@ -8,10 +8,10 @@ not exactly the sum of its parts. The `planner` makes it; `split` and `merge` ca
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import sha256
-from types import NoneType
 from typing import Any
 
 import torch
@@ -202,7 +202,7 @@ class Plan:
         counts = (self.parts, self.divisor, *self.input_size)
         if not all(is_count(n) and n > 0 for n in counts) or self.domain.parts != self.parts:
             raise ValueError(f"unexpected counts {shown(counts)} with {self.domain.parts} boxes")
-        if not isinstance(self.model, (str, NoneType)):
+        if self.model is not None and not re.fullmatch(r"[\w.-]+", self.model):  # no path, no repository
             raise ValueError(f"unexpected model {shown(self.model)}")
         for name, t in {**self.tensors, **self.constants}.items():
             try:

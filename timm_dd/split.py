@@ -235,6 +235,7 @@ def _plan(
 def plan_model(plan: Plan, model: nn.Module | None) -> nn.Module:
     """The global model's structure: timm's, without weights where it computes nothing, or the module that was split."""
     if plan.model is not None:
+        models.check_known(plan.model, plan.model_args)
         create = models.create if plan.constants else models.create_empty
         return create(plan.model, **plan.model_args)
     if model is None:

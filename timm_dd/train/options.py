@@ -28,7 +28,6 @@ FREE = {  # may change when a run goes on
 }  # fmt: skip
 COMPOSED = ("calibrate", "off_diagonal_lr", "off_diagonal_noise", "update_bn")  # nothing to parts and baseline
 SCALES = ("sum", "mean", "temperature")
-LAYOUTS = ("full", "centered8", "type-b")
 
 STAGED = {
     "epochs": dict(type=int, metavar="N", help="epochs"),
@@ -111,7 +110,7 @@ def _model(g) -> None:
     g.add_argument("--parts", type=int, default=4, metavar="K")
     g.add_argument(
         "--grid",
-        type=grid,
+        type=console.grid,
         metavar="RxC",
         help="boxes of the parts, by default the most square grid; full: the whole image; centered8; type-b",
     )
@@ -246,26 +245,6 @@ def _run(g) -> None:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def grid(text: str) -> str | tuple[int, ...]:
-    """``2x2`` as (2, 2); a layout's name as it is."""
-    if text in LAYOUTS:
-        return text
-    try:
-        return sizes(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(
-            f"expected rows x columns, like 2x2, or {', '.join(LAYOUTS)}, got {text!r}"
-        ) from None
-
-
-def sizes(text: str) -> tuple[int, ...]:
-    """``192x168`` as (192, 168)."""
-    try:
-        return tuple(int(n) for n in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers, like 192x168, got {text!r}") from None
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

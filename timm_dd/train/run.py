@@ -28,7 +28,7 @@ from torch.optim.swa_utils import update_bn
 from .. import files, models
 from ..atomic import json_text, output_folder, remove_temporaries, replace_json
 from ..errors import TrainError
-from ..merge import merge, merge_files
+from ..merge import merge
 from ..plan import Plan
 from ..split import Parts, split
 from ..table import table
@@ -247,7 +247,7 @@ class Run:
         of the composed model after each step, and the seconds of the last."""
         composed = self.folder / "composed"
         if self.ranks.primary:
-            merge_files(self.parts_folder, composed)
+            files.merge_files(self.parts_folder, composed)
         if self.ranks.world > 1:
             dist.barrier()
         parts = Parts.load(self.parts_folder)
