@@ -105,8 +105,6 @@ def test_merging_is_that_of_the_table():
     assert f"of {sizes[0] / 1e6:.0f} M to {sizes[-1] / 1e6:,.0f} M parameters" in TEXT
     assert f"{ratios[0]:.2f} to {ratios[-1]:.2f} times as long" in TEXT
     assert f"at most {math.ceil(peak)} MB more memory" in TEXT
-    imports = max(float(r["over_torch_mb"]) - float(r["peak_mb"]) for r in rows)
-    assert f"importing timm takes {imports:.0f} MB more" in TEXT
 
 
 @pytest.mark.parametrize("parts", ["2", "4", "8"])
