@@ -1,17 +1,19 @@
 """Pushing to a Hub on loopback, and what comes back from it: to stock timm, and to `merge`."""
 
 import functools
+import hashlib
 import json
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
-from huggingface_hub import ModelCard, lfs
+from huggingface_hub import HfApi, ModelCard, lfs
 from safetensors.torch import load_file
 
 import timm_dd
@@ -23,6 +25,7 @@ from timm_dd.train import options
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 REPO = "user/model"
+CARDS = Path(__file__).parent.parent / "hub_cards"
 STOCK = """
 import sys
 sys.modules["timm_dd"] = None  # not to be imported
@@ -46,9 +49,7 @@ def card(server, repo=REPO):
     return server.repos[repo].commits[-1].tree["README.md"].content.decode()
 
 
-def edit(server, text, repo=REPO):
-    from huggingface_hub import HfApi
-
+def edit(text, repo=REPO):
     HfApi().upload_file(repo_id=repo, path_in_repo="README.md", path_or_fileobj=text.encode())
 
 
@@ -102,6 +103,18 @@ def test_the_card_of_a_trained_model(hub, one, tmp_path):
         assert "hf_test" not in str(found)  # the token
 
 
+@pytest.mark.parametrize("path", sorted(CARDS.glob("*.md")), ids=lambda p: p.stem)
+def test_the_cards_in_the_project_are_as_they_were_rendered(path, hub):
+    """The Hub takes them, and nobody has edited them: their last line is the hash of the others."""
+    text = path.read_text()
+    HfApi().create_repo(REPO)
+    edit(text)
+    assert card(hub) == text
+    body, _, line = text.removesuffix("\n").rpartition("\n")
+    assert hashlib.sha256(body.encode()).hexdigest() in line
+    assert body.rstrip().splitlines()[-1] == "```"
+
+
 def test_a_run_with_a_damaged_summary(one, tmp_path):
     shutil.copytree(one, tmp_path / "run")
     (tmp_path / "run" / "summary.json").write_text('{"best": 1}')
@@ -141,7 +154,7 @@ def test_a_card_is_written_anew_unless_somebody_edited_it(hub, folders, caplog):
     timm_dd.push(folders / "parts", REPO)
     assert card(hub) != first  # it was ours to write
     edited = card(hub).replace("## Use", "## My own words")
-    edit(hub, edited)
+    edit(edited)
     with caplog.at_level("WARNING"):
         timm_dd.push(folders / "composed", REPO)
     assert card(hub) == edited and "was edited and stays as it is" in caplog.text
