@@ -74,9 +74,10 @@ def _replacing(folder: Path, sync: bool = True, clean: bool = False) -> Iterator
 def _make(folder: Path, made: list[Path]) -> None:
     """Make `folder` and the folders above it, and note which were not there."""
     for path in reversed([folder, *folder.parents]):
-        with contextlib.suppress(FileExistsError):
-            path.mkdir()
-            made.append(path)
+        if not path.exists():
+            with contextlib.suppress(FileExistsError):  # made by another process just now
+                path.mkdir()
+                made.append(path)
     if not folder.is_dir():
         raise NotADirectoryError(0, "it is a file")
 

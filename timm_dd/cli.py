@@ -221,5 +221,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .train.__main__ import main as train
 
         return train(argv[1:])
-    args = parser(whole="--print-completion" in argv).parse_args(argv)
+    whole = any(word.startswith("--print-completion") for word in argv)
+    args = parser(whole).parse_args(argv)
     return console.run(args.command, args.run, args)
