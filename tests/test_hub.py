@@ -30,6 +30,7 @@ STOCK = """
 import sys
 sys.modules["timm_dd"] = None  # not to be imported
 import timm, torch
+torch.set_num_threads({})  # as many as there: bits depend on it
 model = timm.create_model("hf-hub:{}", pretrained=True).eval()
 torch.save(model(torch.load({!r})), {!r})
 """
@@ -63,7 +64,7 @@ def test_stock_timm_loads_what_was_pushed(hub, folders, tmp_path, capsys):
     x = torch.randn(2, 3, 64, 64)
     torch.save(x, tmp_path / "x")
     for name in (REPO, f"{REPO}@v1"):
-        code = STOCK.format(name, str(tmp_path / "x"), str(tmp_path / "y"))
+        code = STOCK.format(torch.get_num_threads(), name, str(tmp_path / "x"), str(tmp_path / "y"))
         subprocess.run([sys.executable, "-c", code], check=True)
         with torch.no_grad():
             assert torch.equal(torch.load(tmp_path / "y"), timm_dd.merge(folders / "parts").eval()(x))

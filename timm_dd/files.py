@@ -48,21 +48,28 @@ def save_parts(
     epoch: int | None = None,
 ) -> None:
     """Write the plan and its K parts: all of them, or none."""
+    digest = plan.digest()
     with output_folder(folder) as aside:
         for k, state in enumerate(states):
-            write_part(aside(part_name(k, plan.parts)), plan, k, state, seed, epoch)
+            write_part(aside(part_name(k, plan.parts)), plan, digest, k, state, seed, epoch)
         aside(PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
 
 
 def save_part(folder: Path, plan: Plan, k: int, state: Mapping[str, torch.Tensor], seed: int, epoch: int) -> None:
     with replacing(folder / part_name(k, plan.parts)) as temporary:
-        write_part(temporary, plan, k, state, seed, epoch)
+        write_part(temporary, plan, plan.digest(), k, state, seed, epoch)
 
 
 def write_part(
-    path: Path, plan: Plan, k: int, state: Mapping[str, torch.Tensor], seed: int | None, epoch: int | None
+    path: Path,
+    plan: Plan,
+    digest: str,
+    k: int,
+    state: Mapping[str, torch.Tensor],
+    seed: int | None,
+    epoch: int | None,
 ) -> None:
-    """Write part k; `state` is its state dict. The same tensors give the same bytes.
+    """Write part k; `state` is its state dict, `digest` the plan's. The same tensors give the same bytes.
 
     Args:
         seed: of the fresh weights; None if not known.
@@ -71,7 +78,7 @@ def write_part(
     about = {"model_args": plan.model_args, "domain": plan.domain.to_json(), "seed": seed, "epoch": epoch}
     made = {"timm_dd": __version__, "timm": version("timm")}
     metadata = {
-        **_identity(plan, k, plan.digest()),
+        **_identity(plan, k, digest),
         **{name: json.dumps(value) for name, value in about.items()},
         **made,
     }

@@ -38,8 +38,8 @@ def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | No
         for k, state in enumerate(states):
             files.check_state(plan, k, state, f"part {k}")
     else:
-        folder = files.PartsFolder(parts)
-        plan, states = folder.plan, [folder.load(k) for k in range(folder.plan.parts)]
+        with files.PartsFolder(parts) as folder:
+            plan, states = folder.plan, [folder.load(k) for k in range(folder.plan.parts)]
     check_mergeable(plan, head)
     dtypes = files.common_dtypes([{name: t.dtype for name, t in state.items()} for state in states])
     pieces = [{name: to_raw(t) for name, t in state.items()} for state in states]

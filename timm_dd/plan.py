@@ -49,7 +49,7 @@ class TensorPlan:
 
     def check(self, parts: int, divisor: int) -> None:
         """Raise ValueError unless this is a tensor of `parts` parts, in whose blocks each element has one owner."""
-        if not all(map(is_count, self.shape)) or len(self.axes) != len(self.shape):
+        if not all(map(_is_count, self.shape)) or len(self.axes) != len(self.shape):
             raise ValueError(f"unexpected shape {shown(self.shape)}")
         for axis, n in zip(self.axes, self.shape):
             if axis is not None and (axis.check(parts) or axis.size != n):
@@ -200,7 +200,7 @@ class Plan:
     def _check(self) -> None:
         """Raise ValueError unless the numbers agree with each other: a file may say anything."""
         counts = (self.parts, self.divisor, *self.input_size)
-        if not all(is_count(n) and n > 0 for n in counts) or self.domain.parts != self.parts:
+        if not all(_is_count(n) and n > 0 for n in counts) or self.domain.parts != self.parts:
             raise ValueError(f"unexpected counts {shown(counts)} with {self.domain.parts} boxes")
         if self.model is not None and not re.fullmatch(r"[\w.-]+", self.model):  # no path, no repository
             raise ValueError(f"unexpected model {shown(self.model)}")
@@ -248,7 +248,7 @@ class Plan:
         return ["approximate:", *(f"  {n} × {reason}" for reason, n in counts.most_common())]
 
 
-def is_count(n: Any) -> bool:
+def _is_count(n: Any) -> bool:
     return type(n) is int and 0 <= n < 2**63
 
 

@@ -106,7 +106,8 @@ class Run:
         self.data_name = (args.dataset or Path(args.data_dir).resolve().name).split("/")[-1]
         self.model_args = options.model_arguments(args, classes)
         args.num_classes = self.model_args["num_classes"]
-        self.data_config = data.data_config(args, models.create_empty(args.model, **self.model_args))
+        empty = models.create_empty(args.model, **self.model_args)
+        self.data_config = data.data_config(args, empty)
         self.size = tuple(self.data_config["input_size"][1:])
         self.keeper = Keeper(args.checkpoint_every)
         self.resuming = args.resume is not None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -123,8 +124,7 @@ class Run:
             seed=args.seed,
             **self.model_args,
         )
-        config = models.config(models.create_empty(args.model, **self.model_args), self.data_config)
-        self.parts.plan = replace(self.parts.plan, config=config)
+        self.parts.plan = replace(self.parts.plan, config=models.config(empty, self.data_config))
         if args.reassign and not self.parts.plan.exact:
             raise TrainError(f"--reassign: {args.model} is not the same with its channels in another order")
         if before is not None:
