@@ -2,9 +2,10 @@
 
     pip install '.[report]' && python benchmarks/epoch_ratio.py          # into epoch_ratio.csv and epoch_ratio.png
 
-Global network and parts take their steps in turn, in one process, on a batch that stands in memory: forward, backward
-and optimizer, without a loader. A ratio is the global network's median over the parts'; "limit" is that of their
-multiply-adds, all K parts together. --rounds sets how often; names of settings as arguments take only these.
+Global network and parts take turns of four steps, in one process, on a batch that stands in memory: forward, backward
+and optimizer, without a loader. Four, as the steps of an epoch follow each other too: the first after another network's
+finds nothing of its own in the caches. A ratio is the global network's median turn over the parts'; "limit" is that of
+their multiply-adds, all K parts together. --rounds sets how often; names of settings as arguments take only these.
 Peak memory is that of three steps in a process of their own, over what it held before it built the networks.
 """
 
@@ -30,6 +31,7 @@ from timm_dd.train.learner import Learner
 
 CPU = torch.device("cpu")
 ENGINES = ("sequential", "threads", "packed")
+TURN = 4
 
 
 class Setting(NamedTuple):
@@ -59,10 +61,12 @@ def learner(name: str, model: torch.nn.Module, box: Box | None, batch: int, fold
     return Learner(name, model, box, args, CPU, 1000, batch, 0, Path(folder))
 
 
-def seconds(work: Callable[[], None]) -> float:
+def seconds(step: Callable[[], None]) -> float:
+    """Of a step, in a turn of some."""
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    for _ in range(TURN):
+        step()
+    return (time.perf_counter() - start) / TURN
 
 
 def step_of(setting: Setting, name: str, folder: str) -> Callable[[], None]:

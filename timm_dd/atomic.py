@@ -14,9 +14,13 @@ from .errors import MergeError
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; it takes the place of `path` if the block succeeds."""
-    with _replacing(path.parent) as aside:
+def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path`; it takes the place of `path` if the block succeeds.
+
+    Args:
+        sync: wait until the disk has it; what can be made again need not wait.
+    """
+    with _replacing(path.parent, sync) as aside:
         yield aside(path.name)
 
 
@@ -26,7 +30,7 @@ def output_folder(folder: str | Path, sync: bool = True) -> Iterator[Callable[[s
     together if the block succeeds, otherwise `folder` is as it was.
 
     Args:
-        sync: wait until the disk has them; what can be made again need not wait.
+        sync: as of `replacing`.
 
     Raises:
         MergeError: it cannot be written, or another process is writing into it.
@@ -35,7 +39,7 @@ def output_folder(folder: str | Path, sync: bool = True) -> Iterator[Callable[[s
     made: list[Path] = []
     try:
         _make(folder, made)
-        with _alone(folder), _replacing(folder, sync, clean=True) as aside:
+        with locked(folder, wait=False), _replacing(folder, sync, clean=True) as aside:
             yield aside
     except BaseException as e:
         for path in reversed(made):
@@ -83,11 +87,15 @@ def _make(folder: Path, made: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system takes back even from a process that is killed."""
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the folder's lock, which the system takes back even from a process that is killed.
+
+    Raises:
+        MergeError: another process holds it, and this one is not to wait.
+    """
     fd = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         os.close(fd)
         raise MergeError(f"another process is writing into {folder}; wait for it, or choose another folder") from e

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,17 @@ from torch import nn
 from ..errors import TrainError
 from ..plan import Plan, TensorPlan
 
-BATCHES = 16  # to fit a temperature to
+IMAGES = 4096  # to take statistics from, for which some thousand are enough (Wu and Johnson 2021), and a temperature
+
+
+def some(loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The first batches, of `IMAGES` images in all."""
+    seen = 0
+    for x, y in loader:
+        yield x, y
+        seen += len(y)
+        if seen >= IMAGES:
+            return
 
 
 def calibrate(model: nn.Module, plan: Plan, how: str, loader, device: torch.device) -> float:
@@ -40,7 +49,7 @@ def calibrate(model: nn.Module, plan: Plan, how: str, loader, device: torch.devi
 def _temperature(model: nn.Module, loader, device: torch.device) -> float:
     """The factor by which the logits are best scaled, the same on every rank."""
     model.eval()
-    batches = [(model(x.to(device)), y) for x, y in islice(loader, BATCHES)]
+    batches = [(model(x.to(device)), y) for x, y in some(loader)]
     logits, targets = (torch.cat(tensors) for tensors in zip(*batches))
     factor = torch.tensor(fit_scale(logits.double(), targets), device=device)
     if dist.is_initialized():

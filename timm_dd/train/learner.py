@@ -62,7 +62,7 @@ class Learner:
         self.seed, self.folder = seed, folder
         self.options = {**options.of_training(args), "updates_per_epoch": updates_per_epoch, "images": global_batch}
         lr = args.lr if args.lr is not None else args.lr_base * global_batch / 256
-        self.optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr})
+        self.optimizer = create_optimizer(model, args, lr)
         self.schedule = schedule.create(args, self.optimizer, updates_per_epoch)
         self.forward = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
         self.ema = ModelEmaV3(self.net, decay=args.model_ema_decay) if args.model_ema else None
@@ -241,6 +241,8 @@ class Learner:
         self.schedule.step_update(self.updates)
         groups = [optimizer["group"][i] for i in sorted(optimizer["group"])]
         self.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": groups})
+        for p, state in self.optimizer.state.items():  # a fused update goes through memory, whatever the strides
+            state.update((k, torch.empty_like(p).copy_(t)) for k, t in state.items() if _shaped_like(t, p))
         self.scaler.load_state_dict(numbers["scaler"])
         self.seconds, self._images = numbers["seconds"], numbers["images"]
         self._total = tensors["total"].to(self.device)
@@ -274,6 +276,17 @@ def _too_large(names: str, images: int, pieces: int) -> TrainError:
         f"{names}: out of memory with {-(-images // pieces)} images at a time; use a smaller --batch-size, with "
         "--grad-accum-steps for as many images an update"
     )
+
+
+def create_optimizer(model: nn.Module, args: argparse.Namespace, lr: float) -> torch.optim.Optimizer:
+    """timm's, in torch's fused form where there is one: an update is one call for all tensors."""
+    given = {**optimizer_kwargs(args), "lr": lr}
+    plain = create_optimizer_v2(model, **given)
+    return create_optimizer_v2(model, **given, fused=True) if "fused" in plain.defaults else plain
+
+
+def _shaped_like(value: Any, p: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == p.shape
 
 
 def criterion(args: argparse.Namespace) -> nn.Module:

@@ -11,6 +11,7 @@ import datetime
 import itertools
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +35,8 @@ from ..split import Parts, split
 from ..table import table
 from . import data, options
 from .checkpoints import Keeper, restore
-from .composed import add_noise, between, calibrate, own_rate, reassign
+from .composed import add_noise, between, calibrate, own_rate, reassign, some
+from .decoded import decoded
 from .engines import Engine, cores, engine, share_cores, share_cores_for_parts
 from .learner import Learner
 from .loop import Stage, evaluate
@@ -113,7 +115,7 @@ class Run:
         self.resuming = args.resume is not None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         self.folder = self._folder() if before is None else before.root / f"cycle-{self.cycle}"
         self.root = self.folder if before is None else before.root
-        self.parts_folder = self.folder / "parts"
+        self.parts_folder, self._decoded = self.folder / "parts", self.root / "decoded"
         self.parts: Parts = split(
             args.model,
             args.parts,
@@ -277,7 +279,7 @@ class Run:
             learner.around_step = partial(own_rate, weights, args.off_diagonal_lr)
         anew = args.update_bn and any(isinstance(m, _NormBase) for m in learner.net.modules())
         if anew:
-            update_bn(loader, learner.model, self.device)
+            update_bn(some(loader), learner.model, self.device)
         calibrate(learner.net, plan, args.calibrate, loader, self.device)
         if learner.ema is not None:
             learner.ema.set(learner.net)
@@ -357,9 +359,15 @@ class Run:
             )
         if self.ranks.world > 1:
             dist.barrier()  # the next cycle reads what the first rank wrote
+        if self.ranks.primary and self.cycle == self.args.cycles:
+            shutil.rmtree(self._decoded, ignore_errors=True)
         return summary
 
     def _stages(self) -> dict:
+        self.train_set, self.val_set = (
+            decoded(images, self._decoded / f"{name}.safetensors", self.args.workers)
+            for name, images in (("train", self.train_set), ("validation", self.val_set))
+        )
         self.train_parts()
         self.meet()
         parts = [self._part_summary(k) for k in range(self.args.parts)]

@@ -1,0 +1,107 @@
+"""Decoded sets against the sets themselves."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import RUN
+from PIL import Image
+from timm.data import create_dataset
+
+from timm_dd.train import data, decoded, options
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder of JPEGs of many sizes, in two classes."""
+    random = np.random.default_rng(0)
+    for i in range(70):
+        folder = tmp_path / "images" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (5 + i % 7, 4 + i % 5, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return create_dataset("", root=str(tmp_path / "images"))
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(np.asarray(x), np.asarray(u)) and y == v for (x, y), (u, v) in zip(a, b))
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_pixels_and_classes_are_the_sets(photographs, workers, tmp_path):
+    found = decoded.decoded(photographs, tmp_path / "d" / "train.safetensors", workers)
+    assert isinstance(found, decoded.Decoded) and len(found) == 70 and same(found, photographs)
+    assert same(pickle.loads(pickle.dumps(found)), photographs)
+    assert [p.name for p in (tmp_path / "d").iterdir()] == ["train.safetensors"]
+
+
+def test_batches_are_the_same(tmp_path):
+    """The loader gives the same augmented images, to the bit."""
+    args = options.parse([*RUN, "--parts", "4", "--train-num-samples", "300", "-b", "32"])
+    config = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+    config["crop_pct"] = 1.0
+    batches = []
+    for own in (False, True):
+        sets = data.datasets(args)[:2]
+        if own:
+            sets = [decoded.decoded(s, tmp_path / f"{i}.safetensors", 0) for i, s in enumerate(sets)]
+        loaders = data.loaders(args, config, *sets, torch.device("cpu"), distributed=False)
+        data.seed_epoch(1, 2)
+        batches.append([batch for loader in loaders for batch in loader])
+    assert len(batches[0]) == len(batches[1]) > 9
+    for (x, y), (u, v) in zip(*batches):
+        assert torch.equal(x, u) and torch.equal(y, v)
+
+
+def test_who_comes_second_reads_what_the_first_wrote(photographs, tmp_path):
+    class Broken(torch.utils.data.Dataset):
+        transform = None
+
+        def __len__(self):
+            return 70
+
+        def __getitem__(self, i):
+            if i > 65:
+                raise OSError("gone")
+            return photographs[i]
+
+    path = tmp_path / "d" / "train.safetensors"
+    with pytest.raises(OSError, match="gone"):
+        decoded.decoded(Broken(), path, 0)
+    assert not list(path.parent.iterdir()), "half a set"
+    decoded.decoded(photographs, path, 0)
+    assert same(decoded.decoded(Broken(), path, 0), photographs)
+
+
+def test_what_does_not_fit_stays_as_it_is(photographs, tmp_path, monkeypatch):
+    memory = 70 * 3 * 5 * 5 * 20  # more than the first images take, less than all of a set of 7,000
+    monkeypatch.setattr(decoded.os, "sysconf", lambda name: {"SC_PAGE_SIZE": memory, "SC_PHYS_PAGES": 1}[name])
+    asked = []
+
+    class Large(torch.utils.data.Dataset):
+        transform = None
+
+        def __len__(self):
+            return 7000
+
+        def __getitem__(self, i):
+            asked.append(i)
+            return photographs[i % 70]
+
+    large = Large()
+    assert decoded.decoded(large, tmp_path / "d" / "train.safetensors", 0) is large
+    assert len(asked) == decoded.BATCH and not list((tmp_path / "d").iterdir())
+
+
+@pytest.mark.parametrize(
+    "item", ((Image.new("L", (4, 4)), 1), (torch.zeros(3, 4, 4), 1), (Image.new("RGB", (4, 4)), 0.5))
+)
+def test_what_is_no_class_of_rgb_images_stays_as_it_is(item, tmp_path):
+    class Other(list):
+        transform = None
+
+    other = Other([item] * 3)
+    assert decoded.decoded(other, tmp_path / "train.safetensors", 0) is other
+    stream = iter([item])
+    assert decoded.decoded(stream, tmp_path / "train.safetensors", 0) is stream and not list(tmp_path.iterdir())

@@ -1,0 +1,95 @@
+"""Sets that fit into memory are decoded once, into a file of pixels in the run's folder.
+
+Ranks and their loaders' workers map that file, so that it lies in memory once, however many they are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..atomic import locked, replacing
+
+SHARE = 8  # a set may take one of so many parts of the machine's memory
+BATCH = 64
+
+
+class Decoded(Dataset):
+    """The images and targets of a file that `decoded` wrote; timm sets `transform` on it."""
+
+    def __init__(self, path: Path):
+        self.path, self.transform = path, None
+        self._map()
+
+    def _map(self) -> None:
+        held = load_file(self.path)
+        self.pixels, self.sizes, self.targets = (held[name].numpy() for name in ("pixels", "sizes", "targets"))
+        self.ends = np.cumsum(3 * self.sizes.prod(axis=1))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int):
+        height, width = self.sizes[i]
+        end = self.ends[i]
+        image = Image.fromarray(self.pixels[end - 3 * height * width : end].reshape(height, width, 3))
+        return (self.transform(image) if self.transform else image), int(self.targets[i])
+
+    def __getstate__(self) -> tuple:
+        return self.path, self.transform
+
+    def __setstate__(self, state: tuple) -> None:
+        self.path, self.transform = state
+        self._map()
+
+
+def decoded(dataset: Dataset, path: Path, workers: int) -> Dataset:
+    """`dataset` from the file `path`, which the first process to come here writes and the others wait for; `dataset`
+    itself if it does not fit, or does not hold RGB images with a class each.
+
+    Args:
+        workers: processes that decode; 0: this one.
+    """
+    if not hasattr(dataset, "transform") or not hasattr(dataset, "__getitem__"):  # a stream
+        return dataset
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
+        if not path.exists():
+            images = _decode(dataset, workers)
+            if images is None:
+                return dataset
+            pixels, sizes, targets = zip(*images)
+            held = {"pixels": np.concatenate(pixels), "sizes": np.array(sizes), "targets": np.array(targets)}
+            with replacing(path, sync=False) as temporary:
+                save_file({name: torch.from_numpy(a) for name, a in held.items()}, temporary)
+    return Decoded(path)
+
+
+def _decode(dataset: Dataset, workers: int) -> list[tuple[np.ndarray, tuple[int, int], int]] | None:
+    """(pixels, (height, width), class) of all images; None as soon as it is plain that they are not for `Decoded`."""
+    dataset.transform = None
+    images: list = []
+    held, limit = 0, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // SHARE
+    own = torch.Generator()  # not the one that augmentation draws from
+    loader = DataLoader(dataset, BATCH, num_workers=workers, collate_fn=_pixels, generator=own)
+    for batch in tqdm(loader, desc="decoding", leave=False, disable=not sys.stderr.isatty()):
+        images += batch or ()
+        held += sum(pixels.nbytes for pixels, *_ in batch or ())
+        if batch is None or held * len(dataset) > limit * len(images):
+            return None
+    return images
+
+
+def _pixels(batch: list) -> list | None:
+    """None if some are not RGB images with a class."""
+    if not all(isinstance(x, Image.Image) and x.mode == "RGB" and isinstance(y, (int, np.integer)) for x, y in batch):
+        return None
+    return [(np.asarray(x).reshape(-1), (x.height, x.width), int(y)) for x, y in batch]
