@@ -6,12 +6,14 @@ Global network and parts take turns of four steps, in one process, on a batch th
 and optimizer, without a loader. Four, as the steps of an epoch follow each other too: the first after another network's
 finds nothing of its own in the caches. A ratio is the global network's median turn over the parts'; "limit" is that of
 their multiply-adds, all K parts together. --rounds sets how often; names of settings as arguments take only these.
-Peak memory is that of three steps in a process of their own, over what it held before it built the networks.
+Peak memory is that of three steps in a process of their own, over what it held before it built the networks; "tensors"
+is the same with MALLOC_MMAP_THRESHOLD_ set, so that glibc's malloc gives back at once what is freed.
 """
 
 import argparse
 import gc
 import multiprocessing
+import os
 import re
 import statistics
 import tempfile
@@ -105,10 +107,19 @@ def measure(setting: Setting, rounds: int, folder: str) -> dict[str, float]:
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def peaks(setting: Setting, folder: str) -> dict[str, float]:
-    """Peak MB of a step of each."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return {name: pool.apply(peak, (setting, name, folder)) for name in ("global", *ENGINES)}
+def peaks(setting: Setting, folder: str, own_pages: bool) -> dict[str, float]:
+    """Peak MB of a step of each.
+
+    Args:
+        own_pages: what is larger than 1 MB has pages of its own.
+    """
+    if own_pages:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
+    try:
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            return {name: pool.apply(peak, (setting, name, folder)) for name in ("global", *ENGINES)}
+    finally:
+        os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
 
 
 def peak(setting: Setting, name: str, folder: str) -> float:
@@ -140,7 +151,8 @@ def rows(names: list[str], rounds: int):
             narrow="replicate",
         )
         with tempfile.TemporaryDirectory() as folder:
-            found, held = measure(setting, rounds, folder), peaks(setting, folder)
+            found = measure(setting, rounds, folder)
+            held, tensors = (peaks(setting, folder, own_pages) for own_pages in (False, True))
         limit = cost.whole.multiply_adds / cost.part.multiply_adds / setting.parts
         for by in ENGINES:
             yield {
@@ -156,6 +168,8 @@ def rows(names: list[str], rounds: int):
                 "limit": f"{limit:.2f}",
                 "global_mb": f"{held['global']:.0f}",
                 "parts_mb": f"{held[by]:.0f}",
+                "global_tensors_mb": f"{tensors['global']:.0f}",
+                "parts_tensors_mb": f"{tensors[by]:.0f}",
             }
 
 
