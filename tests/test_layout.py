@@ -21,7 +21,7 @@ ORDER = [
     "rules.pool", "rules.conv", "rules.linear", "rules.norm", "rules.pointwise", "rules.shape", "rules.attention",
     "rules.recurrent", "rules", "plan", "blocks", "planner", "claims",
     "files", "card", "hub", "packed", "split", "merge", "profile", "verify", "picture",
-    "train", "train.options", "train.data", "train.schedule", "train.learner", "train.engines",
+    "train", "train.options", "train.data", "train.decoded", "train.schedule", "train.learner", "train.engines",
     "train.checkpoints", "train.trackers", "train.composed", "train.loop", "train.run", "train.demo", "train.__main__",
     "cli", "",
 ]  # fmt: skip

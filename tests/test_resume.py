@@ -13,12 +13,13 @@ import pytest
 import timm
 import torch
 from conftest import MODULE, RUN, TORCHRUN, bytes_of_parts, torchrun
+from timm.optim import create_optimizer_v2, optimizer_kwargs
 
 from timm_dd.cli import main
 from timm_dd.errors import TrainError
 from timm_dd.files import part_name
 from timm_dd.train import checkpoints, options
-from timm_dd.train.learner import Learner
+from timm_dd.train.learner import Learner, create_optimizer
 from timm_dd.train.run import Run
 
 LONGER = [*RUN, "--parts", "4", "--part-epochs", "3", "--epochs", "3", "--checkpoint-every", "0.05"]
@@ -209,6 +210,8 @@ def learner(folder, *options_given):
     args = options.parse([*RUN, "--parts", "2", *options_given])
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=10, drop_rate=0.5)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     return Learner("model", model, None, args, torch.device("cpu"), 5, 4, 7, folder)
 
 
@@ -223,10 +226,10 @@ def updates(learner, first, last):
 
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
 @pytest.mark.parametrize("opt", ["sgd", "adamw", "lamb", "lookahead_radam", "rmsproptf"])
-@pytest.mark.parametrize("sched", ["cosine", "plateau", "step"])
+@pytest.mark.parametrize("sched", ["cosine --sched-on-updates", "plateau", "step", "step --channels-last"])
 def test_a_checkpoint_holds_all(opt, sched, tmp_path):
     """Twelve updates at once, or with the middle of an epoch read back from disk by another learner: the same bits."""
-    given = ("--opt", opt, "--sched", sched, "--epochs", "4", "--plateau-epochs", "2", "--clip-grad", "1.0")
+    given = ["--opt", opt, "--epochs", "4", "--plateau-epochs", "2", "--clip-grad", "1.0", "--sched", *sched.split()]
     expected, first, second = (learner(tmp_path, *given) for _ in range(3))
     updates(expected, 0, 12)
     updates(first, 0, 7)
@@ -236,6 +239,23 @@ def test_a_checkpoint_holds_all(opt, sched, tmp_path):
     for a, b in zip(expected.state()[0].items(), second.state()[0].items()):
         assert a[0] == b[0] and torch.equal(a[1], b[1]), a[0]
     assert json.dumps(expected.state()[1]) == json.dumps(second.state()[1])
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw", "lookahead_adam"])
+def test_fused_updates_are_the_plain_ones(opt, tmp_path):
+    own, plain = (learner(tmp_path, "--channels-last").model for _ in range(2))
+    args = options.parse([*RUN, "--opt", opt])
+    fused = create_optimizer(own, args, 0.01)
+    other = create_optimizer_v2(plain, **{**optimizer_kwargs(args), "lr": 0.01})
+    assert fused.param_groups[0]["fused"] and not other.param_groups[0]["fused"]
+    for _ in range(8):
+        for p, q in zip(own.parameters(), plain.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        fused.step()
+        other.step()
+    for p, q in zip(own.parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 def test_an_optimizer_whose_state_is_not_saved(tmp_path):

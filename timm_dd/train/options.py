@@ -137,6 +137,7 @@ def _optimizer(g) -> None:
     g.add_argument("--model-ema-decay", type=float, default=0.9998, metavar="DECAY")
     g.add_argument("--lr-base", type=float, default=0.1, metavar="LR", help="for a batch of 256, scaled with the batch")
     g.add_argument("--sched", default="cosine", metavar="NAME")
+    g.add_argument("--sched-on-updates", action="store_true", help="the rate changes update by update, not by epoch")
     g.add_argument("--warmup-lr", type=float, default=1e-5, metavar="LR")
     g.add_argument("--warmup-prefix", action="store_true")
     g.add_argument("--min-lr", type=float, default=0.0, metavar="LR")

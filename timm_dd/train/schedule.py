@@ -60,9 +60,10 @@ def create(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_p
             optimizer, args.decay_milestones, args.decay_rates, args.warmup_epochs, args.warmup_lr
         )
     else:
+        milestones = args.decay_milestones or []
         schedule, _ = create_scheduler_v2(
             optimizer,
-            **{**scheduler_kwargs(args), "num_epochs": max(args.epochs, 1)},
+            **{**scheduler_kwargs(args), "num_epochs": max(args.epochs, 1), "decay_milestones": milestones},
             updates_per_epoch=updates_per_epoch,
         )
     return Plateau(schedule, args.plateau_epochs) if args.plateau_epochs else schedule
