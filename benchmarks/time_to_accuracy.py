@@ -1,6 +1,6 @@
 """How long the whole pipeline takes to reach the accuracy that the model from a random start has in the end.
 
-    python benchmarks/time_to_accuracy.py --data-dir ../shared/data/cifar10      # 3 seeds, into time_to_accuracy.csv
+    python benchmarks/time_to_accuracy.py --data-dir ../shared/data/cifar10      # 3 seeds, into time_to_accuracy.csv, .png
 
 One `timm_dd.train` run for each seed: the parts, the composed model, then the baseline (GNet-R), one after another on
 the same machine. The goal is the baseline's accuracy after its last epoch; "pipeline_s" is all of the parts' time,
@@ -32,6 +32,14 @@ def epochs(folder: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(f)]
 
 
+def curve(name: str, rows: list[dict[str, float]], begun: float) -> dict[str, str]:
+    """Accuracies after each epoch, and seconds."""
+    return {
+        f"{name}_top1": " ".join(f"{r['eval_top1']:.2f}" for r in rows),
+        f"{name}_at_s": " ".join(f"{begun + r['seconds']:.0f}" for r in rows),
+    }
+
+
 def row(given: list[str], seed: int) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(options.parse([*given, "--seed", str(seed), "--output", folder]))
@@ -46,10 +54,32 @@ def row(given: list[str], seed: int) -> dict[str, str]:
         "baseline_s": f"{baseline[-1]['seconds']:.0f}",
         "parts_s": f"{parts:.0f}",
         "updated": f"{summary['updated']:.2f}",
-        "by_epoch": " ".join(f"{r['eval_top1']:.2f}" for r in tuned),
+        **curve("tuned", tuned, parts),
+        **curve("baseline", baseline, 0.0),
         "pipeline_s": f"{seconds:.0f}" if seconds else "not reached",
         "ratio": f"{seconds / baseline[-1]['seconds']:.2f}" if seconds else "",
     }
+
+
+def draw(table: list[dict[str, str]], path: Path) -> None:
+    """Accuracy over time: the composed model's begins where the parts end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(table), figsize=(4 * len(table), 3.5), sharey=True, layout="constrained")
+    for place, r in zip(axes, table):
+        place.axhline(float(r["goal"]), color="black", linewidth=0.8, label="goal")
+        place.axvspan(0, float(r["parts_s"]), color="0.9", label="parts")
+        for name in ("tuned", "baseline"):
+            x, y = ([float(v) for v in r[f"{name}_{of}"].split()] for of in ("at_s", "top1"))
+            place.plot(x, y, marker="o", label=name)
+        place.set_title(f"seed {r['seed']}")
+        place.set_xlabel("seconds")
+    axes[0].set_ylabel("top-1 %")
+    axes[0].legend()
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -69,6 +99,7 @@ def main() -> None:
         )
     if not args.given:
         write_table(Path(__file__).with_suffix(".csv"), table, list(table[0]))
+        draw(table, Path(__file__).with_suffix(".png"))
 
 
 if __name__ == "__main__":

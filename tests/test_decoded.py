@@ -1,6 +1,7 @@
 """Decoded sets against the sets themselves."""
 
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -94,6 +95,16 @@ def test_what_does_not_fit_stays_as_it_is(photographs, tmp_path, monkeypatch):
     assert len(asked) == decoded.BATCH and not list((tmp_path / "d").iterdir())
 
 
+def test_without_room_on_the_disk_it_stays_as_it_is(photographs, tmp_path, capsys):
+    path, limits = tmp_path / "d" / "train.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        assert decoded.decoded(photographs, path, 0) is photographs
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "images are decoded every epoch" in capsys.readouterr().out and not list(path.parent.iterdir())
+
+
 @pytest.mark.parametrize(
     "item", ((Image.new("L", (4, 4)), 1), (torch.zeros(3, 4, 4), 1), (Image.new("RGB", (4, 4)), 0.5))
 )
@@ -103,5 +114,5 @@ def test_what_is_no_class_of_rgb_images_stays_as_it_is(item, tmp_path):
 
     other = Other([item] * 3)
     assert decoded.decoded(other, tmp_path / "train.safetensors", 0) is other
-    stream = iter([item])
+    stream = torch.utils.data.IterableDataset()
     assert decoded.decoded(stream, tmp_path / "train.safetensors", 0) is stream and not list(tmp_path.iterdir())

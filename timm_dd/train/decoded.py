@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from ..atomic import locked, replacing
+from ..errors import headline
 
 SHARE = 8  # a set may take one of so many parts of the machine's memory
 BATCH = 64
@@ -27,10 +29,7 @@ class Decoded(Dataset):
 
     def __init__(self, path: Path):
         self.path, self.transform = path, None
-        self._map()
-
-    def _map(self) -> None:
-        held = load_file(self.path)
+        held = load_file(path)
         self.pixels, self.sizes, self.targets = (held[name].numpy() for name in ("pixels", "sizes", "targets"))
         self.ends = np.cumsum(3 * self.sizes.prod(axis=1))
 
@@ -43,22 +42,19 @@ class Decoded(Dataset):
         image = Image.fromarray(self.pixels[end - 3 * height * width : end].reshape(height, width, 3))
         return (self.transform(image) if self.transform else image), int(self.targets[i])
 
-    def __getstate__(self) -> tuple:
-        return self.path, self.transform
-
-    def __setstate__(self, state: tuple) -> None:
-        self.path, self.transform = state
-        self._map()
+    def __reduce__(self) -> tuple:
+        """Pickled as its path: whoever reads that maps the file too."""
+        return Decoded, (self.path,), {"transform": self.transform}
 
 
 def decoded(dataset: Dataset, path: Path, workers: int) -> Dataset:
     """`dataset` from the file `path`, which the first process to come here writes and the others wait for; `dataset`
-    itself if it does not fit, or does not hold RGB images with a class each.
+    itself if it does not fit into memory or on the disk, or does not hold RGB images with a class each.
 
     Args:
         workers: processes that decode; 0: this one.
     """
-    if not hasattr(dataset, "transform") or not hasattr(dataset, "__getitem__"):  # a stream
+    if isinstance(dataset, IterableDataset):  # a stream has no end to wait for
         return dataset
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):
@@ -68,8 +64,12 @@ def decoded(dataset: Dataset, path: Path, workers: int) -> Dataset:
                 return dataset
             pixels, sizes, targets = zip(*images)
             held = {"pixels": np.concatenate(pixels), "sizes": np.array(sizes), "targets": np.array(targets)}
-            with replacing(path, sync=False) as temporary:
-                save_file({name: torch.from_numpy(a) for name, a in held.items()}, temporary)
+            try:
+                with replacing(path, sync=False) as temporary:
+                    save_file({name: torch.from_numpy(a) for name, a in held.items()}, temporary)
+            except (OSError, SafetensorError) as e:
+                tqdm.write(f"images are decoded every epoch: no place for {path} ({headline(e)})", sys.stdout)
+                return dataset
     return Decoded(path)
 
 
