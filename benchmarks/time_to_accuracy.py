@@ -1,6 +1,6 @@
 """How long the whole pipeline takes to reach the accuracy that the model from a random start has in the end.
 
-    python benchmarks/time_to_accuracy.py --data-dir ../shared/data/cifar10      # 3 seeds, into time_to_accuracy.csv, .png
+    python benchmarks/time_to_accuracy.py --data-dir ../shared/data/cifar10   # 3 seeds, into its .csv and .png
 
 One `timm_dd.train` run for each seed: the parts, the composed model, then the baseline (GNet-R), one after another on
 the same machine. The goal is the baseline's accuracy after its last epoch; "pipeline_s" is all of the parts' time,

@@ -114,5 +114,13 @@ def test_what_is_no_class_of_rgb_images_stays_as_it_is(item, tmp_path):
 
     other = Other([item] * 3)
     assert decoded.decoded(other, tmp_path / "train.safetensors", 0) is other
-    stream = torch.utils.data.IterableDataset()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stream_stays_as_it_is(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            raise AssertionError("nobody asks")
+
+    stream = Stream()
     assert decoded.decoded(stream, tmp_path / "train.safetensors", 0) is stream and not list(tmp_path.iterdir())
