@@ -167,7 +167,7 @@ class Run:
             return
         args = options.stage(self.args, "part")
         share_cores_for_parts(args.engine, args.parts, self.ranks.local_world)
-        loaders = data.loaders(args, self.data_config, self.train_set, self.val_set, self.device, distributed=False)
+        loaders = data.loaders(args, self.data_config, *self.sets, self.device, distributed=False)
         learners = [self._part(k, self.parts[k], len(loaders[0])) for k in own]
         for learner in learners if self.resuming else ():
             (learner.folder / "failure.json").unlink(missing_ok=True)
@@ -296,9 +296,7 @@ class Run:
 
     def _loaders(self, args) -> tuple:
         share_cores(self.ranks.local_world)
-        return data.loaders(
-            args, self.data_config, self.train_set, self.val_set, self.device, distributed=self.ranks.world > 1
-        )
+        return data.loaders(args, self.data_config, *self.sets, self.device, distributed=self.ranks.world > 1)
 
     def _together(self, parts: Parts, loader) -> float:
         """The accuracy of the sum of the parts' logits, each part on its own box."""
@@ -364,10 +362,8 @@ class Run:
         return summary
 
     def _stages(self) -> dict:
-        self.train_set, self.val_set = (
-            decoded(images, self._decoded / f"{name}.safetensors", self.args.workers)
-            for name, images in (("train", self.train_set), ("validation", self.val_set))
-        )
+        named = {"train": self.train_set, "validation": self.val_set}
+        self.sets = [decoded(s, self._decoded / f"{n}.safetensors", self.args.workers) for n, s in named.items()]
         self.train_parts()
         self.meet()
         parts = [self._part_summary(k) for k in range(self.args.parts)]
