@@ -105,7 +105,7 @@ def own_rate(weights: Sequence[tuple[torch.Tensor, torch.Tensor]], factor: float
     yield
     with torch.no_grad():
         for (p, outside), old in zip(weights, before):
-            p.copy_(torch.where(outside, torch.lerp(old, p, factor), p))
+            p.lerp_(old, outside.to(p.dtype) * (1 - factor))
 
 
 def reassign(state: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
