@@ -20,9 +20,9 @@ from timm_dd.train import options
 from timm_dd.train.run import Run
 
 GIVEN = (
-    "--model dd_resnet20 --parts 4 --grid 2x2 --train-num-samples 4000 --val-num-samples 2000 -b 128 -j 1 "
-    "--channels-last --shift 4 --opt adamw --weight-decay 0.02 --smoothing 0 --warmup-epochs 0 --part-epochs 14 "
-    "--part-lr 0.004 --roam 0.5 --epochs 3 --lr 0.0005 --calibrate temperature --off-diagonal-lr 0.3 "
+    "--model dd_resnet20 --parts 4 --grid 2x2 --train-num-samples 2000 --val-num-samples 1000 -b 128 -j 1 "
+    "--channels-last --shift 4 --opt adamw --weight-decay 0.02 --smoothing 0 --warmup-epochs 0 --part-epochs 16 "
+    "--part-lr 0.004 --roam 0.5 --epochs 4 --lr 0.0005 --calibrate temperature --off-diagonal-lr 0.3 "
     "--baseline --baseline-epochs 8 --baseline-lr 0.002"
 ).split()
 
