@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import TrainError
 from ..plan import Plan, TensorPlan
 
-IMAGES = 2048  # to take statistics from, for which some thousand are enough (Wu and Johnson 2021), and a temperature
+IMAGES = 1024  # to take statistics from, for which a thousand are enough (Wu and Johnson 2021), and a temperature
 
 
 def some(loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
