@@ -236,6 +236,12 @@ def parts_of(model="dd_resnet20", **given):
     return timm_dd.split(model, 4, seed=0, img_size=32, num_classes=10, **given)
 
 
+@pytest.mark.parametrize("batches, taken", ((9, 4), (2, 2)))
+def test_statistics_are_taken_from_a_thousand_images(batches, taken):
+    loader = [(torch.zeros(300, 3), torch.zeros(300))] * batches
+    assert len(list(composed.some(loader))) == taken
+
+
 def test_the_scale_of_the_smallest_cross_entropy():
     """Logits that are s times too large, against a grid of factors."""
     torch.manual_seed(3)

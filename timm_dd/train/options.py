@@ -166,7 +166,7 @@ def _stages(g) -> None:
         "--update-bn",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="before fine-tuning, take the composed model's BatchNorm statistics anew from whole images",
+        help="before fine-tuning, take the composed model's BatchNorm statistics anew from 1,024 whole images",
     )
     g.add_argument(
         "--calibrate",
