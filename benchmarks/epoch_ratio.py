@@ -175,13 +175,11 @@ def rows(names: list[str], rounds: int):
 
 def draw(table: list[dict], path: Path) -> None:
     """Bars of the ratios, with the limit as a line over each setting."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     names, width = list(dict.fromkeys(row["setting"] for row in table)), 0.8 / len(ENGINES)
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
     for i, by in enumerate(ENGINES):
         ratios = [float(row["ratio"]) for row in table if row["engine"] == by]
         places = [n + (i - (len(ENGINES) - 1) / 2) * width for n in range(len(names))]

@@ -121,12 +121,10 @@ def row(kind: str, what: str, parts: int, ranks: int, step: float, base: float) 
 
 
 def draw(table: list[dict], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     groups = {(r["kind"], r["what"]): [] for r in table}
     for r in table:
         groups[r["kind"], r["what"]].append((int(r["ranks"]), float(r["speed"])))

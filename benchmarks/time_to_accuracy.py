@@ -63,12 +63,10 @@ def row(given: list[str], seed: int) -> dict[str, str]:
 
 def draw(table: list[dict[str, str]], path: Path) -> None:
     """Accuracy over time: the composed model's begins where the parts end."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(table), figsize=(4 * len(table), 3.5), sharey=True, layout="constrained")
+    figure = Figure(figsize=(4 * len(table), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(table), sharey=True, squeeze=False)[0]
     for place, r in zip(axes, table):
         place.axhline(float(r["goal"]), color="black", linewidth=0.8, label="goal")
         place.axvspan(0, float(r["parts_s"]), color="0.9", label="parts")

@@ -226,7 +226,7 @@ def updates(learner, first, last):
 
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
 @pytest.mark.parametrize("opt", ["sgd", "adamw", "lamb", "lookahead_radam", "rmsproptf"])
-@pytest.mark.parametrize("sched", ["cosine --sched-on-updates", "plateau", "step", "step --channels-last"])
+@pytest.mark.parametrize("sched", ["cosine", "cosine --sched-on-updates", "plateau", "step", "step --channels-last"])
 def test_a_checkpoint_holds_all(opt, sched, tmp_path):
     """Twelve updates at once, or with the middle of an epoch read back from disk by another learner: the same bits."""
     given = ["--opt", opt, "--epochs", "4", "--plateau-epochs", "2", "--clip-grad", "1.0", "--sched", *sched.split()]

@@ -80,10 +80,12 @@ def _decode(dataset: Dataset, workers: int) -> list[tuple[np.ndarray, tuple[int,
     held, limit = 0, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // SHARE
     own = torch.Generator()  # not the one that augmentation draws from
     loader = DataLoader(dataset, BATCH, num_workers=workers, collate_fn=_pixels, generator=own)
-    for batch in tqdm(loader, desc="decoding", leave=False, disable=not sys.stderr.isatty()):
-        images += batch or ()
-        held += sum(pixels.nbytes for pixels, *_ in batch or ())
-        if batch is None or held * len(dataset) > limit * len(images):
+    for batch in tqdm(loader, desc="decoding", leave=False, disable=None):  # for terminals
+        if batch is None:
+            return None
+        images += batch
+        held += sum(pixels.nbytes for pixels, *_ in batch)
+        if held * len(dataset) > limit * len(images):
             return None
     return images
 

@@ -242,7 +242,8 @@ class Learner:
         groups = [optimizer["group"][i] for i in sorted(optimizer["group"])]
         self.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": groups})
         for p, state in self.optimizer.state.items():  # a fused update goes through memory, whatever the strides
-            state.update((k, torch.empty_like(p).copy_(t)) for k, t in state.items() if _shaped_like(t, p))
+            alike = {k: t for k, t in state.items() if isinstance(t, torch.Tensor) and t.shape == p.shape}
+            state.update((k, torch.empty_like(p, dtype=t.dtype).copy_(t)) for k, t in alike.items())
         self.scaler.load_state_dict(numbers["scaler"])
         self.seconds, self._images = numbers["seconds"], numbers["images"]
         self._total = tensors["total"].to(self.device)
@@ -283,10 +284,6 @@ def create_optimizer(model: nn.Module, args: argparse.Namespace, lr: float) -> t
     given = {**optimizer_kwargs(args), "lr": lr}
     plain = create_optimizer_v2(model, **given)
     return create_optimizer_v2(model, **given, fused=True) if "fused" in plain.defaults else plain
-
-
-def _shaped_like(value: Any, p: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and value.shape == p.shape
 
 
 def criterion(args: argparse.Namespace) -> nn.Module:
