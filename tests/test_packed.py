@@ -107,6 +107,48 @@ def test_parts_that_differ_are_refused(name, given, message):
         timm_dd.split(name, **given, img_size=32).packed()
 
 
+class Idioms(nn.Module):
+    """Sizes, pieces, constants, methods, several results."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(64, 10)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x)).relu()
+        a, b = y.chunk(2, 1)
+        y = torch.cat([b * torch.arange(y.shape[-1]).div(8), a.mul(2)], dim=1).mean(3)
+        return {"logits": self.fc(y.flatten(1)), "maximum": y.max(2)[0].sum(1, keepdim=True)}
+
+
+def test_one_graph_for_a_compiler():
+    """fullgraph: what has no single graph is an error; results, gradients and statistics are those of the parts."""
+    parts = timm_dd.split(Idioms(), 4, example_input=torch.empty(1, 3, 8, 8), domain=Domain.full(4))
+    packed, x = parts.packed(), torch.randn(6, 3, 8, 8)
+    compiled = torch.compile(packed, fullgraph=True, backend="eager")
+    expected, found = parts(x), compiled(torch.stack(parts.crops(x)))
+    for name in ("logits", "maximum"):
+        torch.testing.assert_close(found[name], expected[name])
+    for result in (expected, found):
+        (result["logits"].square().sum() + result["maximum"].sum()).backward()
+    for k, part in enumerate(parts):
+        for (name, p), q in zip(part.named_parameters(), packed.parameters()):
+            torch.testing.assert_close(q.grad[k], p.grad, msg=name)
+        torch.testing.assert_close(packed.bn.running_var[k], part.bn.running_var)
+        assert packed.bn.num_batches_tracked[k] == 1
+
+
+def test_a_packed_network_goes_where_it_is_sent():
+    """Its own modules share tensors with those they stand for: types, copies and modes stay together."""
+    parts = timm_dd.split(Idioms(), 2, example_input=torch.empty(1, 3, 8, 8), domain=Domain.full(2))
+    x = torch.randn(2, 3, 8, 8)
+    packed = copy.deepcopy(parts.packed().double()).eval()
+    parts.double().eval()
+    expected = parts(x.double())["logits"]
+    torch.testing.assert_close(packed(torch.stack(parts.crops(x.double())))["logits"], expected)
+    assert packed.bn.num_batches_tracked.tolist() == [0, 0]
+
+
 def test_a_deep_copy_has_all_tensors():
     """fx drops what no node uses."""
     part = timm_dd.split("resnet18", 2, img_size=64)[0]
@@ -121,9 +163,9 @@ def test_a_deep_copy_has_all_tensors():
 # ---- engines
 
 
-def learners(tmp_path, *given, parts=4):
-    args = options.parse([*RUN, "--model", "dd_resnet20", *given])
-    parts = timm_dd.split("dd_resnet20", parts, seed=3, img_size=32, num_classes=10)
+def learners(tmp_path, *given, parts=4, model="dd_resnet20"):
+    args = options.parse([*RUN, "--model", model, *given])
+    parts = timm_dd.split(model, parts, seed=3, img_size=32, num_classes=10)
     boxes = parts.plan.boxes()
     return [Learner(f"part {k}", p, boxes[k], args, CPU, 5, 16, k, tmp_path) for k, p in enumerate(parts.double())]
 
@@ -325,7 +367,9 @@ def test_packed_out_of_memory_halves_the_batch_of_all(tmp_path, capsys):
 def test_compiled_networks_take_the_same_steps(tmp_path):
     """--torchcompile, with the backend that runs the captured graphs as they are; for single parts and packed."""
     for by in (Engine, Packed):
-        some, compiled = learners(tmp_path), learners(tmp_path, "--torchcompile", "eager")
+        some, compiled = (
+            learners(tmp_path, *given, model="test_resnet") for given in ([], ["--torchcompile", "eager"])
+        )
         for x, y in batches(2):
             by().step(some, x, y, apart=False)
             by().step(compiled, x, y, apart=False)

@@ -1,42 +1,36 @@
-"""The K parts as one network on stacked crops: one launch does the work of K."""
+"""The K parts as one network on stacked crops: one launch does the work of K.
+
+The packed graph is a part's graph in which each operation is that of all parts: `torch.vmap` over the part makes
+convolutions grouped ones with K times the groups, linear layers batched products; a BatchNorm of K parts is one of K
+times the channels. Tensors pass from node to node with the parts as their first dim. So a packed network is an ordinary
+GraphModule, a function of its parameters, its buffers and x, which ``torch.compile(fullgraph=True)`` takes as one graph.
+"""
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.func import functional_call, vmap
-from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from .errors import SplitError
-from .trace import Graph, copy_graph, graph_module
+from .trace import CONTENTS, Graph, copy_graph, graph_module
 
-BATCH_NORM = inspect.signature(F.batch_norm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+OF_BATCH_NORM = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 NUMBERS = (int, float, str, bool, tuple, type(None))
 
 
 class Packed(Graph):
     """A part's graph, and all parts' tensors, stacked: (K, B, C, *box) -> (K, B, classes).
 
-    State dict keys are the global model's, shapes (K, *a part's). The graph runs once, under `torch.func.vmap`, which
-    makes convolutions grouped ones with K times the groups, linear layers batched products, and norms those of K times
-    the channels. Dropout draws for each part.
+    State dict keys are the global model's, shapes (K, *a part's). Dropout draws for each part.
     """
-
-    def __call__(self, x: torch.Tensor) -> Any:
-        # functional_call changes the tensors of a module and calls it, as this one is called; so of one around it.
-        state = {f"packed.{name}": t for name, t in _tensors(self)}
-        norms = nullcontext() if torch.compiler.is_compiling() else _Norms()  # a compiler fuses the passes itself
-        with warnings.catch_warnings(), norms:
-            warnings.filterwarnings("ignore", "There is a performance drop")  # operations that vmap does in a loop
-            return vmap(lambda s, crop: functional_call(_Part(self), s, (crop,)), randomness="different")(state, x)
 
     def load(self, parts: Iterable[nn.Module]) -> None:
         """Copy the parts' weights and statistics in."""
@@ -68,49 +62,58 @@ class Packed(Graph):
             yield from ((own[k], t) for own, (_, t) in zip(mine, _tensors(part)))
 
 
-class _Part(nn.Module):
-    """A packed network while its tensors are those of one part."""
+class PackedModule(nn.Module):
+    """A module of all parts, with the tensors and modules of `module`, (K, *a part's), under their names."""
 
-    def __init__(self, packed: Packed):
+    def __init__(self, module: nn.Module, parts: int):
         super().__init__()
-        self.packed = packed
+        for contents in CONTENTS:
+            self.__dict__[contents] = module.__dict__[contents]
+        # In a tuple, so that it is no submodule: what it holds are this module's own dicts.
+        self._of_part, self._parts = (module,), parts
+        self.train(module.training)
 
-    def forward(self, x: torch.Tensor) -> Any:
-        return nn.Module.__call__(self.packed, x)
+    def train(self, mode: bool = True) -> PackedModule:
+        self._of_part[0].training = mode
+        return super().train(mode)
 
-
-class _Norms(TorchFunctionMode):
-    """BatchNorm of all parts is one of K times the channels; vmap's own rule takes several passes over the maps."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.batch_norm:
-            return _BatchNorm.apply(*BATCH_NORM.bind(*args, **kwargs or {}).args)
-        return func(*args, **kwargs or {})
-
-
-class _BatchNorm(torch.autograd.Function):
-    """`F.batch_norm` with a rule for vmap, whose own arithmetic autograd differentiates."""
-
-    @staticmethod
-    def forward(*args):
-        return F.batch_norm(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def vmap(info, in_dims, x, mean, var, weight, bias, *numbers):
-        """(B, C, *) and vectors (C,), each of all parts or of none, as (B, K·C, *) and (K·C,)."""
-        vectors = zip((mean, var, weight, bias), in_dims[1:])
-        merged = [v if v is None else _all(v, dim, 0, info.batch_size).reshape(-1) for v, dim in vectors]
-        y = F.batch_norm(_all(x, in_dims[0], 1, info.batch_size).flatten(1, 2), *merged, *numbers)
-        return y.unflatten(1, (info.batch_size, -1)), 1
+    def forward(self, *args, **kwargs) -> Any:
+        call = functools.partial(functional_call, *self._of_part)
+        return over_parts(call, self._parts, dict(_tensors(self)), args, kwargs)
 
 
-def _all(t: torch.Tensor, dim: int | None, at: int, K: int) -> torch.Tensor:
-    """All parts' tensors along the dim `at`, where they were along `dim`, or were one for all."""
-    return t.movedim(dim, at) if dim is not None else t.unsqueeze(at).expand(*t.shape[:at], K, *t.shape[at:])
+class PackedBatchNorm(PackedModule):
+    """(K, B, C, *): one of K times the channels. torch's own rule for vmap passes over the maps several times."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = {name: t.flatten() for name, t in _tensors(self)}
+        y = functional_call(*self._of_part, state, (x.movedim(0, 1).flatten(1, 2),))
+        return y.unflatten(1, (self._parts, -1)).movedim(1, 0)
+
+
+def over_parts(function: Callable, parts: int, *args, **kwargs) -> Any:
+    """``function(*args, **kwargs)`` of each part. Tensors among the arguments and results are all parts', stacked; what
+    is no tensor is the same for all parts."""
+    leaves, spec = tree_flatten((args, kwargs))
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    if not tensors:
+        made = function(*args, **kwargs)
+        return tree_map_only(torch.Tensor, lambda t: t.expand(parts, *t.shape), made)
+    plain: list[Any] = []
+
+    def of_part(*values: torch.Tensor) -> Any:
+        own = list(leaves)
+        for i, value in zip(tensors, values):
+            own[i] = value
+        given, named = tree_unflatten(own, spec)
+        result = function(*given, **named)
+        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
+            return result
+        plain.append(result)  # a size, a dtype: nothing that vmap returns
+        return ()
+
+    result = vmap(of_part, randomness="different")(*(leaves[i] for i in tensors))
+    return plain[0] if plain else result
 
 
 def pack(parts: Sequence[fx.GraphModule]) -> Packed:
@@ -128,7 +131,46 @@ def pack(parts: Sequence[fx.GraphModule]) -> Packed:
             own.update((leaf, stacked[id(t)]) for leaf, t in own.items() if t is not None)
         if getattr(module, "inplace", False):  # in place on a view of all parts' costs copies of them all
             module.inplace = False
+    _pack_modules(root, graph, len(parts))
+    _pack_functions(graph, len(parts))
     return graph_module(root, graph, f"Packed{type(parts[0]).__name__}", Packed).train(parts[0].training)
+
+
+def _pack_modules(root: nn.Module, graph: fx.Graph, parts: int) -> None:
+    """Put packed modules in the places of those that the graph calls."""
+    new: dict[int, PackedModule] = {}
+    for path in dict.fromkeys(node.target for node in graph.nodes if node.op == "call_module"):
+        owner, _, leaf = path.rpartition(".")
+        module = root.get_submodule(path)
+        if id(module) not in new:
+            own = {name for name, _ in _tensors(module)}
+            plain = isinstance(module, BATCH_NORMS) and own <= OF_BATCH_NORM
+            new[id(module)] = (PackedBatchNorm if plain else PackedModule)(module, parts)
+        root.get_submodule(owner)._modules[leaf] = new[id(module)]
+
+
+def _pack_functions(graph: fx.Graph, parts: int) -> None:
+    for node in graph.nodes:
+        if node.op == "call_method":
+            node.op, node.target = "call_function", functools.partial(_method, node.target)
+            node.target = _packed(node, parts)
+        elif node.op == "call_function":
+            node.target = _packed(node, parts)
+
+
+def _method(name: str, x: Any, *args, **kwargs) -> Any:
+    return getattr(x, name)(*args, **kwargs)
+
+
+def _packed(node: fx.Node, parts: int) -> Callable:
+    """The node's function, of all parts, with the node's name."""
+    function = node.target
+
+    def packed(*args, **kwargs):
+        return over_parts(function, parts, *args, **kwargs)
+
+    packed.__name__ = packed.__qualname__ = node.name
+    return packed
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
