@@ -92,7 +92,7 @@ def step_of(setting: Setting, name: str, folder: str) -> Callable[[], None]:
 
     def steps() -> None:
         share_cores_for_parts(name, setting.parts, 1)
-        by.step(parts, x, y, apart=False)
+        by.step(parts, x, y, isolate_failures=False)
 
     return steps
 

@@ -25,7 +25,8 @@ from common import provenance, write_table
 from safetensors.torch import load_file, save_file
 
 import timm_dd
-from timm_dd import Plan, files
+from timm_dd import Plan
+from timm_dd.storage import files
 
 MODELS = ("resnet18", "resnet101", "wide_resnet101_2", "regnety_640", "regnety_1280", "regnety_2560")
 PARTS = 4

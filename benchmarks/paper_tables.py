@@ -23,9 +23,9 @@ from torch import nn
 
 import timm_dd
 from timm_dd import Domain
-from timm_dd.networks import PadShortcut
-from timm_dd.profile import Cost, profile
-from timm_dd.table import table
+from timm_dd.paper_networks import PadShortcut
+from timm_dd.reports.profile import Cost, profile
+from timm_dd.text import table
 
 CSV = Path(__file__).with_suffix(".csv")
 BARS = {"parameters": 0.01, "FLOPs": 0.05}

@@ -13,7 +13,7 @@ from torch import nn
 
 import timm_dd
 from timm_dd.cli import main
-from timm_dd.files import part_name
+from timm_dd.storage.files import part_name
 
 RELATIVE = 1e-9  # in float64: the bar of an exact claim
 

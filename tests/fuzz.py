@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 import timm_dd
 from timm_dd import Domain, MergeError, Parts
-from timm_dd.files import part_name
-from timm_dd.tensorfile import UNSEALED, xxhash
+from timm_dd.storage.files import part_name
+from timm_dd.storage.tensorfile import UNSEALED, xxhash
 
 PARTS = 2
 DEEP = "@deep@"  # stands for lists in lists in lists

@@ -7,7 +7,7 @@ import torch
 
 import timm_dd
 from timm_dd import Box, Domain, SplitError
-from timm_dd.domain import default_domain
+from timm_dd.algebra.domain import default_domain
 
 
 def spans(domain, *size):

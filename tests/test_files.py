@@ -19,9 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import timm_dd
-from timm_dd import Domain, MergeError, Parts, tensorfile
-from timm_dd.atomic import output_folder, replacing
-from timm_dd.files import part_name
+from timm_dd import Domain, MergeError, Parts
+from timm_dd.storage import merge_files as streaming
+from timm_dd.storage import tensorfile
+from timm_dd.storage.atomic import output_folder, replacing
+from timm_dd.storage.files import part_name
 
 NAME = "resnet10t"
 TIMM_DD = str(Path(sys.executable).parent / "timm-dd")
@@ -444,13 +446,13 @@ def test_what_a_killed_merge_left_is_removed_by_the_next(saved, tmp_path):
 
 def test_a_part_that_shrinks_while_it_is_read(folder, monkeypatch):
     """Between the look at its header and the reading of its tensors."""
-    common = timm_dd.files.common_dtypes
+    common = streaming.common_dtypes
 
     def shrink(dtypes):
         os.truncate(folder / part_name(1, 2), 100_000)
         return common(dtypes)
 
-    monkeypatch.setattr(timm_dd.files, "common_dtypes", shrink)
+    monkeypatch.setattr(streaming, "common_dtypes", shrink)
     with pytest.raises(MergeError, match="it ends at byte"):
         timm_dd.merge_files(folder, folder / "composed")
 

@@ -17,8 +17,9 @@ from huggingface_hub import HfApi, ModelCard, lfs
 from safetensors.torch import load_file
 
 import timm_dd
-from timm_dd import MergeError, Parts, PushError, hub
+from timm_dd import MergeError, Parts, PushError
 from timm_dd.cli import main
+from timm_dd.hub.push import write_repository
 from timm_dd.train import options
 
 # huggingface_hub gives httpx the file of an LFS upload as data=, which httpx calls deprecated
@@ -120,7 +121,7 @@ def test_a_run_with_a_damaged_summary(one, tmp_path):
     shutil.copytree(one, tmp_path / "run")
     (tmp_path / "run" / "summary.json").write_text('{"best": 1}')
     with pytest.raises(MergeError, match="summary.json is damaged"):
-        hub.stage(tmp_path / "run" / "composed", REPO, tmp_path / "staged")
+        write_repository(tmp_path / "run" / "composed", REPO, tmp_path / "staged")
 
 
 def test_the_command_of_a_card_gives_the_same_run(one):
@@ -129,13 +130,13 @@ def test_the_command_of_a_card_gives_the_same_run(one):
     command = json.loads((one / "summary.json").read_text())["command"]
     assert command.startswith("timm-dd train ") and not any(flag in command for flag in ("--output", "--experiment"))
     again = vars(options.parse(shlex.split(command)[2:]))
-    assert all(again[name] == asked[name] for name in again.keys() - options.FREE)
+    assert all(again[name] == asked[name] for name in again.keys() - options.MAY_CHANGE_ON_RESUME)
 
 
 def test_a_model_of_ours_needs_us(tmp_path):
     timm_dd.split("dd_resnet20_16", 2).save(tmp_path / "parts")
     timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed")
-    hub.stage(tmp_path / "composed", REPO, tmp_path / "staged")
+    write_repository(tmp_path / "composed", REPO, tmp_path / "staged")
     assert "import timm_dd  # registers dd_resnet20_16" in (tmp_path / "staged" / "README.md").read_text()
 
 
@@ -144,7 +145,7 @@ def test_an_approximate_plan_says_so(tmp_path):
     parts.save(tmp_path / "parts")
     timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed")
     for folder in ("parts", "composed"):
-        hub.stage(tmp_path / folder, REPO, tmp_path / f"staged-{folder}")
+        write_repository(tmp_path / folder, REPO, tmp_path / f"staged-{folder}")
         text = (tmp_path / f"staged-{folder}" / "README.md").read_text()
         assert "The plan is approximate" in text and parts.plan.approximations[0][2] in text
 

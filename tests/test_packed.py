@@ -9,7 +9,7 @@ from torch import nn
 
 import timm_dd
 from timm_dd import Domain
-from timm_dd.packed import pack
+from timm_dd.surgery.packed import pack
 from timm_dd.train import options
 from timm_dd.train.engines import Auto, Engine, Packed, Threads, engine
 from timm_dd.train.learner import Learner
@@ -190,7 +190,7 @@ def test_engines_take_the_same_steps(given, tmp_path):
             n.model.train()
         with by:
             for x, y in batches(5):
-                by.step(some, x, y, apart=False)
+                by.step(some, x, y, isolate_failures=False)
         found.append([n.state() for n in some])
     expected, threads, packed = found
     for (own, numbers), (bits, same), (close, also) in zip(expected, threads, packed):
@@ -206,12 +206,12 @@ def test_a_part_that_diverges_leaves_the_others(tmp_path):
     with torch.no_grad():
         some[1].net.conv1.weight.fill_(float("nan"))
     for x, y in batches(2):
-        Packed().step(some, x, y, apart=True)
-        Engine().step(alone, x, y, apart=True)
+        Packed().step(some, x, y, isolate_failures=True)
+        Engine().step(alone, x, y, isolate_failures=True)
     for n, other in zip(some, alone):
         ok = n is not some[1]
         assert torch.allclose(n.net.conv1.weight, other.net.conv1.weight) == ok
-        n.guard(n.check_finite, apart=True)
+        n.guard(n.check_finite, isolate_failures=True)
         assert (n.failure is None) == ok
 
 
@@ -219,7 +219,7 @@ def test_parts_that_cannot_be_packed_say_so(tmp_path):
     some = learners(tmp_path, parts=3)
     for x, y in batches(1):
         with pytest.raises(timm_dd.SplitError, match="train the parts one after another"):
-            Packed().step(some, x, y, apart=True)
+            Packed().step(some, x, y, isolate_failures=True)
 
 
 def test_auto_takes_the_fastest(tmp_path):
@@ -266,8 +266,8 @@ def test_packed_gives_up_for_another_engine(tmp_path, capsys):
         n.net.act1 = nn.ReLU()
     by = Packed(instead=Engine())
     for x, y in batches(2):
-        by.step(some, x, y, apart=True)
-        Engine().step(alone, x, y, apart=True)
+        by.step(some, x, y, isolate_failures=True)
+        Engine().step(alone, x, y, isolate_failures=True)
     assert all(n.failure is None and n.updates == 2 for n in some)
     assert all(torch.equal(n.net.conv1.weight, other.net.conv1.weight) for n, other in zip(some, alone))
     said = capsys.readouterr().out
@@ -302,7 +302,7 @@ def test_packed_dropout(tmp_path):
         some[1].net.load_state_dict(some[0].net.state_dict())
         by, seen = Packed(), [[n.net.fc.weight.detach().clone() for n in some]]
         for _ in range(2):
-            by.step(some, torch.ones(16, 3, 8, 8, dtype=torch.float64), torch.arange(16) % 10, apart=False)
+            by.step(some, torch.ones(16, 3, 8, 8, dtype=torch.float64), torch.arange(16) % 10, isolate_failures=False)
             seen.append([n.net.fc.weight.detach().clone() for n in some])
         return seen
 
@@ -334,7 +334,7 @@ def test_out_of_memory_halves_the_batch_once(tmp_path, capsys):
         net.load_state_dict(nets[0].state_dict())
     some = [Learner(f"part {k}", n, None, args, CPU, 5, 16, k, tmp_path) for k, n in enumerate(nets)]
     for x, y in batches(2):
-        Engine().step([n for n in some if n.failure is None], x, y, apart=True)
+        Engine().step([n for n in some if n.failure is None], x, y, isolate_failures=True)
     assert nets[0].seen == [16, 16] and nets[1].seen == [16, 8, 8, 8, 8]
     torch.testing.assert_close(nets[1].fc.weight, nets[0].fc.weight)
     assert "out of memory with 8 images at a time; use a smaller --batch-size" in some[2].failure
@@ -347,7 +347,7 @@ def test_packed_out_of_memory_halves_the_batch_of_all(tmp_path, capsys):
     gradients = by._gradients
 
     def limited(learners, x, y):
-        seen.append(len(y) // learners[0].pieces)
+        seen.append(len(y) // learners[0].micro_batches)
         if seen[-1] > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return gradients(learners, x, y)
@@ -355,11 +355,11 @@ def test_packed_out_of_memory_halves_the_batch_of_all(tmp_path, capsys):
     by._gradients = limited
     other = Packed()
     for n in whole:
-        n.pieces = 2
+        n.micro_batches = 2
     for x, y in batches(2):
-        by.step(some, x, y, apart=True)
-        other.step(whole, x, y, apart=True)
-    assert seen == [16, 8, 8] and [n.pieces for n in some] == [2] * 4
+        by.step(some, x, y, isolate_failures=True)
+        other.step(whole, x, y, isolate_failures=True)
+    assert seen == [16, 8, 8] and [n.micro_batches for n in some] == [2] * 4
     assert all(torch.equal(n.net.conv1.weight, w.net.conv1.weight) for n, w in zip(some, whole))
     assert "part 0, part 1, part 2, part 3: out of memory; goes on with 8 images" in capsys.readouterr().out
 
@@ -371,8 +371,8 @@ def test_compiled_networks_take_the_same_steps(tmp_path):
             learners(tmp_path, *given, model="test_resnet") for given in ([], ["--torchcompile", "eager"])
         )
         for x, y in batches(2):
-            by().step(some, x, y, apart=False)
-            by().step(compiled, x, y, apart=False)
+            by().step(some, x, y, isolate_failures=False)
+            by().step(compiled, x, y, isolate_failures=False)
         for n, other in zip(some, compiled):
             for key, t in n.net.state_dict().items():
                 torch.testing.assert_close(other.net.state_dict()[key], t)

@@ -362,7 +362,7 @@ def test_channels_in_another_order_are_the_same_model(name):
     assert any(not torch.equal(new[key], state[key]) for key in state)
     first = torch.arange(64.0)
     axis = timm_dd.split("resnet18", 4, img_size=64).plan.tensors["bn1.weight"].axes[0]
-    assert first[axis.dealt(4)][:16].tolist() == list(range(0, 64, 4))
+    assert first[axis.round_robin(4)][:16].tolist() == list(range(0, 64, 4))
 
 
 @pytest.mark.parametrize("given", [[], ["--reassign"]], ids=["as before", "reassigned"])

@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 
 from timm_dd.cli import main
 from timm_dd.errors import TrainError
-from timm_dd.files import part_name
+from timm_dd.storage.files import part_name
 from timm_dd.train import checkpoints, options
 from timm_dd.train.learner import Learner, create_optimizer
 from timm_dd.train.run import Run

@@ -21,10 +21,11 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import timm_dd
 from timm_dd import Domain
-from timm_dd.rules import has_rule, norm
-from timm_dd.rules.pointwise import ACTIVATIONS
-from timm_dd.rules.registry import RULES, module_rule
-from timm_dd.trace import skeleton, trace
+from timm_dd.planning.graphs import skeleton
+from timm_dd.planning.rules import has_rule, norm
+from timm_dd.planning.rules.op import RULES, module_rule
+from timm_dd.planning.rules.pointwise import ACTIVATIONS
+from timm_dd.planning.trace import trace
 
 RELATIVE = 1e-9
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import timm_dd
 from timm_dd import Domain
-from timm_dd.verify import verify
+from timm_dd.reports.verify import verify
 
 
 def signals():

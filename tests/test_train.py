@@ -203,7 +203,7 @@ def test_the_papers_schedule():
         "baseline": {0: 1e-3, 80: 1e-4, 140: 1e-5, 160: 1e-6, 180: 5e-7, 199: 5e-7},
     }
     for stage, rates in expected.items():
-        own = options.stage(args, stage)
+        own = options.stage_options(args, stage)
         assert own.epochs == max(rates) + 1
         optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=own.lr)
         steps = schedule.create(own, optimizer, 100)

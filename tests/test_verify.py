@@ -11,7 +11,7 @@ from torch import nn
 
 import timm_dd
 from timm_dd import Box, Domain, MergeError, SplitError
-from timm_dd.verify import verify
+from timm_dd.reports.verify import verify
 
 
 def checked(name, parts, domain=None, **kwargs):

@@ -3,8 +3,13 @@
 import pytest
 import torch
 
+from timm_dd.algebra.axes import Cut, FrozenAxis, Window
+from timm_dd.algebra.widths import Axis, Width, freeze, make_whole, split_axis, unify
 from timm_dd.errors import WidthError
-from timm_dd.widths import Axis, Cut, FrozenAxis, Width, Window, cut_sizes, freeze, make_whole, split_axis, unify
+
+
+def cut_sizes(size, parts):
+    return tuple(FrozenAxis(((Cut(size),),)).part_size(k, parts) for k in range(parts))
 
 
 def test_cut_sizes_are_even_and_sum_up():

@@ -126,12 +126,12 @@ def _source(args: argparse.Namespace) -> dict:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from .domain import spatial
-    from .split import plan
+    from .algebra.domain import spatial
+    from .surgery.split import plan
 
     result = plan(args.model, args.parts, **_source(args))
     if args.domain_png is not None:
-        from .picture import draw
+        from .reports.picture import draw
 
         draw(result.domain, spatial(result.input_size), args.image).save(args.domain_png, format="png")
         print(f"{args.domain_png}: {result.domain} of {'×'.join(map(str, spatial(result.input_size)))} pixels")
@@ -141,14 +141,14 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _profile(args: argparse.Namespace) -> None:
-    from .profile import profile
+    from .reports.profile import profile
 
     result = profile(args.model, args.parts, **_source(args))
     print(json.dumps(result.to_json(), indent=1) if args.json else result.text())
 
 
 def _split(args: argparse.Namespace) -> None:
-    from .split import split
+    from .surgery.split import split
 
     parts = split(args.model, args.parts, pretrained=args.pretrained, seed=args.seed, **_source(args))
     parts.save(args.output)
@@ -157,7 +157,7 @@ def _split(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from .files import merge_files
+    from .storage.merge_files import merge_files
 
     merge_files(args.parts, args.output, head=args.head)
     timm_form = (Path(args.output) / "config.json").exists()
@@ -166,9 +166,10 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from . import files, models
-    from .split import Parts
-    from .verify import verify
+    from . import models
+    from .reports.verify import verify
+    from .storage import files
+    from .surgery.parts import Parts
 
     parts = Parts.load(args.parts)
     model = models.create(parts.plan.model, **parts.plan.model_args)
@@ -199,13 +200,13 @@ def _labelled_images(args: argparse.Namespace, model, size: Sequence[int]):
 
 
 def _push(args: argparse.Namespace) -> None:
-    from . import hub
+    from .hub.push import push, write_repository
 
     if args.dry_run is None:
-        print(hub.push(args.folder, args.repo, private=args.private, message=args.message, tag=args.tag))
+        print(push(args.folder, args.repo, private=args.private, message=args.message, tag=args.tag))
         return
     target = args.dry_run or args.repo.split("/")[-1]
-    hub.stage(args.folder, args.repo, target)
+    write_repository(args.folder, args.repo, target)
     print(f"{target}: what would be pushed; edit README.md, then timm-dd push {target} {args.repo}")
 
 

@@ -10,10 +10,10 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from .errors import MergeError, PushError, SplitError, TrainError
+from .errors import TimmDDError
 
 LAYOUTS = ("full", "centered8", "type-b")
-FAILURES = (SplitError, MergeError, TrainError, PushError, OSError)
+FAILURES = (TimmDDError, OSError)
 
 
 def options(p: argparse.ArgumentParser, quiet: bool = True) -> None:

@@ -4,11 +4,15 @@ import reprlib
 from typing import Any
 
 
-class SplitError(ValueError):
+class TimmDDError(ValueError):
+    """Whatever this package raises for what a user can cause."""
+
+
+class SplitError(TimmDDError):
     """A model, a number of parts or a domain that cannot be split as asked."""
 
 
-class MergeError(ValueError):
+class MergeError(TimmDDError):
     """Parts that cannot be merged: missing, damaged, or not of one split."""
 
 
@@ -16,11 +20,15 @@ class WidthError(Exception):
     """Two axes that the algebra cannot make equal; the planner adds the node and raises SplitError."""
 
 
-class TrainError(ValueError):
+class TrainError(TimmDDError):
     """A training run that cannot start or cannot go on: data, options, or a loss that is not finite."""
 
 
-class PushError(ValueError):
+class FileError(TimmDDError):
+    """A file or folder that cannot be written, or a value that a file has no form for."""
+
+
+class PushError(TimmDDError):
     """A push that the Hub refuses, or that does not reach it."""
 
 

@@ -1,1 +1,1 @@
-"""Training in two stages: the parts without a word between them, then the composed model, under torchrun."""
+"""Training in two stages: the parts without communication, then the composed model, under torchrun."""

@@ -17,10 +17,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from .. import tensorfile
-from ..atomic import replacing
 from ..errors import TrainError, headline
-from ..tensorfile import to_raw
+from ..storage import tensorfile
+from ..storage.atomic import replacing
+from ..storage.tensorfile import to_raw
 from .learner import Learner
 
 KEPT = 2
@@ -70,7 +70,7 @@ def restore(learner: Learner) -> bool:
     return False
 
 
-class Keeper:
+class CheckpointTimer:
     """Says when checkpoints are due: every `every` seconds, and at once when the process is asked to stop.
 
     As a context it takes SIGTERM and Ctrl-C as requests; `torch.utils.data`'s workers, which inherit that, go on.
@@ -79,7 +79,7 @@ class Keeper:
     def __init__(self, every: float | None):
         self.every, self.last, self.signal = every, time.monotonic(), None
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> CheckpointTimer:
         try:
             self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
         except ValueError:  # not in the main thread: whoever runs it there takes the signals

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import TrainError
-from ..plan import Plan, TensorPlan
+from ..planning.plan import Plan, TensorPlan
 
 IMAGES = 1024  # to take statistics from, for which a thousand are enough (Wu and Johnson 2021), and a temperature
 
@@ -110,11 +110,11 @@ def own_rate(weights: Sequence[tuple[torch.Tensor, torch.Tensor]], factor: float
 
 def reassign(state: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
     """The same model with its channels in another order, in which each part gets some of every part's."""
-    return {name: _dealt(t, plan.tensors[name], plan.parts) for name, t in state.items()}
+    return {name: _reordered(t, plan.tensors[name], plan.parts) for name, t in state.items()}
 
 
-def _dealt(tensor: torch.Tensor, t: TensorPlan, parts: int) -> torch.Tensor:
+def _reordered(tensor: torch.Tensor, t: TensorPlan, parts: int) -> torch.Tensor:
     for dim, axis in enumerate(t.axes):
         if axis is not None:
-            tensor = tensor.index_select(dim, axis.dealt(parts))
+            tensor = tensor.index_select(dim, axis.round_robin(parts))
     return tensor.contiguous()

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
-from ..atomic import locked, replacing
 from ..errors import headline
+from ..storage.atomic import locked, replacing
 
 SHARE = 8  # a set may take one of so many parts of the machine's memory
 BATCH = 64

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import SplitError, TrainError, headline
-from ..packed import check_alike, pack
+from ..surgery.packed import check_alike, pack
 from .learner import Learner, within_memory
 
 TRIALS = 3
@@ -31,9 +31,9 @@ class Engine:
         """The results of all `works`, in their order."""
         return [work() for work in works]
 
-    def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, apart: bool) -> None:
-        """One update of each learner on a batch; with `apart` one that fails leaves the others to go on."""
-        self.run([partial(n.guard, partial(n.step, x, y), apart) for n in learners])
+    def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
+        """One update of each learner on a batch; with `isolate_failures` one that fails leaves the others to go on."""
+        self.run([partial(n.guard, partial(n.step, x, y), isolate_failures) for n in learners])
 
     def __enter__(self) -> Engine:
         return self
@@ -69,9 +69,9 @@ class Packed(Engine):
         self.instead, self.works = instead, True
         self.learners: list[Learner] = []
 
-    def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, apart: bool) -> None:
+    def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
         if not self.works:
-            return self.instead.step(learners, x, y, apart)
+            return self.instead.step(learners, x, y, isolate_failures)
         gradients = partial(self._gradients, list(learners), x, y)
         try:
             losses = gradients() if self.instead else within_memory(learners, gradients, len(y))
@@ -80,31 +80,31 @@ class Packed(Engine):
         except Exception as e:
             if self.instead is None:
                 for n in learners:
-                    n.guard(partial(_raise, e), apart)
+                    n.guard(partial(_raise, e), isolate_failures)
                 return
             tqdm.write(f"not packed: {headline(e)}", sys.stdout)
             self.works = False
-            return self.step(learners, x, y, apart)
+            return self.step(learners, x, y, isolate_failures)
         for n, loss in zip(learners, losses):
-            n.guard(partial(n.update, loss, len(y)), apart)
+            n.guard(partial(n.update, loss, len(y)), isolate_failures)
 
     def _gradients(self, learners: list[Learner], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The losses of a batch, (K,), its gradients added up over the learners' pieces."""
         first = learners[0]
         if learners != self.learners:
             self.learners, self.packed = learners, pack([n.net for n in learners])
-            self.packed.lend(n.net for n in learners)
+            self.packed.share_storage(n.net for n in learners)
             name = first.args.torchcompile
             self.forward = torch.compile(self.packed, backend=name) if name else self.packed
         self.packed.zero_grad()
         total = torch.zeros(len(learners), device=first.device)
-        for i, (x_i, y_i) in enumerate(zip(x.chunk(first.pieces), y.chunk(first.pieces))):
+        for i, (x_i, y_i) in enumerate(zip(x.chunk(first.micro_batches), y.chunk(first.micro_batches))):
             with first.own_random(i), first.autocast():
                 logits = self.forward(torch.stack([n.view(x_i) for n in learners]))
                 losses = [n.criterion(own, y_i) * (len(y_i) / len(y)) for n, own in zip(learners, logits)]
             sum(n.scaler.scale(loss) for n, loss in zip(learners, losses)).backward()
             total += torch.stack(losses).detach()
-        self.packed.hand_out_gradients(n.net for n in learners)
+        self.packed.scatter_gradients(n.net for n in learners)
         return total
 
 
@@ -125,12 +125,12 @@ class Auto(Engine):
     def run(self, works: Sequence[Callable[[], Any]]) -> list:
         return (self.best or self.engines[0]).run(works)
 
-    def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, apart: bool) -> None:
+    def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
         if self.best is not None:
-            return self.best.step(learners, x, y, apart)
+            return self.best.step(learners, x, y, isolate_failures)
         i = min(range(len(self.engines)), key=lambda i: len(self.seconds[i]))
         start = self._now()
-        self.engines[i].step(learners, x, y, apart)
+        self.engines[i].step(learners, x, y, isolate_failures)
         self.seconds[i].append(self._now() - start)
 
     def _now(self) -> float:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ..domain import Box
+from ..algebra.domain import Box
 from ..errors import TrainError, headline
 from . import options, schedule
 
@@ -60,14 +60,18 @@ class Learner:
     ):
         self.name, self.model, self.box, self.args, self.device = name, model, box, args, device
         self.seed, self.folder = seed, folder
-        self.options = {**options.of_training(args), "updates_per_epoch": updates_per_epoch, "images": global_batch}
+        self.options = {
+            **options.training_identity(args),
+            "updates_per_epoch": updates_per_epoch,
+            "images": global_batch,
+        }
         lr = args.lr if args.lr is not None else args.lr_base * global_batch / 256
         self.optimizer = create_optimizer(model, args, lr)
         self.schedule = schedule.create(args, self.optimizer, updates_per_epoch)
         self.forward = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
         self.ema = ModelEmaV3(self.net, decay=args.model_ema_decay) if args.model_ema else None
         self.criterion = criterion(args)
-        self.pieces = args.grad_accum_steps
+        self.micro_batches = args.grad_accum_steps
         self.around_step: Callable[[], AbstractContextManager] = nullcontext  # of the optimizer
         self.dtype = getattr(torch, args.amp_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp and self.dtype is torch.float16)
@@ -104,7 +108,7 @@ class Learner:
         """The loss of a batch, its gradients added up over `pieces`."""
         self.optimizer.zero_grad()
         total = torch.zeros_like(self._total)
-        pieces = list(zip(x.chunk(self.pieces), y.chunk(self.pieces)))
+        pieces = list(zip(x.chunk(self.micro_batches), y.chunk(self.micro_batches)))
         for i, (x_i, y_i) in enumerate(pieces):
             later = self.model.no_sync() if self.distributed and i + 1 < len(pieces) else nullcontext()
             with later:
@@ -129,7 +133,7 @@ class Learner:
         self._total = self._total + loss * images
         self._images += images
 
-    def agree(self) -> None:
+    def sync_ema_buffers(self) -> None:
         """Under DistributedDataParallel ranks have BatchNorm statistics of their own; it takes those of the first for
         all, and so do the averages."""
         if self.ema is not None and self.distributed:
@@ -159,12 +163,12 @@ class Learner:
         self._total, self._images = torch.zeros_like(self._total), 0
         self.schedule.step(len(self.history), accuracy)
 
-    def guard(self, work: Callable[[], Any], apart: bool) -> None:
-        """Do `work`; if it fails and learners are kept apart, note why."""
+    def guard(self, work: Callable[[], Any], isolate_failures: bool) -> None:
+        """Do `work`; if it fails and failures are isolated, note why."""
         try:
             work()
         except Exception as e:  # whatever ends one part must not end the others, but all need the loader
-            if not apart or "DataLoader worker" in str(e):
+            if not isolate_failures or "DataLoader worker" in str(e):
                 raise
             self.failure = headline(e)
             tqdm.write(f"{self.name} failed: {self.failure}", sys.stdout)
@@ -260,16 +264,16 @@ def within_memory(learners: Sequence[Learner], gradients: Callable[[], Any], ima
     try:
         return gradients()
     except torch.OutOfMemoryError as e:
-        if images < 2 * first.pieces or first.pieces > first.args.grad_accum_steps or first.distributed:
-            raise _too_large(names, images, first.pieces) from e
+        if images < 2 * first.micro_batches or first.micro_batches > first.args.grad_accum_steps or first.distributed:
+            raise _too_large(names, images, first.micro_batches) from e
     for n in learners:
-        n.pieces *= 2
-    at_a_time = -(-images // first.pieces)
+        n.micro_batches *= 2
+    at_a_time = -(-images // first.micro_batches)
     tqdm.write(f"{names}: out of memory; goes on with {at_a_time} images at a time, {images} for an update", sys.stdout)
     try:
         return gradients()
     except torch.OutOfMemoryError as e:
-        raise _too_large(names, images, first.pieces) from e
+        raise _too_large(names, images, first.micro_batches) from e
 
 
 def _too_large(names: str, images: int, pieces: int) -> TrainError:

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from ..atomic import replacing
-from .checkpoints import Keeper, save
+from ..storage.atomic import replacing
+from .checkpoints import CheckpointTimer, save
 from .data import seed_epoch
 from .engines import Engine
 from .learner import Learner
@@ -25,7 +25,7 @@ from .trackers import Trackers
 
 
 @dataclass
-class Stage:
+class TrainingLoop:
     """Epochs of some learners on one data set.
 
     Attributes:
@@ -33,19 +33,19 @@ class Stage:
         engine: of the learners' steps.
         after_epoch: called when an epoch's accuracies are known.
         primary: whether this process reports and writes.
-        apart: whether one that fails leaves the others to go on; `Learner.failure` says why it did.
+        isolate_failures: whether one that fails leaves the others to go on; `Learner.failure` says why it did.
     """
 
     title: str
     loaders: tuple
     epochs: int
     seed: int
-    keeper: Keeper
+    timer: CheckpointTimer
     engine: Engine
     trackers: Trackers
     after_epoch: Callable[[], None] = lambda: None
     primary: bool = True
-    apart: bool = False
+    isolate_failures: bool = False
 
     def fit(self, learners: Sequence[Learner]) -> None:
         """Train `learners` side by side until each has a history of all epochs."""
@@ -56,12 +56,12 @@ class Stage:
             speed = self._epoch(due, epoch)
             due = _alive(due)
             for learner in due:
-                learner.agree()
-            keeper = self.keeper if self.primary else None
-            accuracies = evaluate(due, self.loaders[1], self.engine, keeper=keeper, shared=not self.apart)
+                learner.sync_ema_buffers()
+            timer = self.timer if self.primary else None
+            accuracies = evaluate(due, self.loaders[1], self.engine, timer=timer, shared=not self.isolate_failures)
             seconds = time.perf_counter() - start
             for learner, accuracy in zip(due, accuracies):
-                learner.guard(partial(learner.end_epoch, accuracy, seconds), self.apart)
+                learner.guard(partial(learner.end_epoch, accuracy, seconds), self.isolate_failures)
             due = _alive(due)
             self.after_epoch()
             if self.primary:
@@ -102,11 +102,11 @@ class Stage:
             images += len(y)
             due = [n for n in _alive(learners) if n.updates == first + i]
             if due:
-                self.engine.step(due, x, y, self.apart)
-            if self.keeper.due and self.primary:
+                self.engine.step(due, x, y, self.isolate_failures)
+            if self.timer.due and self.primary:
                 for learner in _alive(learners):
-                    learner.guard(learner.check_finite, self.apart)
-                self.keeper.keep(_alive(learners))
+                    learner.guard(learner.check_finite, self.isolate_failures)
+                self.timer.keep(_alive(learners))
             asked = time.perf_counter()
         seconds = time.perf_counter() - start
         return f"{images / seconds:.0f} images/s, {100 * waited / seconds:.0f} % of it waiting for data"
@@ -131,7 +131,7 @@ def evaluate(
     loader,
     engine: Engine,
     together: bool = False,
-    keeper: Keeper | None = None,
+    timer: CheckpointTimer | None = None,
     shared: bool = True,
 ) -> list[float]:
     """Top-1 accuracies in %, each learner on its own view; with `together` also of the sum of their logits, last.
@@ -150,8 +150,8 @@ def evaluate(
         outputs = engine.run([partial(n.logits, x) for n in learners])
         for i, logits in enumerate([*outputs, sum(outputs)] if together else outputs):
             right[i] += ((logits.argmax(1) == y) & mine).sum().cpu()
-        if keeper is not None and keeper.due:
-            keeper.keep(learners)
+        if timer is not None and timer.due:
+            timer.keep(learners)
     counts = torch.stack(right)
     if shared:
         counts = counts.to(learners[0].device)

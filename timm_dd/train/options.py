@@ -1,7 +1,6 @@
-"""The command line of a training run: timm's flag names and meaning, and what splitting adds.
+"""The options of a training run, from YAML and the command line, and as each of its stages sees them.
 
-A flag may have a value of its own for the parts (``--part-lr``) and for the baseline (``--baseline-lr``); `stage` gives
-the options as one of the three stages sees them.
+A flag may have a value for the parts alone (``--part-lr``) and one for the baseline (``--baseline-lr``).
 """
 
 from __future__ import annotations
@@ -16,236 +15,17 @@ from importlib import resources
 from pathlib import Path
 
 import yaml
-from timm.utils import ParseKwargs
 
-from .. import console, models
-from ..domain import Domain, default_domain
+from .. import models
+from ..algebra.domain import Domain, default_domain
 from ..errors import SplitError, TrainError, headline
+from .flags import STAGED, _flag, parser
 
-FREE = {  # may change when a run goes on
+MAY_CHANGE_ON_RESUME = {  # may change when a run goes on
     "checkpoint_every", "config", "cycles", "device", "engine", "experiment", "log_tensorboard", "log_wandb", "output",
     "pin_mem", "quiet", "resume", "validation_batch_size", "verbose", "wandb_project", "workers",
 }  # fmt: skip
 COMPOSED = ("calibrate", "off_diagonal_lr", "off_diagonal_noise", "update_bn")  # nothing to parts and baseline
-SCALES = ("sum", "mean", "temperature")
-
-STAGED = {
-    "epochs": dict(type=int, metavar="N", help="epochs"),
-    "lr": dict(type=float, metavar="LR", help="learning rate, overrides --lr-base"),
-    "warmup_epochs": dict(type=int, metavar="N", help="epochs of warm-up"),
-    "decay_milestones": dict(type=int, nargs="+", metavar="EPOCH", help="epochs at which multistep decays"),
-    "decay_rates": dict(type=float, nargs="+", metavar="RATE", help="one factor for each milestone"),
-    "shift": dict(type=int, metavar="PX", help="random shifts by up to PX pixels, as for CIFAR, instead of crops"),
-}
-
-
-def parser(add_help: bool = True) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        add_help=add_help,
-        prog="timm-dd train",
-        description="Train K parts of a timm model on K sub-images, compose them, fine-tune the composed model.",
-        epilog="example: torchrun --nproc-per-node 4 -m timm_dd.train --model resnet50 --parts 4 --grid 2x2 "
-        "--overlap 28 --data-dir DATA --part-epochs 100 --epochs 100 -b 128 --output runs/",
-    )
-    p.add_argument(
-        "-c", "--config", metavar="YAML", help="defaults for these options: a file, or one that comes with the package"
-    )
-    _data(p.add_argument_group("data"))
-    _model(p.add_argument_group("model and parts"))
-    _optimizer(p.add_argument_group("optimizer and schedule"))
-    _stages(p.add_argument_group("stages (--part-X and --baseline-X set one for the parts and for the baseline)"))
-    _run(p.add_argument_group("run"))
-    console.options(p)
-    return p
-
-
-def _data(g) -> None:
-    g.add_argument(
-        "--data-dir", metavar="DIR", help="image folder with train and val, or tars of that name, or one tar with both"
-    )
-    g.add_argument(
-        "--dataset",
-        default="",
-        metavar="NAME",
-        help="digits (comes with scikit-learn), or a timm dataset: torch/cifar10 …",
-    )
-    g.add_argument("--train-split", default="train", metavar="NAME")
-    g.add_argument("--val-split", default="validation", metavar="NAME")
-    g.add_argument(
-        "--train-num-samples", type=int, metavar="N", help="use the first N training images of a fixed shuffle"
-    )
-    g.add_argument("--val-num-samples", type=int, metavar="N", help="the same of the validation images")
-    g.add_argument("--dataset-download", action="store_true", help="let timm download the data set")
-    g.add_argument("--img-size", type=int, metavar="PX")
-    g.add_argument("--input-size", type=int, nargs=3, metavar="N", help="channels, height, width")
-    g.add_argument("--crop-pct", type=float, metavar="PCT", help="centre crop of validation images")
-    g.add_argument("--mean", type=float, nargs="+")
-    g.add_argument("--std", type=float, nargs="+")
-    g.add_argument("--interpolation", default="", metavar="NAME")
-    g.add_argument("--no-aug", action="store_true", help="no augmentation")
-    g.add_argument("--train-crop-mode", choices=["rrc", "rkrc", "rkrr"])
-    g.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of a random resized crop")
-    g.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3])
-    g.add_argument("--hflip", type=float, default=0.5)
-    g.add_argument("--vflip", type=float, default=0.0)
-    g.add_argument("--color-jitter", type=float, default=0.4)
-    g.add_argument("--aa", metavar="NAME", help="AutoAugment policy")
-    g.add_argument("--reprob", type=float, default=0.0, help="random erasing")
-    g.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="mix pairs of images and their labels")
-    g.add_argument(
-        "-b", "--batch-size", type=int, default=128, metavar="N", help="a part's, and a rank's in the second stage"
-    )
-    g.add_argument("-vb", "--validation-batch-size", type=int, metavar="N")
-    g.add_argument("-j", "--workers", type=int, default=4, metavar="N")
-    g.add_argument("--pin-mem", action="store_true")
-
-
-def _model(g) -> None:
-    g.add_argument("--model", default="resnet50", metavar="NAME", help="a timm model")
-    g.add_argument("--pretrained", action="store_true")
-    g.add_argument("--num-classes", type=int, metavar="N", help="by default the data set's")
-    g.add_argument("--drop", type=float, metavar="P")
-    g.add_argument("--drop-path", type=float, metavar="P")
-    g.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
-    g.add_argument("--parts", type=int, default=4, metavar="K")
-    g.add_argument(
-        "--grid",
-        type=console.grid,
-        metavar="RxC",
-        help="boxes of the parts, by default the most square grid; full: the whole image; centered8; type-b",
-    )
-    g.add_argument("--narrow", choices=["replicate"], help="keep what is narrower than K whole in every part")
-    g.add_argument("--overlap", type=int, default=0, metavar="PX", help="by how much a box is longer than its cell")
-    g.add_argument("--margin", type=int, default=0, metavar="PX", help="pixels cropped from the borders beforehand")
-
-
-def _optimizer(g) -> None:
-    g.add_argument("--opt", default="sgd", metavar="NAME")
-    g.add_argument("--opt-eps", type=float)
-    g.add_argument("--opt-betas", type=float, nargs="+")
-    g.add_argument("--momentum", type=float, default=0.9)
-    g.add_argument("--weight-decay", type=float, default=2e-5)
-    g.add_argument(
-        "--grad-accum-steps", type=int, default=1, metavar="N", help="add up the gradients of N batches for an update"
-    )
-    g.add_argument("--clip-grad", type=float, metavar="NORM")
-    g.add_argument("--clip-mode", default="norm", choices=["norm", "value", "agc"])
-    g.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
-    g.add_argument(
-        "--model-ema", action="store_true", help="a moving average of the weights is what each training gives"
-    )
-    g.add_argument("--model-ema-decay", type=float, default=0.9998, metavar="DECAY")
-    g.add_argument("--lr-base", type=float, default=0.1, metavar="LR", help="for a batch of 256, scaled with the batch")
-    g.add_argument("--sched", default="cosine", metavar="NAME")
-    g.add_argument("--sched-on-updates", action="store_true", help="the rate changes update by update, not by epoch")
-    g.add_argument("--warmup-lr", type=float, default=1e-5, metavar="LR")
-    g.add_argument("--warmup-prefix", action="store_true")
-    g.add_argument("--min-lr", type=float, default=0.0, metavar="LR")
-    g.add_argument("--decay-rate", type=float, default=0.1)
-    g.add_argument("--decay-epochs", type=float, default=90)
-    g.add_argument(
-        "--plateau-epochs",
-        type=int,
-        metavar="N",
-        help="divide the rate by √10 after N epochs without a better accuracy",
-    )
-
-
-def _stages(g) -> None:
-    defaults = {"epochs": 300, "warmup_epochs": 5, "shift": 0}
-    for name, kind in STAGED.items():
-        g.add_argument(_flag(name), default=defaults.get(name), **kind)
-    g.add_argument(
-        "--roam",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="with probability P a part trains on a box anywhere in the images instead of its own, update by update",
-    )
-    g.add_argument(
-        "--update-bn",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="before fine-tuning, take the composed model's BatchNorm statistics anew from 1,024 whole images",
-    )
-    g.add_argument(
-        "--calibrate",
-        choices=SCALES,
-        default="sum",
-        help="scale of the composed model's logits: the parts' sum, their mean, or fitted to training images",
-    )
-    g.add_argument(
-        "--off-diagonal-noise",
-        type=float,
-        default=0.0,
-        metavar="STD",
-        help="noise between the blocks before fine-tuning, in standard deviations of the weights inside; 0: zeros",
-    )
-    g.add_argument(
-        "--off-diagonal-lr",
-        type=float,
-        default=1.0,
-        metavar="FACTOR",
-        help="of the learning rate, for the weights between the blocks while the composed model is fine-tuned",
-    )
-    g.add_argument(
-        "--cycles",
-        type=int,
-        default=1,
-        metavar="N",
-        help="split the fine-tuned model again and go on, N times in all, in cycle-2 … of the run's folder",
-    )
-    g.add_argument(
-        "--reassign", action="store_true", help="in the next cycle each part gets channels of all parts of the last"
-    )
-    for stage in ("part", "baseline"):
-        for name, kind in STAGED.items():
-            own = {"help": argparse.SUPPRESS if name != "epochs" else f"{stage}: {kind['help']}"}
-            if (stage, name) == ("part", "lr"):
-                own = {"nargs": "+", "help": "parts: learning rate, one for all or one for each"}
-            g.add_argument(_flag(f"{stage}_{name}"), **{**kind, **own})
-
-
-def _run(g) -> None:
-    g.add_argument("--output", default="runs", metavar="DIR")
-    g.add_argument(
-        "--experiment", default="", metavar="NAME", help="the run's folder in --output, by default model and number"
-    )
-    g.add_argument(
-        "--baseline", action="store_true", help="also train the model from a random start for as many epochs"
-    )
-    g.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="DIR",
-        help="go on with the run in DIR; auto: with that of --experiment, or the last in --output that is not done",
-    )
-    g.add_argument(
-        "--checkpoint-every", type=float, metavar="SECONDS", help="checkpoints within epochs too, not only after each"
-    )
-    g.add_argument(
-        "--engine",
-        choices=["auto", "sequential", "threads", "packed"],
-        default="auto",
-        help="how the parts of a process take their steps: one after another, in threads (CPUs), as one network; auto: "
-        "the fastest in a trial, on CPUs of those that give the same bits",
-    )
-    g.add_argument(
-        "--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the networks with torch.compile"
-    )
-    g.add_argument("--seed", type=int, default=42)
-    g.add_argument("--amp", action="store_true", help="mixed precision")
-    g.add_argument("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"])
-    g.add_argument("--channels-last", action="store_true")
-    g.add_argument("--log-tensorboard", action="store_true", help="every epoch's figures, into the run's folder")
-    g.add_argument("--log-wandb", action="store_true", help="every epoch's figures, to Weights & Biases")
-    g.add_argument("--wandb-project", metavar="NAME")
-    g.add_argument("--device", metavar="NAME", help="cuda or cpu, by default cuda where there is one")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -271,7 +51,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not args.dataset and not args.data_dir:
         p.error("nothing to train on: give --data-dir DIR, or --dataset digits")
     for stage in (None, "part", "baseline"):
-        s = globals()["stage"](args, stage)
+        s = stage_options(args, stage)
         if s.decay_rates and len(s.decay_rates) != len(s.decay_milestones or ()):
             p.error(f"{len(s.decay_rates)} decay rates for {len(s.decay_milestones or ())} milestones; give as many")
     return args
@@ -305,7 +85,7 @@ def _config(p: argparse.ArgumentParser, name: str) -> dict:
     return {k: options[k].type(v) if isinstance(v, str) and options[k].type else v for k, v in values.items()}
 
 
-def stage(args: argparse.Namespace, name: str | None, part: int = 0) -> argparse.Namespace:
+def stage_options(args: argparse.Namespace, name: str | None, part: int = 0) -> argparse.Namespace:
     """The options as a stage sees them: ``part``, which may have a learning rate of its own, ``baseline``, or None for
     the composed model. By default the parts train as many epochs as the composed model, and the baseline as many as
     both."""
@@ -321,13 +101,15 @@ def stage(args: argparse.Namespace, name: str | None, part: int = 0) -> argparse
     if name == "part" and args.part_lr is not None:
         own.lr = args.part_lr[part % len(args.part_lr)]
     if name == "baseline" and args.baseline_epochs is None:
-        own.epochs = stage(args, "part").epochs + args.epochs
+        own.epochs = stage_options(args, "part").epochs + args.epochs
     return own
 
 
-def of_training(args: argparse.Namespace) -> dict:
+def training_identity(args: argparse.Namespace) -> dict:
     """The options, as a stage sees them, on which a network's weights depend; as JSON."""
-    own = {k: v for k, v in vars(args).items() if k not in FREE and not k.startswith(("part_", "baseline"))}
+    own = {
+        k: v for k, v in vars(args).items() if k not in MAY_CHANGE_ON_RESUME and not k.startswith(("part_", "baseline"))
+    }
     return json.loads(json.dumps(own))
 
 
@@ -336,7 +118,7 @@ def command(args: argparse.Namespace) -> str:
     words = ["timm-dd", "train"]
     for action in parser(add_help=False)._actions:
         value = getattr(args, action.dest)
-        if value == action.default or action.dest in FREE:
+        if value == action.default or action.dest in MAY_CHANGE_ON_RESUME:
             continue
         flag = _flag(action.dest)
         if action.dest == "data_dir":

@@ -26,20 +26,22 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
-from .. import files, models
-from ..atomic import json_text, output_folder, remove_temporaries, replace_json
+from .. import models
 from ..errors import TrainError
-from ..merge import merge
-from ..plan import Plan
-from ..split import Parts, split
-from ..table import table
+from ..planning.plan import Plan
+from ..storage import files
+from ..storage.atomic import output_folder, remove_temporaries, replace_json
+from ..surgery.merge import merge
+from ..surgery.parts import Parts
+from ..surgery.split import split
+from ..text import json_text, table
 from . import data, options
-from .checkpoints import Keeper, restore
+from .checkpoints import CheckpointTimer, restore
 from .composed import add_noise, between, calibrate, own_rate, reassign, some
 from .decoded import decoded
 from .engines import Engine, cores, engine, share_cores, share_cores_for_parts
 from .learner import Learner
-from .loop import Stage, evaluate
+from .loop import TrainingLoop, evaluate
 from .trackers import Trackers
 
 WAIT = datetime.timedelta(days=7)  # the first rank to finish its parts waits for the last
@@ -111,7 +113,7 @@ class Run:
         empty = models.create_empty(args.model, **self.model_args)
         self.data_config = data.data_config(args, empty)
         self.size = tuple(self.data_config["input_size"][1:])
-        self.keeper = Keeper(args.checkpoint_every)
+        self.timer = CheckpointTimer(args.checkpoint_every)
         self.resuming = args.resume is not None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         self.folder = self._folder() if before is None else before.root / f"cycle-{self.cycle}"
         self.root = self.folder if before is None else before.root
@@ -165,15 +167,17 @@ class Run:
             self._check_done(k)
         if not own:
             return
-        args = options.stage(self.args, "part")
+        args = options.stage_options(self.args, "part")
         share_cores_for_parts(args.engine, args.parts, self.ranks.local_world)
         loaders = data.loaders(args, self.data_config, *self.sets, self.device, distributed=False)
         learners = [self._part(k, self.parts[k], len(loaders[0])) for k in own]
         for learner in learners if self.resuming else ():
             (learner.folder / "failure.json").unlink(missing_ok=True)
-            learner.guard(partial(restore, learner), apart=True)
+            learner.guard(partial(restore, learner), isolate_failures=True)
         with engine(args.engine, learners, self.device, cores() // self.ranks.local_world) as by:
-            Stage("parts", loaders, args.epochs, self.seed, self.keeper, by, self.trackers, apart=True).fit(learners)
+            TrainingLoop(
+                "parts", loaders, args.epochs, self.seed, self.timer, by, self.trackers, isolate_failures=True
+            ).fit(learners)
         for k, learner in zip(own, learners):
             if learner.failure is not None:
                 replace_json(learner.folder / "failure.json", learner.failure)
@@ -190,7 +194,11 @@ class Run:
             replace_json(learner.folder / "summary.json", summary)
 
     def _part(self, k: int, model: nn.Module, updates: int) -> Learner:
-        args, folder, box = options.stage(self.args, "part", k), self.parts_folder / str(k), self.parts.plan.boxes()[k]
+        args, folder, box = (
+            options.stage_options(self.args, "part", k),
+            self.parts_folder / str(k),
+            self.parts.plan.boxes()[k],
+        )
         return self._learner(f"part {k}", model, box, args, updates, data.images_of_an_update(args), k, folder)
 
     def _done(self, k: int) -> bool:
@@ -198,7 +206,10 @@ class Run:
 
     def _check_done(self, k: int) -> None:
         """Raise TrainError if part k was trained with other options."""
-        before, now = self._part_summary(k)["options"], options.of_training(options.stage(self.args, "part", k))
+        before, now = (
+            self._part_summary(k)["options"],
+            options.training_identity(options.stage_options(self.args, "part", k)),
+        )
         try:
             options.check_same({name: value for name, value in before.items() if name in now}, now)
         except ValueError as e:
@@ -228,7 +239,7 @@ class Run:
             TrainError: some failed.
         """
         if self.ranks.world > 1:
-            with self.keeper.away():
+            with self.timer.away():
                 if not dist.is_initialized():
                     dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=WAIT)
                 dist.barrier()
@@ -254,7 +265,7 @@ class Run:
             dist.barrier()
         parts = Parts.load(self.parts_folder)
         model = merge(parts)
-        args = options.stage(self.args, None)
+        args = options.stage_options(self.args, None)
         loaders = self._loaders(args)
         together = self._together(parts, loaders[1])
         learner = self._global("composed model", model, args, len(loaders[0]), self.folder / "global")
@@ -287,7 +298,7 @@ class Run:
 
     def baseline(self) -> tuple[float, float]:
         """Train the model from a random start (GNet-R); returns accuracy and seconds."""
-        args = options.stage(self.args, "baseline")
+        args = options.stage_options(self.args, "baseline")
         given = models.arguments(self.args.model, img_size=self.size, **self.model_args)
         model = models.create(self.args.model, pretrained=self.args.pretrained, seed=self.args.seed, **given)
         loaders = self._loaders(args)
@@ -326,8 +337,8 @@ class Run:
 
         if self.resuming:
             restore(learner)
-        shared = (self.seed, self.keeper, Engine(), self.trackers, keep, self.ranks.primary)
-        Stage(title, loaders, epochs, *shared).fit([learner])
+        shared = (self.seed, self.timer, Engine(), self.trackers, keep, self.ranks.primary)
+        TrainingLoop(title, loaders, epochs, *shared).fit([learner])
         if epochs == 0:
             keep()
         return _accuracy(learner, loaders, shared=True)
@@ -343,11 +354,11 @@ class Run:
             for k in range(self.args.parts):
                 self._check_done(k)
             return json.loads(done.read_text())
-        with self.keeper, Trackers(self.args, self.folder, self.ranks.rank) as self.trackers:
+        with self.timer, Trackers(self.args, self.folder, self.ranks.rank) as self.trackers:
             try:
                 summary = self._stages()
             except RuntimeError:  # other ranks that stop take the process group with them, and workers the loader
-                self.keeper.check("the last checkpoints are kept")
+                self.timer.check("the last checkpoints are kept")
                 raise
         if self.ranks.primary:
             replace_json(done, summary)
@@ -410,7 +421,7 @@ class Run:
 
     def report(self, summary: dict) -> str:
         """The table that ends a run."""
-        epochs = options.stage(self.args, "part").epochs
+        epochs = options.stage_options(self.args, "part").epochs
         seconds = summary["seconds"]
         rows = [["", "top-1 %", "epochs", "seconds"]]
         for k, accuracy in enumerate(summary["parts"]):
@@ -435,7 +446,7 @@ class Run:
             ]
         )
         if "baseline" in summary:
-            total = options.stage(self.args, "baseline").epochs
+            total = options.stage_options(self.args, "baseline").epochs
             rows.append(
                 ["baseline, random start", f"{summary['baseline']:.2f}", str(total), f"{seconds['baseline']:.1f}"]
             )

@@ -1,0 +1,119 @@
+"""Model cards: what a repository on the Hub says of itself, rendered from the templates in ``hub_cards/``.
+
+Everything in a card is read from what is pushed: the metadata of ``model.safetensors``, ``config.json``, and the
+``summary.json`` of the training run in whose folder the model lies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import timm
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..errors import MergeError, headline
+from ..storage import files
+from ..storage.tensorfile import READ_ERRORS, TensorFile
+
+TEMPLATES = Path(__file__).parent / "templates"  # links to hub_cards/
+TAGS = ["timm_dd", "domain-decomposition"]
+STAGES = {"composed": "composed", "last": "tuned", "best": "best"}  # a model's folder in a run: its name in the summary
+
+
+def of_model(repo: str, folder: Path) -> str:
+    """The card of a composed model.
+
+    Raises:
+        MergeError: there is none in `folder`, or none of ours, or timm could not load it from the Hub.
+    """
+    about, config = _metadata(folder / files.MODEL), _config(folder / "config.json")
+    run = _run(folder, about["plan"])
+    architecture = config["architecture"]
+    data = ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", *TAGS],
+        metrics=["accuracy"] if run else None,
+        **({"model_name": repo.split("/")[-1], "eval_results": [_result(run, folder)]} if run else {}),
+    )
+    ours = timm.is_model(architecture) and timm.model_entrypoint(architecture).__module__.startswith("timm_dd")
+    return _render(
+        data, "composed.md.jinja", repo=repo, about=about, config=config, run=run, stage=_stage_of(folder), ours=ours
+    )
+
+
+def of_parts(repo: str, parts: files.PartsFolder) -> str:
+    """The card of a folder of parts."""
+    data = ModelCardData(library_name="timm_dd", tags=["image-classification", *TAGS])
+    plan = parts.plan
+    about = {**files.summary(plan, parts.digest), "seed": parts.history()[0], "epoch": parts.history()[1]}
+    counts = plan.params(), plan.params(0)
+    return _render(data, "parts.md.jinja", repo=repo, about=about, plan=plan, counts=counts)
+
+
+def _render(data: ModelCardData, template: str, **values) -> str:
+    values["citation"] = (TEMPLATES / "citation.bib").read_text(encoding="utf-8")
+    return str(ModelCard.from_template(data, template_path=str(TEMPLATES / template), **values))
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise MergeError(
+            f"{path.parent} has neither {files.MODEL} nor {files.PLAN}; push what timm-dd merge, split or train wrote"
+        )
+    try:
+        with TensorFile(path) as file:
+            metadata = file.metadata
+    except READ_ERRORS as e:
+        raise MergeError(f"{path} cannot be read ({headline(e)}); compose the parts again") from e
+    if not {"timm_dd", "plan", "parts"} <= metadata.keys():
+        raise MergeError(f"{path} was not composed by timm_dd; timm.models.push_to_hf_hub pushes any timm model")
+    return metadata
+
+
+def _config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return {"size": config["pretrained_cfg"]["input_size"], **config, "architecture": config["architecture"]}
+    except FileNotFoundError as e:
+        raise MergeError(
+            f"no config.json in {path.parent}: only what timm can create can be loaded from the Hub"
+        ) from e
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise MergeError(f"{path} is damaged ({headline(e)}); compose the parts again") from e
+
+
+def _stage_of(folder: Path) -> str | None:
+    return STAGES.get(folder.resolve().name)
+
+
+def _run(folder: Path, plan: str) -> dict | None:
+    """The summary of the run in whose folder a model lies; None if it lies elsewhere, or the run is not done."""
+    for above in list(folder.resolve().parents)[:2]:
+        described, summary = above / files.PLAN, above / "summary.json"
+        if summary.is_file() and described.is_file() and _stage_of(folder) is not None:
+            if hashlib.sha256(described.read_bytes()).hexdigest() == plan:
+                return _summary(summary)
+    return None
+
+
+def _summary(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {**found, "results": {stage: float(found[stage]) for stage in STAGES.values()}, "split": found["split"]}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise MergeError(f"{path} is damaged ({type(e).__name__}: {headline(e)}); let the run write it again") from e
+
+
+def _result(run: dict, folder: Path) -> EvalResult:
+    return EvalResult(
+        task_type="image-classification",
+        dataset_type=run["dataset"].lower(),
+        dataset_name=run["dataset"],
+        dataset_split=run["split"],
+        metric_type="accuracy",
+        metric_name="top-1 accuracy, %",
+        metric_value=round(run["results"][_stage_of(folder)], 2),
+    )

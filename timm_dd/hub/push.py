@@ -1,0 +1,159 @@
+"""Composed models and folders of parts on the Hugging Face Hub: safetensors, JSON and a model card, nothing else.
+
+`push` uploads what a repository is to hold, `write_repository` writes it into a folder. Stock timm loads a composed
+model as ``hf-hub:USER/REPO``; `merge` reads parts as ``hf-hub:USER/REPO-parts``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import MergeError, PushError, headline
+from ..storage import files
+from ..storage.atomic import output_folder
+from ..version import __version__
+from . import card
+
+CARD = "README.md"
+_logger = logging.getLogger(__name__)
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    message: str | None = None,
+    tag: str | None = None,
+) -> str:
+    """Upload a composed model, or a folder of parts, and its model card. What was uploaded before a connection broke is
+    not uploaded again. A card that somebody has edited on the Hub stays as it is.
+
+    Args:
+        folder: from `merge_files`, a training run or `Parts.save`, with a ``README.md`` of its own or without.
+        repo: ``USER/REPO``; made if it is not there.
+        private: make it private.
+        message: of the commit.
+        tag: for the commit, such as ``v1.0``.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        MergeError: the folder holds neither, or is damaged.
+        PushError: the Hub refuses, or cannot be reached.
+    """
+    _check_name(repo)
+    found, text = _gather(Path(folder), repo)
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, path in found.items():
+            os.symlink(path.resolve(), Path(temporary) / name)
+        (Path(temporary) / CARD).write_text(text, encoding="utf-8")
+        with _talking_to_the_hub(repo):
+            return _upload(Path(temporary), repo, private, message or f"{repo} by timm_dd {__version__}", tag)
+
+
+def write_repository(folder: str | Path, repo: str, target: str | Path) -> None:
+    """Write the folder that `push` would upload to `repo`, without a connection; edit its ``README.md`` and push it.
+
+    Raises:
+        MergeError: `folder` holds neither a composed model nor parts, or `target` cannot be written.
+    """
+    _check_name(repo)
+    target = Path(target)
+    if target.exists() and any(target.iterdir()):
+        raise MergeError(f"{target} is not empty; remove it, or choose another folder")
+    found, text = _gather(Path(folder), repo)
+    with output_folder(target, sync=False) as aside:
+        for name, path in found.items():
+            shutil.copyfile(path, aside(name))
+        aside(CARD).write_text(text, encoding="utf-8")
+
+
+def _check_name(repo: str) -> None:
+    try:
+        validate_repo_id(repo)
+        if "/" not in repo:
+            raise ValueError("it has no user")
+    except ValueError as e:
+        raise PushError(f"{repo!r} is not the name of a repository, USER/REPO ({headline(e)})") from e
+
+
+def _gather(folder: Path, repo: str) -> tuple[dict[str, Path], str]:
+    """The files of a repository by their names in it, and its card: the folder's own, or one of ours."""
+    if (folder / files.PLAN).exists():
+        with files.PartsFolder(folder) as parts:
+            paths = [parts.open(k).path for k in range(parts.plan.parts)]
+            for k in range(parts.plan.parts):
+                parts.check(k)
+            text = card.of_parts(repo, parts)
+        found = {path.name: path for path in (folder / files.PLAN, *paths)}
+    else:
+        text = card.of_model(repo, folder)
+        found = {name: folder / name for name in (files.MODEL, "config.json")}
+    own = folder / CARD
+    return found, own.read_text(encoding="utf-8") if own.is_file() else _sign(text)
+
+
+def _upload(staged: Path, repo: str, private: bool, message: str, tag: str | None) -> str:
+    api = HfApi(library_name="timm_dd", library_version=__version__)
+    _check_state(api, repo, private, tag)
+    repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+    with contextlib.suppress(EntryNotFoundError):
+        there = Path(api.hf_hub_download(repo, CARD)).read_text(encoding="utf-8")
+        if not _is_signed(there):
+            _logger.warning("%s: the card there was edited and stays as it is", repo)
+            (staged / CARD).write_text(there, encoding="utf-8")
+    others = "part-*.safetensors" if (staged / files.PLAN).exists() else None  # parts of another split go
+    commit = api.upload_folder(repo_id=repo, folder_path=staged, commit_message=message, delete_patterns=others)
+    if tag is not None:
+        api.create_tag(repo, tag=tag, revision=commit.oid)
+    return commit.commit_url
+
+
+def _check_state(api: HfApi, repo: str, private: bool, tag: str | None) -> None:
+    """Refuse what would fail, or publish what shall be private, before anything is uploaded."""
+    try:
+        public = not api.repo_info(repo).private
+    except RepositoryNotFoundError:
+        return
+    if private and public:
+        raise PushError(f"{repo} is public; make it private in its settings first, or choose another name")
+    if tag is not None and tag in (ref.name for ref in api.list_repo_refs(repo).tags):
+        raise PushError(f"{repo} has a tag {tag} already; choose another")
+
+
+@contextlib.contextmanager
+def _talking_to_the_hub(repo: str) -> Iterator[None]:
+    try:
+        yield
+    except PushError:
+        raise
+    except Exception as e:  # of huggingface_hub, of whichever HTTP library it uses, and of sockets
+        raise PushError(
+            f"{repo} was not pushed ({headline(e)}); log in with `hf auth login`, check the name and the connection, "
+            "and push again: what has arrived is not uploaded twice"
+        ) from e
+
+
+# A card that nobody has edited since it was written ends with a hash of its text.
+_SIGNED = "\n<!-- timm_dd writes this card anew unless it is edited: {} -->\n"
+
+
+def _sign(text: str) -> str:
+    return text + _SIGNED.format(hashlib.sha256(text.encode()).hexdigest())
+
+
+def _is_signed(text: str) -> bool:
+    return _sign(text[: -len(_sign(""))]) == text

@@ -1,0 +1,127 @@
+"""Graphs and modules on the meta device: copies without tensors, copies of a graph, a node's value."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..errors import SplitError, headline
+
+MAKERS = {torch.arange, torch.zeros, torch.ones, torch.empty, torch.full, torch.linspace, torch.tensor, torch.eye}
+CONTENTS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")  # of a module
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose parameters and buffers are on the meta device; `model`'s are not copied."""
+    memo: dict[int, torch.Tensor] = {}
+
+    def empty(t: torch.Tensor) -> torch.Tensor:
+        if id(t) not in memo:
+            meta = t.detach().to("meta")
+            memo[id(t)] = nn.Parameter(meta, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else meta
+        return memo[id(t)]
+
+    try:
+        return _clone(model, empty, {})
+    except (RuntimeError, TypeError, AttributeError, ValueError) as e:
+        raise SplitError(f"{type(model).__name__} cannot be copied ({headline(e)})") from e
+
+
+def _clone(module: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor], memo: dict[int, nn.Module]) -> nn.Module:
+    """A copy of a module and of those in it, with the `tensor` of each of their tensors; the shared stays shared."""
+    if id(module) in memo:
+        return memo[id(module)]
+    new = memo[id(module)] = object.__new__(type(module))
+    for name, value in vars(module).items():
+        if isinstance(value, torch.Tensor):  # a plain attribute, neither parameter nor buffer
+            value = tensor(value)
+        elif isinstance(value, list):  # of tensors in recurrent networks
+            value = [tensor(v) if isinstance(v, torch.Tensor) else v for v in value]
+        elif isinstance(value, (dict, set)):
+            value = value.copy()
+        elif isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):  # a forward chosen in __init__
+            value = MethodType(value.__func__, _clone(value.__self__, tensor, memo))
+        if isinstance(value, dict):
+            value.update((k, tensor(v)) for k, v in value.items() if isinstance(v, torch.Tensor))
+        new.__dict__[name] = value
+    for name, child in module._modules.items():
+        new._modules[name] = child if child is None else _clone(child, tensor, memo)
+    return new
+
+
+class Graph(fx.GraphModule):
+    """A GraphModule whose deep copies have all of its tensors: fx itself drops those that no node uses."""
+
+    def __deepcopy__(self, memo: dict) -> Graph:
+        root = nn.Module()
+        for name in CONTENTS:
+            root.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        kind = type(self).__mro__[1]  # fx gives every instance a class of its own
+        return graph_module(root, graph, type(self).__name__, kind).train(self.training)
+
+
+def graph_module(root: nn.Module, graph: fx.Graph, name: str, kind: type[Graph] = Graph) -> Graph:
+    """`graph` on the modules and tensors of `root`, all of them."""
+    gm = kind(nn.Module(), fx.Graph(), class_name=name)
+    for contents in CONTENTS:
+        gm.__dict__[contents] = root.__dict__[contents]
+    gm.training = root.training
+    gm.graph = graph
+    return gm
+
+
+def copy_graph(gm: fx.GraphModule) -> tuple[nn.Module, fx.Graph]:
+    """The modules and the graph of a `GraphModule`, to be changed and made one with `graph_module`."""
+    root = nn.Module()
+    for contents in CONTENTS:
+        root.__dict__[contents] = copy.copy(gm.__dict__[contents])
+    memo: dict[int, nn.Module] = {}
+    for name, child in gm._modules.items():
+        root._modules[name] = child if child is None else _clone(child, lambda t: t, memo)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return root, graph
+
+
+def float_type(model: nn.Module) -> torch.dtype:
+    """The type of the images that the model takes."""
+    tensors = (*model.parameters(), *model.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+
+
+def evaluate_node(gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    """The node's value on meta tensors, its inputs taken from `env`."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+    if node.op == "get_attr":
+        value = gm
+        for name in node.target.split("."):
+            value = getattr(value, name)
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+    if node.op == "call_module":
+        module = gm.get_submodule(node.target)
+        if isinstance(module, _NormBase):  # its shape is its input's, which torch finds by a slow decomposition
+            return args[0]
+        return module(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
+    if node.op == "output":
+        return args[0]
+    if node.target in MAKERS:
+        kwargs = {**kwargs, "device": "meta"}
+    return node.target(*args, **kwargs)
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that the node was recorded in; empty at the top."""
+    if node.op in ("call_module", "get_attr"):
+        return node.target
+    stack: Sequence = list(node.meta.get("nn_module_stack", {}).values())
+    return stack[-1][0] if stack else ""

@@ -1,0 +1,282 @@
+"""The plan: what each part is, as plain data.
+
+A `Plan` is frozen, printable, JSON, and holds no tensor. It says for every parameter which of its elements part k owns
+and how merge makes the K of them one, which numbers of the graph are others in a part, and where the merged network is
+not exactly the sum of its parts. The `planner` makes it; `split` and `merge` carry it out and know no operation.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import torch
+
+from ..algebra.axes import FrozenAxis, block
+from ..algebra.domain import Box, Domain, spatial
+from ..errors import shown
+from ..text import json_text, table
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One parameter or buffer.
+
+    Attributes:
+        shape: in the global model.
+        axes: one for each dim; None for a dim that every part has whole.
+        trained: a parameter; otherwise a buffer.
+        reduce: how merge makes the parts' tensors one: ``place`` each into its block, (2.11)–(2.14), their ``sum``
+            or their ``mean``.
+        scale: factor of a freshly initialised slice in part k, see `fresh_scale`; 1 where empty.
+        outside: what the global tensor has outside all blocks, ``zero``, or in each row of the first dim the ``mean``
+            of its block, for weights that are standardised.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[FrozenAxis | None, ...]
+    reduce: str
+    trained: bool = True
+    scale: tuple[float, ...] = ()
+    outside: str = "zero"
+
+    def check(self, parts: int, divisor: int) -> None:
+        """Raise ValueError unless this is a tensor of `parts` parts, in whose blocks each element has one owner."""
+        if not all(map(_is_count, self.shape)) or len(self.axes) != len(self.shape):
+            raise ValueError(f"unexpected shape {shown(self.shape)}")
+        for axis, n in zip(self.axes, self.shape):
+            if axis is not None and (axis.check(parts) or axis.size != n):
+                raise ValueError(f"unexpected axis of {axis.size} in shape {shown(self.shape)}")
+        if self.reduce not in ("place", "sum", "mean"):
+            raise ValueError(f"unexpected reduce {shown(self.reduce)}")
+        if self.outside != "zero" and (self.outside != "mean" or not self.shape):
+            raise ValueError(f"unexpected outside {shown(self.outside)}")
+        if self.reduce == "place" and divisor > 1 and not any(a is not None and a.is_owned for a in self.axes):
+            raise ValueError("blocks that overlap")
+        if len(self.scale) not in (0, parts):
+            raise ValueError(f"unexpected scale {shown(self.scale)}")
+
+    def index(self, k: int, divisor: int) -> tuple[torch.Tensor | None, ...]:
+        """Part k's indices along each dim, None where it has all of them."""
+        return tuple(None if a is None else a.index(k, divisor) for a in self.axes)
+
+    def block(self, k: int, divisor: int) -> tuple:
+        """Part k's elements of the global tensor, as an open index."""
+        return block(self.shape, self.axes, k, divisor)
+
+    def part_shape(self, k: int, divisor: int) -> tuple[int, ...]:
+        return tuple(n if a is None else a.part_size(k, divisor) for n, a in zip(self.shape, self.axes))
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """A number of the graph or of a module's attribute, with its K values."""
+
+    node: str
+    module: str | None
+    where: tuple
+    values: tuple
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """Features that leave the network: a part's channels along `dim` of `node`, in their places among zeros."""
+
+    node: str
+    dim: int
+    axis: FrozenAxis
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A row of the printed plan: an operation with parameters, or one that is approximate, with the reasons."""
+
+    path: str
+    operation: str
+    shape: tuple[int, ...]
+    part_shapes: tuple[tuple[int, ...], ...]
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is split into `parts`; see the module.
+
+    Attributes:
+        model, model_args: timm's name and arguments; None and {} for a module of one's own.
+        divisor: of the widths; only K parts of a K-th of the width can be merged.
+        input_size: (C, *size) of the whole image.
+        output: ``logits``, ``features`` or ``boxes``, see `planner.analyse`.
+        outputs: where a part's outputs are its own channels; empty for logits, of which every part gives all.
+        constants: as `tensors`, for what the model computes and keeps out of its state dict (a fixed filter).
+        head: parameters whose scaling scales the logits, for ``merge(head="mean")`` (2.22); empty if none do.
+        config: timm's ``config.json`` of the merged model; None for what timm has no config for.
+        approximations: (node, module path, reason); empty means that with every part seeing the whole image
+            F(x) = Σ F_k(x) to rounding, (2.16).
+    """
+
+    model: str | None
+    model_args: dict
+    parts: int
+    divisor: int
+    input_size: tuple[int, ...]
+    output: str
+    domain: Domain
+    tensors: dict[str, TensorPlan]
+    constants: dict[str, TensorPlan]
+    edits: tuple[EditPlan, ...]
+    outputs: tuple[OutputPlan, ...]
+    head: tuple[str, ...]
+    approximations: tuple[tuple[str, str, str], ...]
+    layers: tuple[Layer, ...] = field(default=())
+    config: dict | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the merged model is the sum of its parts, every part seeing the whole image, in eval mode."""
+        return self.divisor == self.parts and not self.approximations
+
+    def params(self, k: int | None = None) -> int:
+        """The number of parameters of part `k`, or of the global model."""
+        shapes = (t.shape if k is None else t.part_shape(k, self.divisor) for t in self.tensors.values() if t.trained)
+        return sum(map(math.prod, shapes))
+
+    def boxes(self) -> tuple[Box, ...]:
+        """Of the parts, in the image of `input_size`."""
+        return self.domain.boxes(spatial(self.input_size))
+
+    def to_json(self) -> dict:
+        """What plan.json holds; the README's last section describes it."""
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "model_args": self.model_args,
+            "parts": self.parts,
+            "width_divisor": self.divisor,
+            "input_size": list(self.input_size),
+            "output": self.output,
+            "domain": self.domain.to_json(),
+            "exact": self.exact,
+            "approximations": [list(a) for a in self.approximations],
+            "head": list(self.head),
+            "tensors": {name: _tensor_to_json(t) for name, t in self.tensors.items()},
+            "constants": {name: _tensor_to_json(t) for name, t in self.constants.items()},
+            "edits": [[e.node, e.module, list(e.where), list(e.values)] for e in self.edits],
+            "outputs": [[o.node, o.dim, o.axis.to_json()] for o in self.outputs],
+            "layers": [_layer_to_json(r) for r in self.layers],
+            "config": self.config,
+        }
+
+    @classmethod
+    def from_json(cls, d: dict) -> Plan:
+        """The plan that `to_json` described; ValueError, KeyError, TypeError or AttributeError if none was."""
+        plan = cls(
+            model=d["model"],
+            model_args=dict(d["model_args"]),
+            parts=d["parts"],
+            divisor=d["width_divisor"],
+            input_size=tuple(d["input_size"]),
+            output=d["output"],
+            domain=Domain.from_json(d["domain"]),
+            tensors={name: _tensor_from_json(t) for name, t in d["tensors"].items()},
+            constants={name: _tensor_from_json(t) for name, t in d["constants"].items()},
+            edits=tuple(EditPlan(n, m, tuple(w), tuple(v)) for n, m, w, v in d["edits"]),
+            outputs=tuple(OutputPlan(n, dim, FrozenAxis.from_json(a)) for n, dim, a in d["outputs"]),
+            head=tuple(d["head"]),
+            approximations=tuple((n, p, why) for n, p, why in d["approximations"]),
+            layers=tuple(Layer(p, o, tuple(s), tuple(map(tuple, k)), tuple(why)) for p, o, s, k, why in d["layers"]),
+            config=None if d["config"] is None else dict(d["config"]),
+        )
+        plan._check()
+        return plan
+
+    def _check(self) -> None:
+        """Raise ValueError unless the numbers agree with each other: a file may say anything."""
+        counts = (self.parts, self.divisor, *self.input_size)
+        if not all(_is_count(n) and n > 0 for n in counts) or self.domain.parts != self.parts:
+            raise ValueError(f"unexpected counts {shown(counts)} with {self.domain.parts} boxes")
+        if self.model is not None and not re.fullmatch(r"[\w.-]+", self.model):  # no path, no repository
+            raise ValueError(f"unexpected model {shown(self.model)}")
+        for name, t in {**self.tensors, **self.constants}.items():
+            try:
+                t.check(self.parts, self.divisor)
+            except ValueError as e:
+                raise ValueError(f"{shown(name)}: {e}") from e
+        if self.config is not None and not isinstance(self.config.get("architecture"), str):
+            raise ValueError("a config without architecture")
+        if self.model and self.config and self.config["architecture"] != self.model.split(".")[0]:
+            raise ValueError(f"a config of {shown(self.config['architecture'])} for {shown(self.model)}")
+        if not self.tensors.keys() >= set(self.head):
+            raise ValueError(f"unexpected head {shown(self.head)}")
+        if any(len(edit.values) != self.parts for edit in self.edits):
+            raise ValueError(f"an edit without {self.parts} values")
+        if not all(isinstance(text, str) for reason in self.approximations for text in reason):
+            raise ValueError("an approximation that is not said in words")
+
+    def digest(self) -> str:
+        """The SHA-256 of plan.json, by which the parts know theirs."""
+        return sha256(json_text(self.to_json()).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, colour: bool = False) -> str:
+        """A table of the layers: path, operation, shapes in the model and in a part, exact or why not."""
+        largest = max(range(self.parts), key=self.params)
+        boxes = ", ".join(dict.fromkeys("×".join(map(str, b.extent)) for b in self.boxes()))
+        size = "×".join(map(str, spatial(self.input_size)))
+        head = f"{self.model or 'module'} in {self.parts} parts; {self.domain}: {boxes} of {size} pixels"
+        rows = [("layer", "operation", "global", f"part {largest}", "")]
+        rows += [_row(layer, largest, colour) for layer in self.layers]
+        own = self.params(largest)
+        total = f"{self.params():,} parameters in the model, {own:,} in a part, {self.params() / max(own, 1):.1f} to 1"
+        return "\n".join([head, "", table(rows), "", total, *self._verdict()])
+
+    def _verdict(self) -> list[str]:
+        if self.divisor != self.parts:
+            return [f"not to be merged: {self.parts} parts of a {self.divisor}-th of the width"]
+        if self.exact:
+            return ["exact: the merged model is the sum of its parts"]
+        counts = Counter(reason for *_, reason in self.approximations)
+        return ["approximate:", *(f"  {n} × {reason}" for reason, n in counts.most_common())]
+
+
+def _is_count(n: Any) -> bool:
+    return type(n) is int and 0 <= n < 2**63
+
+
+def _row(layer: Layer, k: int, colour: bool) -> tuple[str, ...]:
+    shapes = ("×".join(map(str, s)) for s in (layer.shape, layer.part_shapes[k]))
+    why = "; ".join(layer.reasons) or "exact"
+    if colour:
+        why = f"\033[{33 if layer.reasons else 32}m{why}\033[0m"
+    return layer.path, layer.operation, *shapes, why
+
+
+def _layer_to_json(layer: Layer) -> list:
+    shapes = [list(s) for s in layer.part_shapes]
+    return [layer.path, layer.operation, list(layer.shape), shapes, list(layer.reasons)]
+
+
+def _tensor_to_json(t: TensorPlan) -> dict:
+    d: dict[str, Any] = {
+        "shape": list(t.shape),
+        "axes": [a and a.to_json() for a in t.axes],
+        "reduce": t.reduce,
+        "trained": t.trained,
+        "scale": list(t.scale),
+        "outside": t.outside,
+    }
+    return {k: v for k, v in d.items() if v not in ([], "zero") or k in ("shape", "axes")}
+
+
+def _tensor_from_json(d: dict) -> TensorPlan:
+    axes = tuple(a and FrozenAxis.from_json(a) for a in d["axes"])
+    scale, outside = tuple(d.get("scale", ())), d.get("outside", "zero")
+    return TensorPlan(tuple(d["shape"]), axes, d["reduce"], d["trained"], scale, outside)

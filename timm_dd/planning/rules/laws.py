@@ -1,0 +1,164 @@
+"""What each part's tensor is to the global network's, and what an operation makes of that.
+
+A `Relation` says how the K tensors x_k of the parts give the merged network's x, every part seeing the
+whole image, in eval mode (in torch.distributed's terms: Shard, Replicate, Partial):
+
+    SHARD    x_k is x on the channels that part k owns
+    COPY     x_k is x
+    PARTIAL  x = Σ x_k                                                      (2.16)
+    REPLICATED  x_k is part k's own copy of a trained parameter that merge has to average
+
+A law takes the relations of an operation's inputs to that of its output. Where no relation holds any more it
+calls ``context.approximate(reason)``; the plan is exact if and only if no law did. Laws run once all Widths are
+cut, since whether an axis is cut is only known then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from ...algebra.widths import Axis
+
+
+class Kind(Enum):
+    SHARD, COPY, PARTIAL, REPLICATED = range(4)
+
+
+@dataclass(frozen=True)
+class Relation:
+    """`params`: for PARTIAL the weights and biases whose scaling scales the sum (`UNSCALABLE` among them where
+    something else makes part of it), for REPLICATED the parameters."""
+
+    kind: Kind
+    params: frozenset[str] = field(default=frozenset())
+
+
+SHARD, COPY = Relation(Kind.SHARD), Relation(Kind.COPY)
+UNSCALABLE = ""
+
+
+class Context(Protocol):
+    def is_cut(self, axis: Axis | None) -> bool: ...
+    def partly_sharded(self, axis: Axis) -> bool: ...
+    def sum(self, param: str) -> None: ...
+    def approximate(self, reason: str) -> Relation: ...
+
+
+Law = Callable[..., Relation]
+
+
+def _union(inputs, kind: Kind) -> Relation:
+    return Relation(kind, frozenset().union(*(r.params for r in inputs if r.kind is kind)))
+
+
+def _replicated(context: Context) -> Relation:
+    return context.approximate(
+        "a parameter without channels to cut: each part trains its own copy, merge takes the mean"
+    )
+
+
+def linear(context: Context, *inputs: Relation) -> Relation:
+    """Linear in all inputs together: sum, concatenation, view, average over positions."""
+    kinds = {r.kind for r in inputs}
+    if kinds == {Kind.PARTIAL}:
+        return _union(inputs, Kind.PARTIAL)
+    if kinds == {Kind.PARTIAL, Kind.REPLICATED}:  # a bias of a sum is itself summed
+        for name in _union(inputs, Kind.REPLICATED).params:
+            context.sum(name)
+        every = frozenset().union(*(r.params for r in inputs))
+        return Relation(Kind.PARTIAL, every)
+    if Kind.PARTIAL in kinds:
+        return context.approximate("adds a tensor that every part has to a sum over the parts")
+    if Kind.REPLICATED in kinds and len(inputs) > 1:
+        return _replicated(context)
+    return _union(inputs, Kind.REPLICATED) if Kind.REPLICATED in kinds else SHARD if Kind.SHARD in kinds else COPY
+
+
+def product(context: Context, *inputs: Relation) -> Relation:
+    """Linear in each input: a gate, a scale, a matrix product."""
+    kinds = [r.kind for r in inputs]
+    if Kind.REPLICATED in kinds:
+        return _replicated(context)
+    if Kind.PARTIAL in kinds:
+        if kinds.count(Kind.PARTIAL) == 1 and kinds.count(Kind.COPY) == len(kinds) - 1:
+            return _union(inputs, Kind.PARTIAL)
+        return context.approximate("multiplies a sum over the parts of which each part has only its own term")
+    return SHARD if Kind.SHARD in kinds else COPY
+
+
+def pointwise(context: Context, *inputs: Relation) -> Relation:
+    """Not linear, each channel on its own: activations, max pooling, batch statistics."""
+    kinds = {r.kind for r in inputs}
+    if Kind.PARTIAL in kinds:
+        return context.approximate("not linear on a sum over the parts of which each part has only its own term")
+    if Kind.REPLICATED in kinds:
+        return _replicated(context)
+    return SHARD if Kind.SHARD in kinds else COPY
+
+
+def per_channel(axis: Axis, *params: str | None) -> Law:
+    """`pointwise` with state of its own along `axis`: BatchNorm's weight and statistics, PReLU's slope."""
+    names = frozenset(filter(None, params))
+
+    def law(context: Context, *inputs: Relation) -> Relation:
+        own = [Relation(Kind.REPLICATED, names)] if names and not context.is_cut(axis) else []
+        return pointwise(context, *inputs, *own)
+
+    return law
+
+
+def contract(into: Axis, over: Axis, weight: str | None, bias: str | None) -> Law:
+    """A weight takes the channels `over` to the channels `into`: block-diagonal (2.12) where both are cut, (2.11)
+    where `over` is whole, and (2.14), a sum over the parts, where `into` is.
+
+    `weight` and `bias` name trained parameters. Where they are tensors of the graph, their relations follow that of
+    the input.
+    """
+    names = frozenset(n for n in (weight if weight is not None else UNSCALABLE, bias) if n is not None)
+
+    def law(context: Context, x: Relation, w: Relation | None = None, b: Relation | None = None) -> Relation:
+        given = [r for r in (x, w) if r is not None]
+        if any(r.kind is Kind.PARTIAL for r in given):
+            return context.approximate("reads a sum over the parts of which each part has only its own term")
+        if x.kind is Kind.REPLICATED:
+            return _replicated(context)
+        if context.is_cut(into):
+            return SHARD
+        if not context.is_cut(over):
+            trained = w is None or w.kind is Kind.REPLICATED
+            return _replicated(context) if trained else product(context, *given)
+        if context.partly_sharded(over):
+            return context.approximate("sums input channels that every part has once for each part")
+        total = Relation(Kind.PARTIAL, names)
+        if b is not None:
+            return linear(context, total, b)
+        if bias is not None:
+            context.sum(bias)
+        return total
+
+    return law
+
+
+def summed(axis: Axis | None, otherwise: Law, params: frozenset[str] = frozenset([UNSCALABLE])) -> Law:
+    """A sum along `axis`: over channels that are cut it is a sum over the parts. `params` as in `Relation`."""
+
+    def law(context: Context, *inputs: Relation) -> Relation:
+        if not context.is_cut(axis):
+            return otherwise(context, *inputs)
+        if all(x.kind is Kind.SHARD for x in inputs) and not context.partly_sharded(axis):
+            return Relation(Kind.PARTIAL, params)
+        return context.approximate("sums channels that every part has once for each part")
+
+    return law
+
+
+def cross_channel(axis: Axis | None, reason: str, otherwise: Law) -> Law:
+    """An operation along `axis` that would mix the channels of different parts if `axis` is cut."""
+
+    def law(context: Context, *inputs: Relation) -> Relation:
+        return context.approximate(reason) if context.is_cut(axis) else otherwise(context, *inputs)
+
+    return law

@@ -1,0 +1,172 @@
+"""Normalisation layers of torch and timm, with their activations.
+
+BatchNorm and its like are exact: their statistics are per channel, so they go with the channels. Normalisation over
+groups of channels is exact where the cut runs between groups; over all channels it never is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from timm.layers import evo_norm as evo
+from timm.layers import filter_response_norm as frn
+from timm.layers import norm as tn
+from timm.layers import norm_act as ta
+from timm.layers.grn import GlobalResponseNorm
+from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from ...algebra.widths import Axis
+from .laws import Law, cross_channel, per_channel, pointwise
+from .op import Op, Value, rule
+
+EACH_CHANNEL = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d,
+    nn.InstanceNorm3d, FrozenBatchNorm2d, ta.BatchNormAct2d, ta.SyncBatchNormAct, ta.FrozenBatchNormAct2d,
+    evo.EvoNorm2dB0, evo.EvoNorm2dB1, evo.EvoNorm2dB2, frn.FilterResponseNormTlu2d, frn.FilterResponseNormAct2d,
+)  # fmt: skip
+GROUPS = (nn.GroupNorm, tn.GroupNorm, tn.GroupNorm1, ta.GroupNormAct, ta.GroupNorm1Act)
+EVO_S = (
+    evo.EvoNorm2dS0, evo.EvoNorm2dS0a, evo.EvoNorm2dS1, evo.EvoNorm2dS1a, evo.EvoNorm2dS2, evo.EvoNorm2dS2a,
+)  # fmt: skip
+LAST_DIMS = (
+    nn.LayerNorm, nn.RMSNorm, tn.LayerNorm, tn.LayerNormFp32, tn.RmsNorm, tn.RmsNormFp32, tn.SimpleNorm,
+    tn.SimpleNormFp32, ta.LayerNormAct, ta.LayerNormActFp32, ta.RmsNormAct, ta.RmsNormActFp32,
+)  # fmt: skip
+DIM_1 = (
+    tn.LayerNorm2d, tn.LayerNorm2dFp32, tn.LayerNormExp2d, tn.RmsNorm2d, tn.RmsNorm2dFp32, tn.SimpleNorm2d,
+    tn.SimpleNorm2dFp32, ta.LayerNormAct2d, ta.LayerNormAct2dFp32, ta.RmsNormAct2d, ta.RmsNormAct2dFp32,
+)  # fmt: skip
+OVER = "normalises over channels: each part sees only its own"
+
+
+@rule(*EACH_CHANNEL)
+def batch_norm(op: Op, x: Value) -> Value:
+    """Weight, bias and running statistics (C,)."""
+    axis, state = op.axis(x, 1), _vectors(op)
+    for name in state:
+        op.param(name, axis)
+    if hasattr(op.module, "num_features"):
+        op.set("num_features", axis)
+    return _activated(op, (x.axes[0], axis, *x.axes[2:]), per_channel(axis, *op.names(*state)), x)
+
+
+@rule(*GROUPS)
+def group_norm(op: Op, x: Value) -> Value:
+    """Weight and bias (C,). Exact where the cut runs between groups, that is with at least K of them."""
+    op.set("num_channels", op.axis(x, 1))
+    return _group_norm(op, x, "num_groups")
+
+
+@rule(*EVO_S)
+def evo_norm(op: Op, x: Value) -> Value:
+    """As GroupNorm; some of them do not normalise without their activation."""
+    m = op.module
+    if not m.apply_act and not isinstance(m, (evo.EvoNorm2dS0a, evo.EvoNorm2dS1a, evo.EvoNorm2dS2a)):
+        return batch_norm(op, x)
+    return _group_norm(op, x, "groups")
+
+
+def _group_norm(op: Op, x: Value, attr: str) -> Value:
+    axis, state = op.axis(x, 1), _vectors(op)
+    for name in state:
+        op.param(name, axis)
+    groups, law = _grouped(op, axis, getattr(op.module, attr), per_channel(axis, *op.names(*state)))
+    op.set(attr, groups)
+    return _activated(op, x.axes, law, x)
+
+
+def _vectors(op: Op) -> list[str]:
+    """The module's own parameters and buffers (C,)."""
+    own = (*op.module.named_parameters(recurse=False), *op.module.named_buffers(recurse=False))
+    return [name for name, t in own if t.ndim == 1]
+
+
+def _activated(op: Op, axes, law: Law, x: Value) -> Value:
+    """The result, after the activation that is part of some of timm's norms; one that has a slope has a rule."""
+    value = op.result(axes, law, x)
+    act = getattr(op.module, "act", None)
+    return op.call("act", value) if isinstance(act, nn.Module) and list(act.parameters()) else value
+
+
+@rule(F.group_norm)
+def functional_group_norm(op: Op, x: Value, num_groups: int, weight=None, bias=None, eps: float = 1e-5) -> Value:
+    for p in filter(None, (weight, bias)):
+        op.unify(op.axis(x, 1), op.axis(p, 0))
+    groups, law = _grouped(op, op.axis(x, 1), num_groups, pointwise)
+    op.arg(*op.argument(1, "num_groups"), value=groups)
+    return op.result(x.axes, law, x, weight, bias)
+
+
+def _grouped(op: Op, axis: Axis, groups: int, law: Law):
+    """The number of groups in a part, and the law: exact where every part gets whole groups."""
+    reason = f"{groups} groups do not divide among the parts: the statistics of a group mix channels of several"
+    if groups >= op.divisor * len(axis.resolve().terms):
+        outer, inside = op.grouped(groups, axis)
+        return outer, cross_channel(inside, reason, law)
+    op.planner.thresholds.add(groups)
+    op.reduces_over(axis)
+    return (lambda k: math.gcd(groups // op.divisor or 1, op.planner.part_size(axis, k))), cross_channel(
+        axis, reason, law
+    )
+
+
+@rule(*LAST_DIMS)
+def layer_norm(op: Op, x: Value) -> Value:
+    """Weight and bias of `normalized_shape`, the last dims; approximate where one of them is cut."""
+    return _layer_norm(op, x, x.axes[-len(op.module.normalized_shape) :])
+
+
+@rule(*DIM_1)
+def layer_norm_2d(op: Op, x: Value) -> Value:
+    """timm's norms over the channels of NCHW."""
+    return _layer_norm(op, x, x.axes[1:2])
+
+
+@rule(F.layer_norm)
+def functional_layer_norm(op: Op, x: Value, normalized_shape, weight=None, bias=None, eps: float = 1e-5) -> Value:
+    axes = x.axes[-len(normalized_shape) :]
+    for p in filter(None, (weight, bias)):
+        for a, b in zip(axes, p.axes):
+            op.unify(a, b)
+    op.arg(*op.argument(1, "normalized_shape"), value=_part_sizes(op, axes, normalized_shape))
+    return op.result(x.axes, _over(op, axes, pointwise), x, weight, bias)
+
+
+def _layer_norm(op: Op, x: Value, axes) -> Value:
+    op.param("weight", *axes)
+    op.param("bias", *axes)
+    op.set("normalized_shape", _part_sizes(op, axes, op.module.normalized_shape))
+    return _activated(op, x.axes, _over(op, axes, per_channel(axes[-1], *op.names("weight", "bias"))), x)
+
+
+def _part_sizes(op: Op, axes, sizes):
+    return lambda k: [n if a is None else op.planner.part_size(a, k) for a, n in zip(axes, sizes)]
+
+
+def _over(op: Op, axes, law: Law) -> Law:
+    op.reduces_over(*axes)
+    for axis in axes:
+        law = cross_channel(axis, OVER, law)
+    return law
+
+
+@rule(GlobalResponseNorm)
+def global_response_norm(op: Op, x: Value) -> Value:
+    """GRN: the norm of each channel over the positions, divided by their mean over channels."""
+    axis = op.axis(x, op.module.channel_dim)
+    op.param("weight", axis)
+    op.param("bias", axis)
+    return op.result(x.axes, _over(op, [axis], per_channel(axis, *op.names("weight", "bias"))), x)
+
+
+@rule(nn.LocalResponseNorm, F.local_response_norm)
+def local_response_norm(op: Op, x: Value, *args, **kwargs) -> Value:
+    """Each channel is divided by its neighbours."""
+    return op.result(x.axes, _over(op, x.axes[1:2], pointwise), x)
+
+
+@rule(F.normalize)
+def normalize(op: Op, x: Value, p: float = 2.0, dim: int = 1, *args, **kwargs) -> Value:
+    return op.result(x.axes, _over(op, [x.axes[dim]], pointwise), x)

@@ -1,0 +1,167 @@
+"""Concatenations, chunks and slices: axes that are added, and axes that are cut."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...algebra.widths import Axis, Width, make_whole, split_axis, unify
+from ...errors import WidthError
+from ..trace import chunk_or_split
+from . import laws
+from .op import Op, Value, rule
+
+# ---- concatenations and pieces
+
+
+@rule(torch.cat, torch.concat)
+def cat(op: Op, tensors, dim: int = 0, *, axis: int | None = None) -> Value:
+    """Along channels the axes are added; along any other dim the channels are unified."""
+    dim = (dim if axis is None else axis) % len(op.out.shape)
+    axes = list(tensors[0].axes)
+    for d in range(len(axes)):
+        for t in tensors[1:]:
+            if d != dim:
+                axes[d] = op.unify(axes[d], t.axes[d]) if axes[d] is not None or t.axes[d] is not None else None
+    if any(t.axes[dim] is not None for t in tensors):
+        joined = [t.axes[dim] if t.axes[dim] is not None else Axis.of(op.window(t, dim)) for t in tensors]
+        axes[dim] = Axis(*(term for a in joined for term in a.terms))
+    return op.result(axes, laws.linear, *tensors)
+
+
+@rule(chunk_or_split)
+def chunk(op: Op, x: Value, sizes: int, dim: int) -> tuple[Value, ...]:
+    return _by_sizes(op, x, dim, ("args", 1))
+
+
+@rule(torch.split, "split")
+def split(op: Op, x: Value, split_size_or_sections, dim: int = 0) -> tuple[Value, ...]:
+    keyword = "split_size_or_sections" if op.node.op == "call_function" else "split_size"
+    return _by_sizes(op, x, dim, op.argument(1, keyword))
+
+
+@rule(F.glu)
+def glu(op: Op, x: Value, dim: int = -1) -> Value:
+    """The first half of a dim, gated by the second."""
+    axes = list(x.axes)
+    if axes[dim] is not None:
+        axes[dim] = unify(*split_axis(axes[dim], op.out.shape[dim]))
+    return op.result(axes, laws.pointwise, x)
+
+
+@rule(nn.GLU)
+def glu_module(op: Op, x: Value) -> Value:
+    return glu(op, x, op.module.dim)
+
+
+@rule(torch.unbind, "unbind")
+def unbind(op: Op, x: Value, dim: int = 0) -> tuple[Value, ...]:
+    if x.axes[dim] is not None:
+        make_whole(x.axes[dim])
+    axes = [a for d, a in enumerate(x.axes) if d != dim % len(x.axes)]
+    return tuple(op.result(axes, laws.linear, x) for _ in op.out)
+
+
+def _by_sizes(op: Op, x: Value, dim: int, where: tuple) -> tuple[Value, ...]:
+    """Pieces along a dim, whose sizes in a part stand at `where`."""
+    axis, sizes, law = x.axes[dim], [piece.shape[dim] for piece in op.out], laws.linear
+    if axis is None:
+        return tuple(op.result(x.axes, law, x) for _ in sizes)
+    cuts = _cut(op, axis, sizes)
+    if cuts is None:
+        cuts = _cut_inner(axis, len(sizes))
+        law = laws.cross_channel(axis, "cuts through channels that belong together: each part cuts its own", law)
+    op.arg(*where, value=lambda k: [op.planner.part_size(cut, k) for cut in cuts])
+    dim %= len(x.axes)
+    return tuple(op.result((*x.axes[:dim], cut, *x.axes[dim + 1 :]), law, x) for cut in cuts)
+
+
+def _cut(op: Op, axis: Axis, sizes: list[int]) -> list[Axis] | None:
+    """The pieces, exactly; None where shuffle after shuffle has tied so many channels together that a cut would part
+    them, or leave a piece with less than one for each part."""
+    tied = len(set(sizes)) == 1 and all(
+        isinstance(t[-1], int) and t[-1] % len(sizes) == 0 for t in axis.resolve().terms
+    )
+    if tied:
+        each = [w.size // len(sizes) for w in axis.widths()]
+        op.planner.thresholds.update(each)
+        if min(each, default=op.divisor) < op.divisor:
+            return None
+    try:
+        return split_into(axis, sizes)
+    except WidthError:
+        if tied:
+            return None
+        raise
+
+
+def split_into(axis: Axis, sizes: list[int]) -> list[Axis]:
+    """The pieces of a concatenation."""
+    cuts, rest = [], axis
+    for size in sizes[:-1]:
+        cut, rest = split_axis(rest, size)
+        cuts.append(cut)
+    return [*cuts, rest]
+
+
+def _cut_inner(axis: Axis, n: int) -> list[Axis]:
+    """n equal pieces of the innermost factor, which every part has whole."""
+    return [Axis(*((*t[:-1], t[-1] // n) for t in axis.terms))] * n
+
+
+@rule(operator.getitem)
+def getitem(op: Op, x, index) -> Value:
+    if not isinstance(x, Value):
+        return x[index]
+    items = list(index) if isinstance(index, tuple) else [index]
+    places = [("args", 1, i) for i in range(len(items))] if isinstance(index, tuple) else [("args", 1)]
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        missing = len(x.axes) - sum(i is not None and i is not Ellipsis for i in items)
+        items[at : at + 1] = [slice(None)] * missing
+        places[at : at + 1] = [None] * missing
+    axes, dim = [], 0
+    for item, where in zip(items, places):
+        if item is None:
+            axes.append(None)
+            continue
+        axis, size, dim = x.axes[dim], x.shape[dim], dim + 1
+        if isinstance(item, slice):
+            axes.append(axis if axis is None or item == slice(None) else _slice(op, axis, item, size, where))
+        elif not isinstance(item, int):
+            raise op.refuse(f"indexes with {type(item).__name__}, which is not known")
+        elif axis is not None:
+            make_whole(axis)
+    return op.result(axes + list(x.axes[dim:]), laws.linear, x)
+
+
+def _slice(op: Op, axis: Axis, item: slice, size: int, where: tuple) -> Axis:
+    start, stop, step = item.indices(size)
+    if step == 1:
+        before, rest = split_axis(axis, start) if start else (None, axis)
+        kept, _ = split_axis(rest, stop - start) if stop < size else (rest, None)
+        if before is not None:
+            op.arg(*where, "start", value=before)
+        if stop < size:
+            op.arg(*where, "stop", value=kept if before is None else before + kept)
+        return kept
+    if start < step and stop == size and size % step == 0:  # every step-th channel: one of each `step`
+        kept = Axis.of(Width(size // step, op.where()))
+        unify(axis, kept.times(step))
+        return kept.resolve()
+    make_whole(axis)
+    return Axis.of(len(range(start, stop, step)))
+
+
+@rule(torch.stack)
+def stack(op: Op, tensors, dim: int = 0) -> Value:
+    axes = list(tensors[0].axes)
+    for d in range(len(axes)):
+        for t in tensors[1:]:
+            if axes[d] is not None or t.axes[d] is not None:
+                axes[d] = op.unify(axes[d], t.axes[d])
+    axes.insert(dim % len(op.out.shape), None)
+    return op.result(axes, laws.linear, *tensors)

@@ -1,0 +1,70 @@
+"""Pooling, resampling and padding: they act on positions and leave channels as they are."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
+from torch import nn
+
+from ...algebra.widths import Axis, make_whole
+from . import laws
+from .op import Op, Value, rule
+
+AVERAGE = (
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    AvgPool2dSame, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad1d, nn.ZeroPad2d,
+    nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d, F.avg_pool1d,
+    F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.interpolate,
+)  # fmt: skip
+MAXIMUM = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+    MaxPool2dSame, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, torch.max_pool2d,
+)  # fmt: skip
+
+
+@rule(*dict.fromkeys(AVERAGE))
+def average(op: Op, x: Value, *args, **kwargs) -> Value:
+    axes, law = slide(op, x, laws.linear)
+    return op.result((*x.axes[:2], *axes), law, x)
+
+
+@rule(*dict.fromkeys(MAXIMUM))
+def maximum(op: Op, x: Value, *args, **kwargs) -> Value:
+    axes, law = slide(op, x, laws.pointwise)
+    return op.result((*x.axes[:2], *axes), law, x)
+
+
+def slide(op: Op, x: Value, law: laws.Law) -> tuple[list[Axis | None], laws.Law]:
+    """The axes of the positions after a window slid over them, and the law: where they carry channels (a convolution
+    along channels), those of different parts are mixed."""
+    axes = list(x.axes[2:])
+    for i, (axis, size) in enumerate(zip(axes, op.out.shape[2:])):
+        if axis is not None and axis.size != size:
+            make_whole(axis)
+            axes[i] = Axis.of(size)
+        elif axis is not None:
+            law = laws.cross_channel(axis, f"{op.name} along channels: each part sees only its own", law)
+    return axes, law
+
+
+@rule(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+def constant_pad(op: Op, x: Value) -> Value:
+    return op.result(x.axes, laws.pointwise if op.module.value else laws.linear, x)
+
+
+@rule(F.pad)
+def pad(op: Op, x: Value, pad, mode="constant", value=None) -> Value:
+    """Zeros around positions; zeros around channels (a shortcut without weights) are channels of their own."""
+    axes, where = list(x.axes), op.argument(1, "pad")
+    for i in range(len(pad) // 2):
+        dim = len(axes) - 1 - i
+        if axes[dim] is None or not any(pad[2 * i : 2 * i + 2]):
+            continue
+        for side in (0, 1):
+            if pad[2 * i + side]:
+                zeros = op.channels(pad[2 * i + side])
+                axes[dim] = axes[dim] + zeros if side else zeros + axes[dim]
+                op.arg(*where, 2 * i + side, value=zeros)
+    return op.result(axes, laws.pointwise if value else laws.linear, x)

@@ -1,0 +1,81 @@
+"""Reductions over dims, and softmax."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import laws
+from .op import Op, Value, rule
+from .pointwise import extremum
+
+# ---- reductions
+
+
+@rule("mean", torch.mean)
+def mean(op: Op, x: Value, dim=None, keepdim: bool = False, *, dtype=None) -> Value:
+    return _reduce(op, x, dim, keepdim, _cross_channel(op, laws.linear))
+
+
+@rule("sum", torch.sum)
+def sum_(op: Op, x: Value, dim=None, keepdim: bool = False, *, dtype=None) -> Value:
+    """Over channels it is a sum over the parts."""
+    return _reduce(
+        op, x, dim, keepdim, lambda axes: functools.reduce(lambda law, a: laws.summed(a, law), axes, laws.linear)
+    )
+
+
+@rule("amax", torch.amax, "amin", torch.amin)
+def amax(op: Op, x: Value, dim=None, keepdim: bool = False) -> Value:
+    return _reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise))
+
+
+@rule("var", torch.var, "std", torch.std)
+def var(op: Op, x: Value, dim=None, unbiased: bool = True, keepdim: bool = False, *, correction=1) -> Value:
+    return _reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise))
+
+
+@rule("norm", torch.norm)
+def norm(op: Op, x: Value, p="fro", dim=None, keepdim: bool = False, dtype=None) -> Value:
+    return _reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise))
+
+
+@rule(torch.max, torch.min, "max", "min")
+def max_(op: Op, x: Value, dim=None, keepdim: bool = False):
+    """Of two tensors, of all numbers, or (values, indices) along a dim."""
+    if isinstance(dim, Value):
+        return extremum(op, x, dim)
+    law = _cross_channel(op, laws.pointwise)
+    if dim is None:
+        return _reduce(op, x, None, keepdim, law)
+    return tuple(_reduce(op, x, dim, keepdim, law) for _ in op.out)
+
+
+@rule(F.softmax, torch.softmax, "softmax", F.log_softmax, torch.log_softmax, "log_softmax")
+def softmax(op: Op, x: Value, dim: int | None = None, *args, **kwargs) -> Value:
+    op.reduces_over(x.axes[dim])
+    law = laws.cross_channel(x.axes[dim], "a softmax over channels: each part normalises over its own", laws.pointwise)
+    return op.result(x.axes, law, x)
+
+
+@rule(nn.Softmax, nn.LogSoftmax)
+def softmax_module(op: Op, x: Value) -> Value:
+    return softmax(op, x, op.module.dim)
+
+
+def _cross_channel(op: Op, law):
+    """The law of a reduction that mixes the channels along the dims that it reduces."""
+    reason = f"{op.name} over channels: each part sees only its own"
+    return lambda axes: functools.reduce(lambda inner, a: laws.cross_channel(a, reason, inner), axes, law)
+
+
+def _reduce(op: Op, x: Value, dim, keepdim: bool, law) -> Value:
+    """`law` makes the law from the axes of the dims that are reduced."""
+    dims = range(len(x.axes)) if dim is None else [dim] if isinstance(dim, int) else dim
+    dims = {d % len(x.axes) for d in dims}
+    op.reduces_over(*(x.axes[d] for d in dims))
+    axes = [None if d in dims else a for d, a in enumerate(x.axes) if keepdim or d not in dims]
+    return op.result(axes, law([x.axes[d] for d in sorted(dims)]), x)

@@ -1,0 +1,254 @@
+"""Operations that only move numbers: views, permutations, shuffles.
+
+Constants in the graph (sizes of a view, a split, a slice) are the global network's: each that counts channels
+is replaced by the part's own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import fx, nn
+from torchvision.ops import StochasticDepth
+
+from ...algebra.widths import Axis, Width, make_whole, unify
+from . import laws
+from .op import Op, Value, rule
+from .pieces import split_into
+
+DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    DropPath,
+    StochasticDepth,
+)
+
+
+@rule(*DROPOUTS, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+def dropout(op: Op, x: Value, *args, **kwargs) -> Value:
+    """The identity in eval mode."""
+    return op.result(x.axes, laws.linear, x)
+
+
+# ---- views
+
+
+@rule(nn.Flatten)
+def flatten_module(op: Op, x: Value) -> Value:
+    return _view(op, x)
+
+
+@rule(torch.flatten, "flatten", torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze")
+def flatten(op: Op, x: Value, *args, **kwargs) -> Value:
+    """Their arguments are dims, not sizes: nothing to replace."""
+    return _view(op, x)
+
+
+@rule("view", "reshape", torch.reshape)
+def reshape(op: Op, x: Value, *shape, **kwargs) -> Value:
+    """Sizes that count channels or positions become the part's own; -1 and the batch stay."""
+    value = _view(op, x)
+    if len(op.node.all_input_nodes) > 2:  # sizes of its own, beside the batch: they are right at any image size
+        op.resize = lambda t, *sizes, **named: t.reshape(*sizes, **named)
+    first = kwargs.get("shape", shape[0] if shape else None)
+    packed = isinstance(first, (tuple, list))
+    base = (("kwargs", "shape") if "shape" in kwargs else ("args", 1)) if packed else None
+    if packed and isinstance(_at(op.node, base), fx.Node):
+        return value  # another tensor's shape, which is the part's
+    for dim, size in enumerate(first if packed else shape):
+        if size == -1 or dim == 0 and value.axes[0] is None:
+            continue
+        where = (*base, dim) if packed else ("args", 1 + dim)
+        if value.axes[dim] is not None:
+            op.arg(*where, value=value.axes[dim])
+        elif not isinstance(_at(op.node, where), fx.Node):
+            op.arg(*where, value=op.planner.sizes.extent(value, dim))
+    return value
+
+
+def _at(node: fx.Node, where: tuple):
+    at = getattr(node, where[0])
+    for step in where[1:]:
+        at = at[step]
+    return at
+
+
+def _view(op: Op, x: Value) -> Value:
+    """Axes of a view: runs of dims with equal products are joined and split (row-major)."""
+    axes: list[Axis | None] = [None] * len(op.out.shape)
+    groups = list(_groups(x.shape, op.out.shape))
+    for ins, outs in groups:
+        joined = _join(op, x, ins)
+        if len(outs) == 1:
+            axes[outs[0]] = joined
+        elif joined is not None:
+            for dim, axis in zip(outs, _separate(op, joined, [op.out.shape[d] for d in outs])):
+                axes[dim] = axis
+
+    def resize(t, *_, **__):
+        sizes = list(op.out.shape)
+        for ins, outs in groups:
+            total = math.prod(t.shape[d] for d in ins)
+            for d in outs[1:]:
+                total //= sizes[d]
+            if outs:
+                sizes[outs[0]] = total
+        return t.reshape(sizes)
+
+    op.resize = resize
+    return op.result(axes, laws.linear, x)
+
+
+def _groups(before, after):
+    """Pairs of runs of dims (in `before`, in `after`) with the same product; dims of size 1 are left out."""
+    a = [d for d, n in enumerate(before) if n != 1]
+    b = [d for d, n in enumerate(after) if n != 1]
+    while a or b:
+        ins, outs = [a.pop(0)], [b.pop(0)]
+        m, n = before[ins[0]], after[outs[0]]
+        while m != n:
+            if m < n:
+                ins.append(a.pop(0))
+                m *= before[ins[-1]]
+            else:
+                outs.append(b.pop(0))
+                n *= after[outs[-1]]
+        yield ins, outs
+
+
+def _join(op: Op, x: Value, dims: list[int]) -> Axis | None:
+    """One axis for several dims: channels times the positions behind them, (2.13)."""
+    if len(dims) == 1:
+        return x.axes[dims[0]]
+    if all(x.axes[d] is None for d in dims):
+        return None
+    if dims[0] == 0 and x.axes[0] is None:  # folded into the batch, which no part has less of
+        for d in dims[1:]:
+            if x.axes[d] is not None:
+                make_whole(x.axes[d])
+        return None
+    joined = None
+    for d in dims:
+        axis = x.axes[d] if x.axes[d] is not None else Axis.of(op.window(x, d))
+        if joined is None:
+            joined = axis
+        elif len(axis.resolve().terms) == 1:
+            joined = joined.times(*axis.terms[0])
+        else:
+            raise op.refuse("joins a dim with a concatenation of channels behind another dim")
+    return joined
+
+
+def _separate(op: Op, axis: Axis, sizes: list[int]) -> list[Axis]:
+    """One axis as several dims, one of which is cut; equal pieces of a concatenation (a channel shuffle) are unified
+    first."""
+    terms = axis.resolve().terms
+    if len(terms) > 1:
+        *others, rest = split_into(axis, [axis.size // sizes[0]] * sizes[0])
+        for piece in others:
+            rest = unify(rest, piece)
+        return [Axis.of(sizes[0]), *(_separate(op, rest, sizes[1:]) if len(sizes) > 2 else [rest])]
+    atoms = [Width(n, op.where(), active=False) if n > 1 else 1 for n in sizes]
+    unify(axis, Axis.of(*atoms))
+    axes = [Axis.of(a) for a in atoms]
+    op.cut_one_of(axes)
+    return axes
+
+
+@rule("permute", torch.permute)
+def permute(op: Op, x: Value, *dims) -> Value:
+    dims = dims[0] if isinstance(dims[0], (tuple, list)) else dims
+    return op.result([x.axes[d] for d in dims], laws.linear, x)
+
+
+@rule("transpose", torch.transpose)
+def transpose(op: Op, x: Value, dim0: int, dim1: int) -> Value:
+    axes = list(x.axes)
+    axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
+    return op.result(axes, laws.linear, x)
+
+
+@rule("t", torch.t)
+def t(op: Op, x: Value) -> Value:
+    return op.result(x.axes[::-1], laws.linear, x)
+
+
+@rule(nn.PixelShuffle)
+def pixel_shuffle_module(op: Op, x: Value) -> Value:
+    return pixel_shuffle(op, x, op.module.upscale_factor)
+
+
+@rule(F.pixel_shuffle)
+def pixel_shuffle(op: Op, x: Value, upscale_factor: int) -> Value:
+    """(B, C·r², H, W) to (B, C, H·r, W·r)."""
+    channels = op.channels(op.out.shape[1])
+    op.unify(x.axes[1], channels.times(upscale_factor**2))
+    return op.result([None, channels, None, None], laws.linear, x)
+
+
+@rule(nn.PixelUnshuffle)
+def pixel_unshuffle_module(op: Op, x: Value) -> Value:
+    return pixel_unshuffle(op, x, op.module.downscale_factor)
+
+
+@rule(F.pixel_unshuffle)
+def pixel_unshuffle(op: Op, x: Value, downscale_factor: int) -> Value:
+    """(B, C, H·r, W·r) to (B, C·r², H, W)."""
+    return op.result([None, x.axes[1].times(downscale_factor**2), None, None], laws.linear, x)
+
+
+@rule(torch.flip, "flip")
+def flip(op: Op, x: Value, *args, dims=()) -> Value:
+    return _move(op, x, dims or (args[0] if isinstance(args[0], (tuple, list)) else args))
+
+
+@rule(torch.roll, "roll")
+def roll(op: Op, x: Value, shifts, dims=None) -> Value:
+    if dims is None:
+        raise op.refuse("rolls the channels of all images together; give it dims")
+    return _move(op, x, dims if isinstance(dims, (tuple, list)) else [dims])
+
+
+@rule(torch.cumsum, "cumsum")
+def cumsum(op: Op, x: Value, dim: int) -> Value:
+    return _move(op, x, [dim])
+
+
+def _move(op: Op, x: Value, dims) -> Value:
+    """Linear along positions; channels that are cut would meet others in each part."""
+    law = laws.linear
+    for dim in dims:
+        law = laws.cross_channel(x.axes[dim], f"{op.name} along channels: each part sees only its own", law)
+    return op.result(x.axes, law, x)
+
+
+@rule("expand")
+def expand(op: Op, x: Value, *sizes) -> Value:
+    """A dim of size 1 repeated a fixed number of times may stand for channels: that shows once it meets them."""
+    packed = isinstance(sizes[0], (tuple, list))
+    like = packed and isinstance(op.node.args[1], fx.Node)  # another tensor's shape, which is the part's
+    new = len(op.out.shape) - len(x.axes)
+    axes = [None] * new + list(x.axes)
+    for dim, (old, size) in enumerate(zip((1,) * new + x.shape, op.out.shape)):
+        where = ("args", 1, dim) if packed else ("args", 1 + dim)
+        given = None if like else _at(op.node, where)
+        if old == 1 < size and dim and (like or isinstance(given, int)):
+            axes[dim] = Axis.of(Width(size, active=False))
+        if axes[dim] is not None and axes[dim].size == size and not like and given != -1:
+            op.arg(*where, value=axes[dim])
+    return op.result(axes, laws.linear, x)
+
+
+@rule("expand_as")
+def expand_as(op: Op, x: Value, other: Value) -> Value:
+    """Dims of size 1 take what the other tensor has there."""
+    new = len(other.axes) - len(x.axes)
+    sizes, axes = (1,) * new + x.shape, [None] * new + list(x.axes)
+    return op.result([o if n == 1 else a for a, o, n in zip(axes, other.axes, sizes)], laws.linear, x)

@@ -1,0 +1,124 @@
+"""The shapes of every node at several input sizes: the image, each box of the domain, and probes.
+
+A part's convolutions see smaller maps than the global network's. Where such a map reaches a parameter (the first
+fully connected layer, (2.13)), the part has a `Window` of it: the positions of its box. How many follow from the
+shapes at the box's size; where they begin, from the stride of the map, and that from a probe, a far larger image:
+its extra pixels over the map's extra positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..algebra.axes import Window
+from ..algebra.domain import Box, spatial
+from ..errors import SplitError, headline
+from .graphs import evaluate_node
+
+PROBE = 3_548_160  # 2^10 · 3² · 5 · 7 · 11: divisible by every stride up to 12 and by 1024
+UNKNOWN = object()
+
+
+class Sizes:
+    """Meta tensors of the nodes visited so far, at each input size.
+
+    Args:
+        gm: a traced `skeleton`.
+        shape: the input without its batch, (C, *size), or (F,).
+        boxes: one for each part, in the coordinates of `size`.
+    """
+
+    def __init__(self, gm: fx.GraphModule, shape: Sequence[int], boxes: Sequence[Box]):
+        size = spatial(shape)
+        lead = (2, *shape[: len(shape) - len(size)])  # batch, channels
+        self.gm, self.boxes = gm, boxes
+        extents = [e for e in dict.fromkeys(b.extent for b in boxes) if e != size]
+        self.boxed = len(extents)
+        self.of_part = [1 + extents.index(b.extent) if b.extent in extents else 0 for b in boxes]
+        probes = [[n + PROBE * (i == axis) for i, n in enumerate(size)] for axis in range(len(size))] if extents else []
+        self.inputs = [(*lead, *s) for s in (size, *extents, *probes)]
+        self.envs: list[dict[fx.Node, Any]] = [{} for _ in self.inputs]
+
+    def first(self, node: fx.Node, dtype: torch.dtype) -> Any:
+        """Visit `node` at the global size; the value of a placeholder is the input."""
+        if node.op == "placeholder":
+            for env, shape in zip(self.envs, self.inputs):
+                env[node] = torch.empty(shape, device="meta", dtype=dtype)
+        else:
+            try:
+                self.envs[0][node] = evaluate_node(self.gm, node, self.envs[0])
+            except Exception as e:  # as in `others`
+                size = "×".join(map(str, self.inputs[0][1:]))
+                raise SplitError(
+                    f"the model does not run on images of {size}: {node.name}: {headline(e)}; "
+                    "expected channels, height, width as it takes them"
+                ) from e
+        return self.envs[0][node]
+
+    def others(self, node: fx.Node, resize: Callable | None, where: str) -> None:
+        """Visit `node` at the other sizes; `resize` stands in for an operation that cannot run there with the
+        global parameters."""
+        for i, env in enumerate(self.envs[1:], start=1):
+            if node in env:
+                continue
+            if any(env[n] is UNKNOWN for n in node.all_input_nodes):
+                env[node] = UNKNOWN
+                continue
+            try:
+                if resize is None:
+                    env[node] = evaluate_node(self.gm, node, env)
+                else:
+                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n, e=env: e[n])
+                    env[node] = resize(*args, **kwargs)
+            except Exception as e:  # any operation may refuse a size in its own way
+                if i <= self.boxed:
+                    box = "×".join(map(str, self.boxes[self.of_part.index(i)].extent))
+                    raise SplitError(
+                        f"{where} does not work on a part's box of {box} pixels ({headline(e)}); "
+                        "use larger boxes (fewer parts along an axis, more overlap) or larger images"
+                    ) from e
+                env[node] = UNKNOWN
+
+    def at(self, node: fx.Node) -> list[Any]:
+        return [env[node] for env in self.envs]
+
+    def window(self, value, dim: int) -> int | Window:
+        """The positions along a dim without channels: a number if all parts see as many, else a `Window`."""
+        size = value.at[0].shape[dim]
+        extent = tuple(value.at[i].shape[dim] for i in self.of_part)
+        if set(extent) == {size}:
+            return size
+        axis, stride = self._stride(value, dim)
+        start = (math.floor(b.start[axis] / stride + 0.5) for b in self.boxes)
+        return Window(size, tuple(max(0, min(s, size - e)) for s, e in zip(start, extent)), extent)
+
+    def _stride(self, value, dim: int) -> tuple[int, float]:
+        """The input axis that a dim belongs to, and the pixels from one position to the next."""
+        size, probes = value.at[0].shape[dim], value.at[1 + self.boxed :]
+        grown = [a for a, probe in enumerate(probes) if probe is UNKNOWN or probe.shape[dim] != size]
+        if len(grown) != 1 or probes[grown[0]] is UNKNOWN:
+            raise SplitError(
+                f"{value.op.where()}: cannot tell which pixels the {size} positions of dim {dim} belong to; "
+                f"use Domain.full({len(self.boxes)})"
+            )
+        return grown[0], PROBE / (probes[grown[0]].shape[dim] - size)
+
+    def moving(self, value) -> set[int]:
+        """The input axes along which a larger image gives a map of another shape."""
+        probes = value.at[1 + self.boxed :]
+        return {axis for axis, t in enumerate(probes) if t is UNKNOWN or t.shape != value.at[0].shape}
+
+    def aligned(self, value, dim: int) -> bool:
+        """Whether every box starts at a position of `dim` and ends inside it."""
+        (axis, stride), window = self._stride(value, dim), self.window(value, dim)
+        starts = [b.start[axis] / stride for b in self.boxes]
+        return all(s.is_integer() and s + e <= window.size for s, e in zip(starts, window.extent))
+
+    def extent(self, value, dim: int) -> Callable[[int], int]:
+        """The size of a dim without channels in part k."""
+        return lambda k: value.at[self.of_part[k]].shape[dim]

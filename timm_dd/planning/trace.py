@@ -1,0 +1,164 @@
+"""A model as an fx graph with shapes, on the meta device: no weights in memory, no arithmetic.
+
+`skeleton` copies a model's structure without its tensors, `trace` records its graph in eval mode, and
+`evaluate_node` runs one node on meta tensors, so that shapes can be had at any input size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import get_notrace_functions
+from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..errors import SplitError, headline
+from .graphs import evaluate_node, float_type, graph_module
+
+DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
+
+
+class Tracer(fx.Tracer):
+    """fx tracing with the modules that have a rule as leaves. timm marks modules as leaves too, those that branch on
+    sizes and those that work in place: these are traced through, at the sizes that the image gives. What is computed
+    from a buffer is part of the graph, as it is from a parameter.
+
+    Args:
+        inputs: of the model, by name: the image on the meta device, the defaults of the others.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, is_leaf: Callable[[nn.Module], bool], inputs: dict[str, Any]):
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self._is_leaf, self._inputs = is_leaf, inputs
+        self._env: dict[fx.Node, Any] = {}
+        self._evaluating = False
+
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        return self._is_leaf(m) or super().is_leaf_module(m, qualified_name)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """A branch on sizes goes the way it goes at the image's size; one on values of a tensor is an error of fx."""
+        self._evaluating = True
+        try:
+            for node in self.graph.nodes:
+                if node not in self._env:
+                    given = node.op == "placeholder"
+                    self._env[node] = self._inputs[node.target] if given else evaluate_node(self.root, node, self._env)
+            value = self._env[obj.node]
+        except Exception:  # any operation may fail on meta tensors; then fx says what it cannot trace
+            return super().to_bool(obj)
+        finally:
+            self._evaluating = False
+        return super().to_bool(obj) if isinstance(value, torch.Tensor) else bool(value)
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        return forward(*args, **kwargs) if self._evaluating else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
+        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence[int]) -> fx.GraphModule:
+    """The graph of a `skeleton` on images of `size`, (C, *size), in eval mode; its state dict has the model's keys, all
+    of them.
+
+    Dropout that is called as a function of `training` becomes a module, so that a part drops while it trains.
+
+    Raises:
+        SplitError: fx cannot trace the model.
+    """
+    for path, module in model.named_modules():
+        if is_parametrized(module):
+            raise SplitError(
+                f"{path or type(model).__name__} is parametrized; remove_parametrizations makes plain weights of it"
+            )
+    model.eval()
+    image, *others = inspect.signature(model.forward).parameters.values()
+    defaults = {p.name: p.default for p in others if p.default is not p.empty}
+    inputs = {image.name: torch.empty(2, *size, device="meta", dtype=float_type(model)), **defaults}
+    try:
+        graph = Tracer(is_leaf, inputs).trace(model, concrete_args=defaults or None)
+    except Exception as e:  # any code of the model runs here and may fail in its own way
+        raise SplitError(
+            f"torch.fx cannot trace {type(model).__name__}: {type(e).__name__}: {headline(e)}; "
+            "its forward must not branch on the values of tensors"
+        ) from e
+    _drop_assertions(graph)
+    _chain_in_place(graph)
+    _chunk_as_pieces(graph)
+    _dropout_as_modules(graph, model)
+    _constants_as_buffers(graph, model)
+    return graph_module(model, graph, type(model).__name__)
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    """Assertions hold global sizes; with those on arguments that were fixed to their defaults go the placeholders."""
+    first = next(iter(graph.nodes))
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and node.target in (torch._assert, torch.fx._symbolic_trace._assert_is_none):
+            _erase(graph, node)
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and not node.users and node is not first:
+            graph.erase_node(node)
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase `node`, and what was computed for it alone."""
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for n in inputs:
+        if not n.users and n.op in ("call_function", "call_method"):
+            _erase(graph, n)
+
+
+def _chain_in_place(graph: fx.Graph) -> None:
+    """Whoever reads a tensor after ``tensor.mul_(…)`` reads the result of that."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
+            before = node.args[0]
+            before.replace_all_uses_with(node, lambda user, i=order[node]: order[user] > i)
+
+
+def chunk_or_split(x: torch.Tensor, sizes: int | list[int], dim: int) -> tuple[torch.Tensor, ...]:
+    """``x.chunk`` by a count, ``x.split`` by sizes."""
+    return x.chunk(sizes, dim) if isinstance(sizes, int) else x.split(sizes, dim)
+
+
+def _chunk_as_pieces(graph: fx.Graph) -> None:
+    """Chunks of equal sizes in the model may have different ones in a part."""
+    for node in graph.nodes:
+        if node.target in (torch.chunk, "chunk"):
+            node.op, node.target = "call_function", chunk_or_split
+            node.args = tuple(_argument(node, i, name, 0) for i, name in enumerate(("input", "chunks", "dim")))
+            node.kwargs = {}
+
+
+def _dropout_as_modules(graph: fx.Graph, model: nn.Module) -> None:
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in DROPOUTS and not _argument(node, 2, "training", True):
+            model.add_module(f"_{node.name}", DROPOUTS[node.target](_argument(node, 1, "p", 0.5)))
+            with graph.inserting_before(node):
+                new = graph.call_module(f"_{node.name}", (_argument(node, 0, "input", None),))
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+
+
+def _constants_as_buffers(graph: fx.Graph, model: nn.Module) -> None:
+    """A tensor that is a plain attribute, or that the forward makes, becomes a buffer outside the state dict."""
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            path, _, leaf = node.target.rpartition(".")
+            owner = model.get_submodule(path)
+            if isinstance(owner.__dict__.get(leaf), torch.Tensor):
+                owner.register_buffer(leaf, owner.__dict__.pop(leaf), persistent=False)
+
+
+def _argument(node: fx.Node, position: int, keyword: str, default: Any) -> Any:
+    return node.kwargs.get(keyword, node.args[position] if len(node.args) > position else default)

@@ -1,0 +1,128 @@
+"""Files that are there whole or not at all: written aside, synced to disk, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..errors import MergeError
+from ..text import json_text
+
+
+@contextlib.contextmanager
+def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path`; it takes the place of `path` if the block succeeds.
+
+    Args:
+        sync: wait until the disk has it; what can be made again need not wait.
+    """
+    with _replacing(path.parent, sync) as aside:
+        yield aside(path.name)
+
+
+@contextlib.contextmanager
+def output_folder(folder: str | Path, sync: bool = True) -> Iterator[Callable[[str], Path]]:
+    """A function that gives a temporary path for the name of a file in `folder`; all of them take their places
+    together if the block succeeds, otherwise `folder` is as it was.
+
+    Args:
+        sync: as of `replacing`.
+
+    Raises:
+        MergeError: it cannot be written, or another process is writing into it.
+    """
+    folder = Path(folder)
+    made: list[Path] = []
+    try:
+        _make(folder, made)
+        with locked(folder, wait=False), _replacing(folder, sync, clean=True) as aside:
+            yield aside
+    except BaseException as e:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # another process has written into it
+                path.rmdir()
+        if isinstance(e, OSError):
+            raise MergeError(f"cannot write to {folder}: {e.strerror or e}; choose another output folder") from e
+        raise
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path, sync: bool = True, clean: bool = False) -> Iterator[Callable[[str], Path]]:
+    """Temporary paths in `folder`; `clean` removes what a process that was killed left there."""
+    temporaries: dict[Path, Path] = {}
+
+    def aside(name: str) -> Path:
+        for left in folder.glob(f".{name}.*") if clean else ():
+            left.unlink(missing_ok=True)
+        temporary = folder / f".{name}.{secrets.token_hex(4)}"
+        temporaries[temporary] = folder / name
+        return temporary
+
+    try:
+        yield aside
+        for temporary in temporaries if sync else ():
+            _sync(temporary)
+        for temporary, path in temporaries.items():
+            os.replace(temporary, path)
+        if sync:
+            _sync(folder)
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+def _make(folder: Path, made: list[Path]) -> None:
+    """Make `folder` and the folders above it, and note which were not there."""
+    for path in reversed([folder, *folder.parents]):
+        if not path.exists():
+            with contextlib.suppress(FileExistsError):  # made by another process just now
+                path.mkdir()
+                made.append(path)
+    if not folder.is_dir():
+        raise NotADirectoryError(0, "it is a file")
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the folder's lock, which the system takes back even from a process that is killed.
+
+    Raises:
+        MergeError: another process holds it, and this one is not to wait.
+    """
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(fd)
+        raise MergeError(f"another process is writing into {folder}; wait for it, or choose another folder") from e
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def remove_temporaries(folder: Path, before: float) -> None:
+    """Remove what `replacing` left in `folder` and below when a process was killed, if older than the time `before`."""
+    for path in folder.rglob(".*.*"):
+        if path.is_file() and path.stat().st_mtime < before:
+            path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_json(path: Path, value) -> None:
+    """Write `value` in the place of `path`."""
+    with replacing(path) as temporary:
+        temporary.write_text(json_text(value), encoding="utf-8")

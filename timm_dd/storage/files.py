@@ -1,0 +1,343 @@
+"""Folders of parts and composed models, as safetensors and JSON.
+
+A folder of parts holds ``plan.json`` and ``part-0000k-of-0000K.safetensors``, sealed, whose metadata say what they are.
+A composed model is timm's form: ``model.safetensors``, ``config.json``. The README's last section describes the format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ..errors import MergeError, headline, shown
+from ..planning.plan import FORMAT, Plan
+from ..text import json_text
+from ..version import __version__
+from . import tensorfile
+from .atomic import output_folder, replacing
+from .tensorfile import READ_ERRORS, TensorFile, to_raw
+
+PLAN, MODEL = "plan.json", "model.safetensors"
+LARGEST_PLAN = 100 << 20  # bytes, as the header of a safetensors file
+
+
+def part_name(k: int, parts: int) -> str:
+    return f"part-{k:05d}-of-{parts:05d}.safetensors"
+
+
+# ---- writing
+
+
+def save_parts(
+    folder: str | Path,
+    plan: Plan,
+    states: Sequence[Mapping[str, torch.Tensor]],
+    seed: int | None = None,
+    epoch: int | None = None,
+) -> None:
+    """Write the plan and its K parts: all of them, or none."""
+    digest = plan.digest()
+    with output_folder(folder) as aside:
+        for k, state in enumerate(states):
+            write_part(aside(part_name(k, plan.parts)), plan, digest, k, state, seed, epoch)
+        aside(PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
+
+
+def save_part(folder: Path, plan: Plan, k: int, state: Mapping[str, torch.Tensor], seed: int, epoch: int) -> None:
+    with replacing(folder / part_name(k, plan.parts)) as temporary:
+        write_part(temporary, plan, plan.digest(), k, state, seed, epoch)
+
+
+def write_part(
+    path: Path,
+    plan: Plan,
+    digest: str,
+    k: int,
+    state: Mapping[str, torch.Tensor],
+    seed: int | None,
+    epoch: int | None,
+) -> None:
+    """Write part k; `state` is its state dict, `digest` the plan's. The same tensors give the same bytes.
+
+    Args:
+        seed: of the fresh weights; None if not known.
+        epoch: how many it was trained for; None if not known.
+    """
+    about = {"model_args": plan.model_args, "domain": plan.domain.to_json(), "seed": seed, "epoch": epoch}
+    made = {"timm_dd": __version__, "timm": version("timm")}
+    metadata = {
+        **_identity(plan, k, digest),
+        **{name: json.dumps(value) for name, value in about.items()},
+        **made,
+    }
+    _write(path, state, metadata, sealed=True)
+
+
+def _identity(plan: Plan, k: int, digest: str) -> dict[str, str]:
+    """The metadata by which a part is known to be the plan's."""
+    numbers = {"timm_dd.format": FORMAT, "part": k, "parts": plan.parts}
+    return {**{name: str(n) for name, n in numbers.items()}, "model": plan.model or "", "plan": digest}
+
+
+def _write(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str], sealed: bool = False) -> None:
+    """Write a state dict, the largest elements first: so all are aligned, and tensors of one dtype are together."""
+    state = dict(sorted(state.items(), key=lambda item: -item[1].dtype.itemsize))
+    specs = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
+    tensorfile.write(path, specs, map(to_raw, state.values()), metadata, sealed)
+
+
+def save_model(folder: str | Path, model: nn.Module, config: dict | None, about: Mapping[str, str]) -> None:
+    """Write a model in timm's form; `about` it goes into the metadata."""
+    with output_folder(folder) as aside:
+        _write(aside(MODEL), model.state_dict(), about)
+        write_config(aside, config)
+
+
+def write_config(aside: Callable[[str], Path], config: dict | None) -> None:
+    if config is not None:
+        aside("config.json").write_text(json_text(config), encoding="utf-8")
+
+
+def summary(plan: Plan, digest: str, head: str = "sum") -> dict[str, str]:
+    """What a composed model's metadata say of how it was made; `digest` is the plan's."""
+    reasons = dict.fromkeys(reason for *_, reason in plan.approximations)
+    about = {"parts": str(plan.parts), "domain": str(plan.domain), "approximate": "; ".join(reasons), "head": head}
+    return {"timm_dd": __version__, "timm": version("timm"), "plan": digest, **about}
+
+
+# ---- reading
+
+
+def load_composed(folder: str | Path, model: nn.Module) -> None:
+    """Give `model` the weights of a composed model in `folder`, each in its own dtype.
+
+    Raises:
+        MergeError: no such file, damaged, or of another model.
+    """
+    path = Path(folder) / MODEL
+    if not path.is_file():
+        raise MergeError(f"no {MODEL} in {folder}; expected a folder written by merge_files or timm-dd merge")
+    with _reading(path, "compose the parts again"):
+        state = load_file(path)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as e:
+        raise MergeError(f"{path} is of another model ({headline(e)}); use the one composed of these parts") from e
+
+
+class PartsFolder:
+    """A folder of parts, open for reading.
+
+    Args:
+        folder: on this machine, or ``hf-hub:USER/REPO[@revision]``.
+
+    Attributes:
+        plan: of all of them.
+        digest: of the plan as it is written there: a later version may describe the same plan in other words.
+
+    Raises:
+        MergeError: no such folder, no plan, or not a plan of this format.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.path = _local(folder)
+        described, self.digest = _read_plan(self.path / PLAN)
+        try:
+            self.plan = Plan.from_json(described)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as e:
+            raise MergeError(
+                f"{self.path / PLAN} is not a whole plan ({type(e).__name__}: {headline(e)}); it is damaged, "
+                "write the parts again"
+            ) from e
+        self._files = contextlib.ExitStack()
+        self._opened: dict[int, TensorFile] = {}
+
+    def open(self, k: int) -> TensorFile:
+        """Part k's file, its header checked against the plan.
+
+        Raises:
+            MergeError: missing, there twice, truncated, of another K, model or plan, or with a tensor of a wrong shape.
+        """
+        path = self._part_path(k)
+        with _reading(path):
+            file = self._files.enter_context(TensorFile(path))
+        self._opened[k] = file
+        _check_metadata(path, _identity(self.plan, k, self.digest), file.metadata)
+        _check_names(self.plan, set(file.tensors), str(path))
+        for name, entry in file.tensors.items():
+            _check_shape(self.plan, k, name, entry.shape, str(path))
+        return file
+
+    def check(self, k: int) -> None:
+        """Read all of part k, which is open.
+
+        Raises:
+            MergeError: its bytes are not those that were written, or a tensor is not finite.
+        """
+        path = self._opened[k].path
+        with _reading(path):
+            sealed, infinite = self._opened[k].scan()
+        if not sealed:
+            raise MergeError(
+                f"{path} is damaged or was changed: its bytes do not have the checksum in its metadata; "
+                "copy or write this part again"
+            )
+        if infinite is not None:
+            raise MergeError(f"{path}: {shown(infinite)} is not finite; {_TRAIN_AGAIN}")
+
+    def rows(self, k: int, name: str, first: int, last: int) -> np.ndarray:
+        """Rows [first, last) of a tensor of part k, which is open, as integers."""
+        file = self._opened[k]
+        try:
+            return file.rows(name, first, last)
+        except READ_ERRORS as e:
+            raise _unreadable(file.path, e) from e
+
+    def load(self, k: int) -> dict[str, torch.Tensor]:
+        """Part k's state dict.
+
+        Raises:
+            MergeError: as `open` and `check`.
+        """
+        path = self.open(k).path
+        self.check(k)
+        with _reading(path):
+            return load_file(path)
+
+    def history(self) -> tuple[int | None, int | None]:
+        """Seed and epoch of part 0, which is open."""
+        seed, epoch = (self._opened[0].metadata.get(key) for key in ("seed", "epoch"))
+        return tuple(int(n) if n is not None and n.isdecimal() else None for n in (seed, epoch))
+
+    def _part_path(self, k: int) -> Path:
+        """Part k's file, in the folder itself or, as a training run leaves it, in a folder of its own."""
+        name = part_name(k, self.plan.parts)
+        found = [p for p in (self.path / name, self.path / str(k) / name) if p.is_file()]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise MergeError(f"{self.path} has part {k} twice, {found[0]} and {found[1]}; remove one")
+        others = [p for pattern in ("part-*.safetensors", "*/part-*.safetensors") for p in self.path.glob(pattern)]
+        raise MergeError(
+            f"{name} is missing in {self.path}, which has {len(others)} of {self.plan.parts} parts; train or copy it"
+        )
+
+    def close(self) -> None:
+        self._files.close()
+
+    def __enter__(self) -> PartsFolder:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _local(folder: str | Path) -> Path:
+    if not str(folder).startswith("hf-hub:"):
+        return Path(folder)
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = str(folder).removeprefix("hf-hub:").partition("@")
+    try:
+        found = snapshot_download(repo, revision=revision or None, allow_patterns=[PLAN, "*part-*.safetensors"])
+    except Exception as e:  # of huggingface_hub, and of whichever HTTP library it uses
+        raise MergeError(f"{folder} cannot be downloaded ({headline(e)}); check its name and your login") from e
+    return Path(found)
+
+
+def _read_plan(path: Path) -> tuple[dict, str]:
+    """A plan in JSON, and its digest."""
+    try:
+        if not path.is_file():  # a pipe, for one, would be waited for
+            raise FileNotFoundError(errno.ENOENT, "no such file")
+        if path.stat().st_size > LARGEST_PLAN:
+            raise MergeError(f"{path} has more than {LARGEST_PLAN:,} bytes; this is no plan")
+        text = path.read_bytes()
+        d = json.loads(text)
+    except OSError as e:
+        raise MergeError(
+            f"no {PLAN} in {path.parent} ({e.strerror}); expected a folder written by Parts.save or timm-dd split"
+        ) from e
+    except (ValueError, RecursionError) as e:
+        if isinstance(e, MergeError):
+            raise
+        raise MergeError(f"{path} is not JSON ({headline(e)}); it is damaged, write the parts again") from e
+    if not isinstance(d, dict) or d.get("format") != FORMAT:
+        found = d.get("format") if isinstance(d, dict) else type(d).__name__
+        raise MergeError(f"{path} has format {shown(found)}, {_OTHER_VERSION}")
+    return d, sha256(text).hexdigest()
+
+
+_OTHER_VERSION = f"timm_dd {__version__} reads format {FORMAT}; use the version that wrote it, or a newer one"
+_TRAIN_AGAIN = "train this part again with a smaller learning rate"
+
+
+@contextlib.contextmanager
+def _reading(path: Path, remedy: str = "write this part again") -> Iterator[None]:
+    try:
+        yield
+    except READ_ERRORS as e:
+        raise _unreadable(path, e, remedy) from e
+
+
+def _unreadable(path: Path, error: Exception, remedy: str = "write this part again") -> MergeError:
+    return MergeError(f"{path} cannot be read ({headline(error)}); it is truncated or damaged, {remedy}")
+
+
+def _check_metadata(path: Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    if "timm_dd.format" not in found:
+        raise MergeError(f"{path} was not written by timm_dd; use the parts that go with {PLAN}")
+    if found["timm_dd.format"] != expected["timm_dd.format"]:
+        raise MergeError(f"{path} has format {shown(found['timm_dd.format'])}, {_OTHER_VERSION}")
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise MergeError(
+                f"{path} belongs to another split: its {key} is {shown(found.get(key))}, expected {shown(value)}; "
+                f"use the parts that go with {PLAN}"
+            )
+
+
+def check_state(plan: Plan, k: int, state: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise MergeError unless `state` has part k's tensors, of the plan's shapes and finite."""
+    _check_names(plan, set(state), where)
+    for name, tensor in state.items():
+        _check_shape(plan, k, name, tuple(tensor.shape), where)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise MergeError(f"{where}: {name} is not finite; {_TRAIN_AGAIN}")
+
+
+def common_dtypes(parts: Sequence[Mapping[str, torch.dtype]]) -> Mapping[str, torch.dtype]:
+    """The dtype of every tensor; MergeError unless it is the same in all parts."""
+    for k, dtypes in enumerate(parts):
+        for name, dtype in dtypes.items():
+            if dtype != parts[0][name]:
+                raise MergeError(
+                    f"part {k}: {name} is {dtype}, in part 0 it is {parts[0][name]}; convert the parts to one dtype"
+                )
+    return parts[0]
+
+
+def _check_names(plan: Plan, names: set[str], where: str) -> None:
+    unknown, missing = names - plan.tensors.keys(), plan.tensors.keys() - names
+    if unknown or missing:
+        what = f"lacks {shown(min(missing))}" if missing else f"has {shown(min(unknown))}, which the plan does not know"
+        raise MergeError(f"{where} {what}; it is a part of another model, use the parts that go with {PLAN}")
+
+
+def _check_shape(plan: Plan, k: int, name: str, shape: tuple[int, ...], where: str) -> None:
+    expected = plan.tensors[name].part_shape(k, plan.divisor)
+    if shape != expected:
+        raise MergeError(
+            f"{where}: {shown(name)} has shape {shown(shape)}, expected {shown(expected)}; "
+            "it is a part of another split"
+        )

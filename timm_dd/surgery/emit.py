@@ -1,0 +1,141 @@
+"""Restriction of a graph and of its tensors to part k, as a plan says; knows no operation."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .. import models
+from ..errors import MergeError
+from ..planning.graphs import copy_graph, graph_module
+from ..planning.plan import Plan, TensorPlan
+
+
+def plan_model(plan: Plan, model: nn.Module | None) -> nn.Module:
+    """The global model's structure: timm's, without weights where it computes nothing, or the module that was split."""
+    if plan.model is not None:
+        models.check_known(plan.model, plan.model_args)
+        create = models.create if plan.constants else models.create_empty
+        return create(plan.model, **plan.model_args)
+    if model is None:
+        raise MergeError("these parts come from a module, not from a timm name; pass that module as `model`")
+    return model
+
+
+def emit(
+    graph: fx.GraphModule, plan: Plan, k: int, tensors: Mapping[str, torch.Tensor], training: bool = True
+) -> fx.GraphModule:
+    """Part k: a copy of the traced `graph` with the plan's edits and `tensors`, part k's by name."""
+    part, copied = copy_graph(graph)
+    nodes = {n.name: n for n in copied.nodes}
+    modules = dict(part.named_modules(remove_duplicate=False))
+    for edit in plan.edits:
+        if not edit.where:
+            _fix(nodes[edit.node], edit.values[k])
+        elif edit.where[-1] == "*":
+            _scale(nodes[edit.node], edit.where, edit.values[k])
+        elif edit.module is None:
+            node, (side, *where) = nodes[edit.node], edit.where
+            setattr(node, side, _replace(getattr(node, side), where, edit.values[k]))
+        else:
+            *path, attr = edit.where
+            owner = modules[".".join((edit.module, *path))]
+            value = edit.values[k]
+            setattr(owner, attr, tuple(value) if isinstance(value, (list, tuple)) else value)
+    for output in plan.outputs:
+        _spread(part, nodes[output.node], output.dim, output.axis.size, output.axis.index(k, plan.divisor))
+    new: dict[int, torch.Tensor] = {}  # by the identity of the old: what was tied stays tied
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        trained = leaf in modules[path]._parameters
+        own = modules[path]._parameters if trained else modules[path]._buffers
+        old = own[leaf]
+        if id(old) not in new:
+            new[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if trained else tensor
+        setattr(modules[path], leaf, new[id(old)])
+    return graph_module(part, copied, type(graph).__name__).train(training)
+
+
+def _fix(node: fx.Node, value: Any) -> None:
+    """Put a number in the place of a node."""
+    for user in list(node.users):
+        user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), lambda n: value if n is node else n)
+
+
+def _scale(node: fx.Node, where: tuple, value: float) -> None:
+    """Multiply an argument of a node by a number."""
+    side, i, _ = where
+    with node.graph.inserting_before(node):
+        scaled = node.graph.call_function(operator.mul, (getattr(node, side)[i], value))
+    setattr(node, side, _replace(getattr(node, side), (i,), scaled))
+
+
+def _spread(part: nn.Module, node: fx.Node, dim: int, size: int, index: torch.Tensor) -> None:
+    """Put what leaves the network at `node` in its place among zeros: prolongation of features."""
+    graph, name = node.graph, f"_{node.name}_{dim}"
+    part.register_buffer(name, index, persistent=False)
+    output = next(iter(reversed(graph.nodes)))
+    with graph.inserting_before(output):
+        spread = graph.call_function(prolong, (node, dim, size, graph.get_attr(name)))
+    output.args = fx.node.map_arg(output.args, lambda n: spread if n is node else n)
+
+
+def prolong(x: torch.Tensor, dim: int, size: int, index: torch.Tensor) -> torch.Tensor:
+    """`x` at the indices `index` of a dim of `size`, and zeros elsewhere."""
+    shape = [*x.shape[:dim], size, *x.shape[dim + 1 :]]
+    return x.new_zeros(shape).index_copy(dim, index.to(x.device), x)
+
+
+def _replace(argument: Any, where: Sequence, value: Any) -> Any:
+    """`argument` with `value` at `where`, a path through tuples, lists, dicts and slices."""
+    if not where:
+        return list(value) if isinstance(value, tuple) else value
+    step, *rest = where
+    if isinstance(argument, slice):
+        bounds = {"start": argument.start, "stop": argument.stop, "step": argument.step, step: value}
+        return slice(bounds["start"], bounds["stop"], bounds["step"])
+    if isinstance(argument, Mapping):
+        return {**argument, step: _replace(argument[step], rest, value)}
+    return type(argument)(_replace(a, rest, value) if i == step else a for i, a in enumerate(argument))
+
+
+def _slices(
+    plan: Plan, k: int, model: nn.Module, graph: fx.GraphModule, names: Iterable[str], fresh: bool = False
+) -> dict[str, torch.Tensor]:
+    """Part k's slices of a model's tensors; those of a fresh model's weights re-scaled. A tensor that the model makes
+    while it runs is in the graph alone."""
+    slices = {}
+    for name in names:
+        t = plan.constants.get(name) or plan.tensors[name]
+        tensor = _attribute(model, name)
+        slices[name] = restrict((_attribute(graph, name) if tensor is None else tensor).detach(), t, k, plan)
+        if fresh and t.scale:
+            slices[name].mul_(t.scale[k])
+    return slices
+
+
+def _attribute(module: nn.Module, name: str) -> torch.Tensor | None:
+    for step in name.split("."):
+        module = getattr(module, step, None)
+    return module
+
+
+def restrict(tensor: torch.Tensor, t: TensorPlan, k: int, plan: Plan) -> torch.Tensor:
+    """Part k's block of a global tensor, a copy. A summed bias is shared out: b/K to each of its K owners, and to the
+    last what is left. Shares are multiples of b's last digit, so that they add up to b without rounding."""
+    block = tensor
+    for dim, index in enumerate(t.index(k, plan.divisor)):
+        if index is not None:
+            block = block.index_select(dim, index.to(tensor.device))
+    if t.reduce != "sum":
+        return block.clone(memory_format=torch.contiguous_format) if block is tensor else block
+    owners = torch.zeros(plan.parts + 1, *t.shape)  # of each element among the first 0, 1 … K parts
+    for j in range(plan.parts):
+        owners[j + 1 :][(slice(None), *t.block(j, plan.divisor))] += 1
+    before, total = (owners[i][t.block(k, plan.divisor)].to(tensor) for i in (k, -1))
+    share = (block + block / total) - block
+    return torch.where(before + 1 < total, share, block - (total - 1) * share)

@@ -1,0 +1,82 @@
+"""Prolongation: K parts become the model itself, each part's weights in its own blocks, zero between them.
+
+`merge` gives a model in memory; `files.merge_files` does the same from disk to disk. Both are loops over `merge_rows`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from .. import models
+from ..errors import MergeError, SplitError
+from ..planning.plan import Plan
+from ..storage import files
+from ..storage.merge_files import check_mergeable, count_rows, merge_rows
+from ..storage.tensorfile import from_raw, to_raw
+from .emit import plan_model
+from .parts import Parts
+
+
+def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | None = None) -> nn.Module:
+    """The global model with the parts' weights, ready to train or to save.
+
+    Args:
+        parts: from `split`, or the folder that `Parts.save` wrote, or ``hf-hub:USER/REPO``.
+        head: ``sum`` the parts' logits, (2.16); ``mean`` for regression, (2.22).
+        model: the module that was split, where parts on disk come from one.
+
+    Raises:
+        MergeError: a part is missing, damaged, not finite, or of another split.
+    """
+    if isinstance(parts, Parts):
+        plan, states = parts.plan, [part.state_dict() for part in parts]
+        model = parts.origin if model is None else model
+        for k, state in enumerate(states):
+            files.check_state(plan, k, state, f"part {k}")
+    else:
+        with files.PartsFolder(parts) as folder:
+            plan, states = folder.plan, [folder.load(k) for k in range(folder.plan.parts)]
+    check_mergeable(plan, head)
+    dtypes = files.common_dtypes([{name: t.dtype for name, t in state.items()} for state in states])
+    pieces = [{name: to_raw(t) for name, t in state.items()} for state in states]
+
+    def rows(k: int, name: str, first: int, last: int) -> np.ndarray:
+        return np.atleast_1d(pieces[k][name])[first:last]
+
+    state = {}
+    for name, t in plan.tensors.items():
+        value = merge_rows(plan, name, dtypes[name], rows, 0, count_rows(t), head)
+        state[name] = from_raw(value, dtypes[name]).reshape(t.shape)
+    merged = _blank(plan, model)
+    _load(merged, state)
+    return merged
+
+
+def _blank(plan: Plan, model: nn.Module | None) -> nn.Module:
+    """The global model, to be given its weights."""
+    if plan.model is None:
+        return copy.deepcopy(plan_model(plan, model))
+    models.check_known(plan.model, plan.model_args)
+    try:
+        return models.create(plan.model, **plan.model_args)
+    except SplitError as e:
+        raise MergeError(f"the plan does not fit its model: {e}") from e
+
+
+def _load(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Give `model` the tensors of `state`, each in its own dtype; what was tied stays tied."""
+    dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
+    for name, own in model.named_buffers():
+        if name not in state and own.is_floating_point():
+            own.data = own.data.to(dtype)
+    for name, own in model.state_dict(keep_vars=True).items():
+        if name not in state or state[name].shape != own.shape:
+            found = f"of shape {tuple(state[name].shape)}" if name in state else "missing"
+            raise MergeError(f"the plan does not fit its model: {name}, {tuple(own.shape)} in the model, is {found}")
+        own.data = state[name].to(own.device)

@@ -1,0 +1,206 @@
+"""The K parts as one network on stacked crops: one launch does the work of K.
+
+The packed graph is a part's graph in which each operation is that of all parts: `torch.vmap` over the part makes
+convolutions grouped ones with K times the groups, linear layers batched products; a BatchNorm of K parts is one of K
+times the channels. Tensors pass from node to node with the parts as their first dim. So a packed network is an
+ordinary GraphModule, a function of its parameters, its buffers and x, which ``torch.compile(fullgraph=True)`` takes as
+one graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from ..errors import SplitError
+from ..planning.graphs import CONTENTS, Graph, copy_graph, graph_module
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+OF_BATCH_NORM = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+NUMBERS = (int, float, str, bool, tuple, type(None))
+
+
+class PackedGraph(Graph):
+    """A part's graph, and all parts' tensors, stacked: (K, B, C, *box) -> (K, B, classes).
+
+    State dict keys are the global model's, shapes (K, *a part's). Dropout draws for each part.
+    """
+
+    def load(self, parts: Iterable[nn.Module]) -> None:
+        """Copy the parts' weights and statistics in."""
+        for own, t in self._slices(parts):
+            own.copy_(t.detach())
+
+    def unload(self, parts: Iterable[nn.Module]) -> None:
+        """Copy weights and statistics out, into the parts."""
+        for own, t in self._slices(parts):
+            t.detach().copy_(own)
+
+    def share_storage(self, parts: Iterable[nn.Module]) -> None:
+        """From now on the parts' tensors are views of these: what trains one trains the other."""
+        for own, t in self._slices(parts):
+            t.data = own
+
+    def scatter_gradients(self, parts: Iterable[nn.Module]) -> None:
+        """Give each part's parameters their gradients, views of those here."""
+        for k, part in enumerate(parts):
+            for own, p in zip(self.parameters(), part.parameters()):
+                p.grad = None if own.grad is None else own.grad[k]
+
+    def _slices(self, parts: Iterable[nn.Module]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(part k's slice here, part k's tensor), of all of them."""
+        parts, mine = list(parts), [t.detach() for _, t in _tensors(self)]
+        if any(len(t) != len(parts) for t in mine):
+            raise SplitError(f"expected the {len(mine[0])} parts that are packed, got {len(parts)}")
+        for k, part in enumerate(parts):
+            yield from ((own[k], t) for own, (_, t) in zip(mine, _tensors(part)))
+
+
+class PackedModule(nn.Module):
+    """A module of all parts, with the tensors and modules of `module`, (K, *a part's), under their names."""
+
+    def __init__(self, module: nn.Module, parts: int):
+        super().__init__()
+        for contents in CONTENTS:
+            self.__dict__[contents] = module.__dict__[contents]
+        # In a tuple, so that it is no submodule: what it holds are this module's own dicts.
+        self._of_part, self._parts = (module,), parts
+        self.train(module.training)
+
+    def train(self, mode: bool = True) -> PackedModule:
+        self._of_part[0].training = mode
+        return super().train(mode)
+
+    def forward(self, *args, **kwargs) -> Any:
+        call = functools.partial(functional_call, *self._of_part)
+        return over_parts(call, self._parts, dict(_tensors(self)), args, kwargs)
+
+
+class PackedBatchNorm(PackedModule):
+    """(K, B, C, *): one of K times the channels. torch's own rule for vmap passes over the maps several times."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = {name: t.flatten() for name, t in _tensors(self)}
+        y = functional_call(*self._of_part, state, (x.movedim(0, 1).flatten(1, 2),))
+        return y.unflatten(1, (self._parts, -1)).movedim(1, 0)
+
+
+def over_parts(function: Callable, parts: int, *args, **kwargs) -> Any:
+    """``function(*args, **kwargs)`` of each part. Tensors among the arguments and results are all parts', stacked; what
+    is no tensor is the same for all parts."""
+    leaves, spec = tree_flatten((args, kwargs))
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    if not tensors:
+        made = function(*args, **kwargs)
+        return tree_map_only(torch.Tensor, lambda t: t.expand(parts, *t.shape), made)
+    plain: list[Any] = []
+
+    def of_part(*values: torch.Tensor) -> Any:
+        own = list(leaves)
+        for i, value in zip(tensors, values):
+            own[i] = value
+        given, named = tree_unflatten(own, spec)
+        result = function(*given, **named)
+        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
+            return result
+        plain.append(result)  # a size, a dtype: nothing that vmap returns
+        return ()
+
+    result = vmap(of_part, randomness="different")(*(leaves[i] for i in tensors))
+    return plain[0] if plain else result
+
+
+def pack(parts: Sequence[fx.GraphModule]) -> PackedGraph:
+    """The `parts` as one network, with copies of their tensors.
+
+    Raises:
+        SplitError: they have different shapes or numbers.
+    """
+    check_alike(parts)
+    rows = zip(*(_tensors(part) for part in parts))
+    stacked = {id(row[0][1]): _stack([t for _, t in row]) for row in rows}
+    root, graph = copy_graph(parts[0])
+    for module in root.modules():
+        for own in (module._parameters, module._buffers):
+            own.update((leaf, stacked[id(t)]) for leaf, t in own.items() if t is not None)
+        if getattr(module, "inplace", False):  # in place on a view of all parts' costs copies of them all
+            module.inplace = False
+    _pack_modules(root, graph, len(parts))
+    _pack_functions(graph, len(parts))
+    return graph_module(root, graph, f"Packed{type(parts[0]).__name__}", PackedGraph).train(parts[0].training)
+
+
+def _pack_modules(root: nn.Module, graph: fx.Graph, parts: int) -> None:
+    """Put packed modules in the places of those that the graph calls."""
+    new: dict[int, PackedModule] = {}
+    for path in dict.fromkeys(node.target for node in graph.nodes if node.op == "call_module"):
+        owner, _, leaf = path.rpartition(".")
+        module = root.get_submodule(path)
+        if id(module) not in new:
+            own = {name for name, _ in _tensors(module)}
+            plain = isinstance(module, BATCH_NORMS) and own <= OF_BATCH_NORM
+            new[id(module)] = (PackedBatchNorm if plain else PackedModule)(module, parts)
+        root.get_submodule(owner)._modules[leaf] = new[id(module)]
+
+
+def _pack_functions(graph: fx.Graph, parts: int) -> None:
+    for node in graph.nodes:
+        if node.op == "call_method":
+            node.op, node.target = "call_function", functools.partial(_method, node.target)
+            node.target = _packed(node, parts)
+        elif node.op == "call_function":
+            node.target = _packed(node, parts)
+
+
+def _method(name: str, x: Any, *args, **kwargs) -> Any:
+    return getattr(x, name)(*args, **kwargs)
+
+
+def _packed(node: fx.Node, parts: int) -> Callable:
+    """The node's function, of all parts, with the node's name."""
+    function = node.target
+
+    def packed(*args, **kwargs):
+        return over_parts(function, parts, *args, **kwargs)
+
+    packed.__name__ = packed.__qualname__ = node.name
+    return packed
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return chain(module.named_parameters(), module.named_buffers())
+
+
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(K, *shape), in the memory format of the K."""
+    own = [t.detach() for t in tensors]
+    new = torch.cat(own).unflatten(0, (len(own), -1)) if own[0].ndim else torch.stack(own)
+    return nn.Parameter(new, tensors[0].requires_grad) if isinstance(tensors[0], nn.Parameter) else new
+
+
+def check_alike(parts: Sequence[fx.GraphModule]) -> None:
+    """Raise SplitError unless `parts` can be packed."""
+    for k, part in enumerate(parts):
+        for (name, a), (_, b) in zip(_numbers(parts[0]), _numbers(part)):
+            if a != b:
+                raise SplitError(
+                    f"parts that are packed have the same numbers, but {name} is {a} in part 0 and {b} in part {k}; "
+                    "choose K that divides all widths and boxes of one size, or train the parts one after another"
+                )
+
+
+def _numbers(part: fx.GraphModule) -> Iterator[tuple[str, Any]]:
+    """All that may differ between parts of one network: shapes, attributes of modules, arguments of nodes."""
+    for name, t in _tensors(part):
+        yield name, tuple(t.shape)
+    for path, module in part.named_modules():
+        yield from ((f"{path}.{name}", v) for name, v in vars(module).items() if isinstance(v, NUMBERS))
+    for node in part.graph.nodes:
+        yield f"node {node.name}", (str(node.args), str(node.kwargs))

@@ -1,0 +1,26 @@
+"""Rows of text in aligned columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from .errors import MergeError
+
+
+def json_text(value) -> str:
+    """`value` as it stands in our files.
+
+    Raises:
+        MergeError: it holds what JSON has no words for.
+    """
+    try:
+        return json.dumps(value, indent=1) + "\n"
+    except (TypeError, ValueError, RecursionError) as e:
+        raise MergeError(f"only numbers, texts and lists can be written ({e}); give the model other arguments") from e
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """`rows`, the first of them the heading, as lines of left-aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
