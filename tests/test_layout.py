@@ -14,7 +14,7 @@ import tomllib
 import timm_dd
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "timm_dd"
+PACKAGE = Path(timm_dd.__file__).parent
 # Each imports only from those before it and from itself; those of one line do not import each other.
 LAYERS = [
     {"version"},
