@@ -42,7 +42,7 @@ def einsum(op: Op, equation: str, *operands) -> Value:
 def _einsum(op: Op, operands: Sequence[tuple[Value, Sequence[str]]], output: Sequence[str]) -> Value:
     """Dims of one name are unified; those that the output lacks are summed."""
     axes: dict[str, Axis | None] = {}
-    trained = [op.planner.trained(value) for value, _ in operands]
+    trained = [op.trained(value) for value, _ in operands]
     for (value, names), weight in zip(operands, trained):
         for dim, name in enumerate(names):
             if value.shape[dim] == 1:
@@ -50,19 +50,13 @@ def _einsum(op: Op, operands: Sequence[tuple[Value, Sequence[str]]], output: Seq
                 continue
             axis = value.axes[dim]
             if weight and name in output and axis is not None:
-                _activate(op, axis)
+                op.activate(axis)
             axes[name] = op.unify(axes[name], axis) if axes.get(name) is not None else axis
     over = [axes[name] for name in axes if name not in output and axes[name] is not None]
     op.reduces_over(*over)
     params = frozenset(filter(None, trained)) or frozenset([laws.UNSCALABLE])
     law = functools.reduce(lambda inner, axis: laws.summed(axis, inner, params), over, laws.product)
     return op.result([axes[name] for name in output], law, *(value for value, _ in operands))
-
-
-def _activate(op: Op, axis: Axis) -> None:
-    """What a parameter gives are channels."""
-    for w in axis.widths():
-        w.active, w.origin = True, w.origin or op.where()
 
 
 @rule(F.scaled_dot_product_attention)

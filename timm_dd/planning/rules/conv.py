@@ -59,7 +59,7 @@ def std_conv(op: Op, x: Value) -> Value:
     over, into, groups, group_in, _ = _group_axes(op, op.axis(x, 1), m.groups, m.out_channels)
 
     def ratio(k: int) -> float:
-        return group_in.size / op.planner.part_size(group_in, k)
+        return group_in.size / op.part_size(group_in, k)
 
     op.param("weight", into, group_in, None, None, outside="mean")
     op.param("bias", into)
@@ -121,7 +121,7 @@ def functional_conv(op: Op, x, weight, bias=None, stride=1, padding=0, dilation=
         op.unify(into, op.axis(bias, 0))
     if groups > 1:
         op.arg(*op.argument(6, "groups"), value=g)
-    positions, law = slide(op, x, contract(into, over, op.planner.trained(weight), op.planner.trained(bias)))
+    positions, law = slide(op, x, contract(into, over, op.trained(weight), op.trained(bias)))
     return op.result((x.axes[0], into, *positions), law, x, weight, bias)
 
 

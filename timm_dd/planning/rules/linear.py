@@ -28,10 +28,9 @@ def functional_linear(op: Op, x: Value, weight: Value, bias: Value | None = None
     """The same with parameters of the module around: timm's own Linear classes, hand-written heads."""
     over = op.unify(op.axis(x, -1), op.axis(weight, 1))
     into = op.axis(weight, 0)
-    for w in into.widths():
-        w.active, w.origin = True, w.origin or op.where()
+    op.activate(into)
     if bias is not None:
         into = op.unify(into, op.axis(bias, 0))
     op.resize = lambda t, w, b=None: t.new_empty(*t.shape[:-1], w.shape[0])
-    law = contract(into, over, op.planner.trained(weight), op.planner.trained(bias))
+    law = contract(into, over, op.trained(weight), op.trained(bias))
     return op.result((*x.axes[:-1], into), law, x, weight, bias)

@@ -105,11 +105,9 @@ def _grouped(op: Op, axis: Axis, groups: int, law: Law):
     if groups >= op.divisor * len(axis.resolve().terms):
         outer, inside = op.grouped(groups, axis)
         return outer, cross_channel(inside, reason, law)
-    op.planner.thresholds.add(groups)
+    op.threshold(groups)
     op.reduces_over(axis)
-    return (lambda k: math.gcd(groups // op.divisor or 1, op.planner.part_size(axis, k))), cross_channel(
-        axis, reason, law
-    )
+    return (lambda k: math.gcd(groups // op.divisor or 1, op.part_size(axis, k))), cross_channel(axis, reason, law)
 
 
 @rule(*LAST_DIMS)
@@ -142,7 +140,7 @@ def _layer_norm(op: Op, x: Value, axes) -> Value:
 
 
 def _part_sizes(op: Op, axes, sizes):
-    return lambda k: [n if a is None else op.planner.part_size(a, k) for a, n in zip(axes, sizes)]
+    return lambda k: [n if a is None else op.part_size(a, k) for a, n in zip(axes, sizes)]
 
 
 def _over(op: Op, axes, law: Law) -> Law:

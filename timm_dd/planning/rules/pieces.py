@@ -74,7 +74,7 @@ def _by_sizes(op: Op, x: Value, dim: int, where: tuple) -> tuple[Value, ...]:
     if cuts is None:
         cuts = _cut_inner(axis, len(sizes))
         law = laws.cross_channel(axis, "cuts through channels that belong together: each part cuts its own", law)
-    op.arg(*where, value=lambda k: [op.planner.part_size(cut, k) for cut in cuts])
+    op.arg(*where, value=lambda k: [op.part_size(cut, k) for cut in cuts])
     dim %= len(x.axes)
     return tuple(op.result((*x.axes[:dim], cut, *x.axes[dim + 1 :]), law, x) for cut in cuts)
 
@@ -87,7 +87,7 @@ def _cut(op: Op, axis: Axis, sizes: list[int]) -> list[Axis] | None:
     )
     if tied:
         each = [w.size // len(sizes) for w in axis.widths()]
-        op.planner.thresholds.update(each)
+        op.threshold(*each)
         if min(each, default=op.divisor) < op.divisor:
             return None
     try:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...algebra.widths import Axis
 from .laws import Context, Relation, contract, pointwise
-from .op import Edit, Op, Value, rule
+from .op import Op, Value, rule, unpacked
 
 GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 3}
 
@@ -22,7 +22,7 @@ def recurrent(op: Op, x: Value, hx=None):
     over, hidden = op.axis(x, -1), op.channels(m.hidden_size)
     out = op.channels(m.proj_size) if m.proj_size else hidden
     states = (out, hidden) if m.mode == "LSTM" else (out,)
-    given = hx if isinstance(hx, tuple) else () if hx is None else (hx,)
+    given = () if hx is None else unpacked([hx])
     for state, axis in zip(given, states):
         if not _made_for(op, state, axis):
             op.unify(state.axes[-1], axis)
@@ -66,10 +66,8 @@ def _made_for(op: Op, state: Value, axis: Axis) -> bool:
     node = maker.op.node
     if maker.inputs or node.target not in (torch.zeros, torch.ones) or not node.args:
         return False
-    packed = isinstance(node.args[0], (tuple, list))
-    sizes = node.args[0] if packed else node.args
-    if sizes[-1] != axis.size:
+    size, where = maker.op.listed(node.args, position=0)[-1]
+    if size != axis.size:
         return False
-    where = ("args", 0, len(sizes) - 1) if packed else ("args", len(sizes) - 1)
-    op.planner.edits.append(Edit(node.name, None, where, axis))
+    maker.op.arg(*where, value=axis)
     return True

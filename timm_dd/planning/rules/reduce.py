@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import laws
-from .op import Op, Value, rule
+from .op import Op, Value, rule, unpacked
 from .pointwise import extremum
 
 # ---- reductions
@@ -74,7 +74,7 @@ def _cross_channel(op: Op, law):
 
 def _reduce(op: Op, x: Value, dim, keepdim: bool, law) -> Value:
     """`law` makes the law from the axes of the dims that are reduced."""
-    dims = range(len(x.axes)) if dim is None else [dim] if isinstance(dim, int) else dim
+    dims = range(len(x.axes)) if dim is None else unpacked([dim])
     dims = {d % len(x.axes) for d in dims}
     op.reduces_over(*(x.axes[d] for d in dims))
     axes = [None if d in dims else a for d, a in enumerate(x.axes) if keepdim or d not in dims]
