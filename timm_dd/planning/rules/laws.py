@@ -8,7 +8,7 @@ in eval mode:
     COPY         x_k is x                                               Replicate
     PARTIAL      x = Σ x_k, (2.16)                                      Partial
     REPLICATED   x_k is part k's copy of a trained parameter,           -
-                 which the parts train apart and merge has to average
+                 which merge has to average
 
 A law takes the relations of an operation's inputs to that of its output. Where no relation holds any more it
 calls ``context.approximate(reason)``; the plan is exact if and only if no law did. Laws run in the second pass, when

@@ -78,9 +78,9 @@ def _group_norm(op: Op, x: Value, attr: str) -> Value:
 
 
 def _vectors(op: Op) -> list[str]:
-    """The module's own parameters and buffers (C,)."""
-    own = (*op.module.named_parameters(recurse=False), *op.module.named_buffers(recurse=False))
-    return [name for name, t in own if t.ndim == 1]
+    """The module's parameters and buffers (C,), without those of its submodules."""
+    tensors = (*op.module.named_parameters(recurse=False), *op.module.named_buffers(recurse=False))
+    return [name for name, t in tensors if t.ndim == 1]
 
 
 def _activated(op: Op, axes, law: Law, x: Value) -> Value:

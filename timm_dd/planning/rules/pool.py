@@ -56,7 +56,7 @@ def constant_pad(op: Op, x: Value) -> Value:
 
 @rule(F.pad)
 def pad(op: Op, x: Value, pad, mode="constant", value=None) -> Value:
-    """Zeros around positions; zeros around channels (a shortcut without weights) are channels of their own."""
+    """Zeros around positions; zeros around channels (a shortcut without weights) are new channels."""
     axes, where = list(x.axes), op.argument(1, "pad")
     for i in range(len(pad) // 2):
         dim = len(axes) - 1 - i

@@ -1,7 +1,7 @@
 """Operations that only move numbers: views, permutations, shuffles.
 
 Constants in the graph (sizes of a view, a split, a slice) are the global network's: each that counts channels
-is replaced by the part's own.
+is replaced by the part's.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def flatten(op: Op, x: Value, *args, **kwargs) -> Value:
 
 @rule("view", "reshape", torch.reshape)
 def reshape(op: Op, x: Value, *shape, **kwargs) -> Value:
-    """Sizes that count channels or positions become the part's own; -1 and the batch stay."""
+    """Sizes that count channels or positions become the part's; -1 and the batch stay."""
     value = _view(op, x)
-    if len(op.node.all_input_nodes) > 2:  # sizes of its own, beside the batch: they are right at any image size
+    if len(op.node.all_input_nodes) > 2:  # the graph computes more than the batch: right at any image size
         op.resize = lambda t, *sizes, **named: t.reshape(*sizes, **named)
     given = [kwargs["shape"]] if "shape" in kwargs else shape
     for dim, (size, where) in enumerate(op.listed(given, keyword="shape")):
