@@ -1,6 +1,6 @@
 """The first pass: the rules over the nodes of a graph, which make every channel axis a sum of products of Widths.
 
-`read` gives a `Reading`: the graph's tensors with their axes, the parameters', and the numbers that are others in a
+`read` gives a `Reading`: the graph's tensors with their axes, the parameters', and the numbers that differ in a
 part. The second pass, `relations`, begins once it is settled which Widths are cut.
 """
 

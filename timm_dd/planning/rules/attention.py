@@ -82,7 +82,7 @@ def channel_gate(op: Op, x: Value) -> Value:
     """ECA: a convolution along the channels makes their gates."""
     params = op.names(*dict(op.module.named_parameters()))
     reason = "a convolution along channels: each part sees only its own"
-    return op.result(x.axes, laws.cross_channel(x.axes[1], reason, laws.per_channel(Axis.of(1), *params)), x)
+    return op.result(x.axes, laws.cross_channel([x.axes[1]], reason, laws.per_channel(Axis.of(1), *params)), x)
 
 
 @rule(BilinearAttnTransform)

@@ -17,7 +17,7 @@ it is known which axes are cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -166,10 +166,10 @@ def summed(axis: Axis | None, otherwise: Law, params: frozenset[str] = frozenset
     return law
 
 
-def cross_channel(axis: Axis | None, reason: str, otherwise: Law) -> Law:
-    """An operation along `axis` that would mix the channels of different parts if `axis` is cut."""
+def cross_channel(axes: Sequence[Axis | None], reason: str, otherwise: Law) -> Law:
+    """An operation along `axes` that would mix the channels of different parts if one of them is cut."""
 
     def law(context: Context, *inputs: Relation) -> Relation:
-        return context.approximate(reason) if context.is_cut(axis) else otherwise(context, *inputs)
+        return context.approximate(reason) if any(map(context.is_cut, axes)) else otherwise(context, *inputs)
 
     return law

@@ -91,7 +91,7 @@ class Param:
 
 @dataclass(frozen=True)
 class Edit:
-    """A number of the global network that is another one in part k: an axis' size, or any function of k."""
+    """A number of the global network that differs in part k: there it is an axis' size, or any function of k."""
 
     node: str
     module: str | None
@@ -110,7 +110,7 @@ class Notes:
         alias: of each name in `tensors` the first name of the same tensor (tied parameters).
         values: the operations' results, in the order of the graph.
         params: the axes of parameters and buffers, by first name.
-        edits: the numbers that are others in a part.
+        edits: the numbers that differ in a part.
         choices: each the factors of one axis, of which one is to be cut.
         pairs: axes of which every part needs two channels.
         thresholds: divisors at which a rule begins to choose otherwise.
@@ -163,6 +163,7 @@ class Op:
         return Axis.of(Width(size, self.where()) if size > 1 else 1)
 
     def unify(self, a: Axis | None, b: Axis | None) -> Axis | None:
+        """`widths.unify`, where a dim may carry no channels; channels that meet such a dim stay whole."""
         if a is None or b is None:
             axis = b if a is None else a
             if axis is not None:
@@ -257,7 +258,7 @@ class Op:
         owner, _, leaf = param.rpartition(".")
         return getattr(self.module.get_submodule(owner), leaf, None) is not None
 
-    # ---- numbers that are others in a part
+    # ---- numbers that differ in a part
 
     def set(self, attr: str, value: Axis | Callable[[int], Any]) -> None:
         """The module's attribute `attr` (dotted for a submodule's) is `value` in a part."""
@@ -284,8 +285,8 @@ class Op:
         return at
 
     def listed(self, given: Sequence, position: int = 1, keyword: str = "") -> list[tuple[Any, tuple | None]]:
-        """Sizes or dims, see `unpacked`, each with the place where it stands in the call; the place is None where they
-        are another tensor's shape, which in a part is the part's already."""
+        """Sizes or dims (see `unpacked`), each with its place in the call; the place is None where they are another
+        tensor's shape, which in a part is already the part's."""
         numbers = unpacked(given)
         if numbers is given:
             return [(n, ("args", position + i)) for i, n in enumerate(numbers)]

@@ -44,9 +44,7 @@ def slide(op: Op, x: Value, law: laws.Law) -> tuple[list[Axis | None], laws.Law]
         if axis is not None and axis.size != size:
             make_whole(axis)
             axes[i] = Axis.of(size)
-        elif axis is not None:
-            law = laws.cross_channel(axis, f"{op.name} along channels: each part sees only its own", law)
-    return axes, law
+    return axes, laws.cross_channel(axes, f"{op.name} along channels: each part sees only its own", law)
 
 
 @rule(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)

@@ -124,7 +124,7 @@ def _join(op: Op, x: Value, dims: list[int]) -> Axis | None:
         return None
     joined = None
     for d in dims:
-        axis = x.axes[d] if x.axes[d] is not None else Axis.of(op.window(x, d))
+        axis = op.axis(x, d)
         if joined is None:
             joined = axis
         elif len(axis.resolve().terms) == 1:
@@ -210,10 +210,8 @@ def cumsum(op: Op, x: Value, dim: int) -> Value:
 
 def _move(op: Op, x: Value, dims) -> Value:
     """Linear along positions; channels that are cut would meet others in each part."""
-    law = laws.linear
-    for dim in dims:
-        law = laws.cross_channel(x.axes[dim], f"{op.name} along channels: each part sees only its own", law)
-    return op.result(x.axes, law, x)
+    reason = f"{op.name} along channels: each part sees only its own"
+    return op.result(x.axes, laws.cross_channel([x.axes[d] for d in dims], reason, laws.linear), x)
 
 
 @rule("expand")
