@@ -151,7 +151,7 @@ class _Reader:
         if found is None:
             raise SplitError(
                 f"{op.where()} has no rule, so nothing is known of its channels; "
-                "leave this operation out of the model, or add a rule in timm_dd/rules"
+                "leave this operation out of the model, or add a rule in timm_dd/planning/rules"
             )
         return bind(found, op, args, kwargs)
 
