@@ -173,11 +173,10 @@ class _Reader:
         """A parameter in the graph: its axes wait for what they will be unified with."""
         if not isinstance(op.out, torch.Tensor):
             return op.out
-        name = self.notes.alias.get(op.node.target, op.node.target)
-        if name not in self.notes.params:
-            axes = tuple(Axis.of(Width(n, active=False) if n > 1 else 1) for n in op.out.shape)
-            self.notes.params[name] = Param(axes)
-        trained, axes = self.notes.is_trained(name), self.notes.params[name].axes
+        name, params = self.notes.alias.get(op.node.target, op.node.target), self.notes.params
+        if name not in params:
+            params[name] = Param(tuple(Axis.of(Width(n, active=False) if n > 1 else 1) for n in op.out.shape))
+        trained, axes = self.notes.is_trained(name), params[name].axes
 
         def law(context: Context) -> Relation:
             if any(context.is_cut(a) for a in axes):
