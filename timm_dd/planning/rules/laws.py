@@ -55,7 +55,7 @@ class Context(Protocol):
         """Merge adds the parts' tensors of this parameter."""
 
     def approximate(self, reason: str) -> Relation:
-        """The relation of a tensor that the parts' only approximate."""
+        """Note why the parts' tensors give this one only approximately; the relation with which to go on."""
 
 
 Law = Callable[..., Relation]
