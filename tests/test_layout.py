@@ -18,7 +18,7 @@ PACKAGE = Path(timm_dd.__file__).parent
 # Each imports only from those before it and from itself; those of one line do not import each other.
 LAYERS = [
     {"version"},
-    {"errors"},
+    {"errors", "compat"},
     {"text", "models", "console"},
     {"algebra"},
     {"paper_networks"},
@@ -31,6 +31,7 @@ LAYERS = [
 # Inside a room, in the order of its story.
 ROOMS = {
     "algebra": ["axes", "widths", "domain"],
+    "planning": ["graphs", "trace", "shapes", "rules", "reader", "relations", "plan", "assemble", "planner"],
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
     "surgery": ["emit", "packed", "parts", "split", "merge"],
 }
@@ -66,7 +67,7 @@ def test_imports_run_in_one_direction():
             assert room == from_room or layer(other) < layer(name), f"{name} imports {other}"
             if room == from_room and room in ROOMS and "." in name:
                 order = ROOMS[room]
-                assert order.index(other.split(".")[1]) < order.index(name.split(".")[1]), f"{name} imports {other}"
+                assert order.index(other.split(".")[1]) <= order.index(name.split(".")[1]), f"{name} imports {other}"
 
 
 def test_no_module_imports_itself_in_a_circle():

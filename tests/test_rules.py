@@ -296,6 +296,18 @@ ROWS = {
     "normalize over positions": row(lambda: net(fn(lambda x: F.normalize(x, dim=-1)))),
     "squeeze and unsqueeze": row(lambda: net(fn(lambda x: x.mean((2, 3)).unsqueeze(-1).unsqueeze(-1).contiguous()))),
     "reshape by constants": row(lambda: net(tail=(fn(lambda x: x.reshape(-1, 12 * 81)), nn.Linear(12 * 81, 5)))),
+    "sizes and dims as one tuple": row(
+        lambda: net(fn(lambda x: x.permute((0, 2, 3, 1)).permute([0, 3, 1, 2]).flip((2, 3)).reshape((-1, 12, 9, 9))))
+    ),
+    "sizes by keyword": row(
+        lambda: net(tail=(fn(lambda x: torch.reshape(x, shape=(-1, 12 * 81))), nn.Linear(12 * 81, 5)))
+    ),
+    "one channel expanded to one tuple": row(
+        lambda: net(fn(lambda x, c: x * c(x).expand((-1, 12, -1, -1)), conv(12, 1, 1))), "multiplies a sum"
+    ),
+    "one channel expanded to another's shape": row(
+        lambda: net(fn(lambda x, c: x * c(x).expand(x.shape), conv(12, 1, 1))), "multiplies a sum"
+    ),
     "variance over positions": row(lambda: net(fn(lambda x: x / x.std((2, 3), keepdim=True)))),
     "dropout": row(lambda: net(nn.Dropout(0.5), Drop(), tl.DropPath(0.5))),
     "StochasticDepth": row(lambda: net(StochasticDepth(0.5, "row"))),

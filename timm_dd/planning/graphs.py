@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import SplitError, headline
 
 MAKERS = {torch.arange, torch.zeros, torch.ones, torch.empty, torch.full, torch.linspace, torch.tensor, torch.eye}
+BATCH_NORMS = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)  # fmt: skip
 CONTENTS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")  # of a module
 
 
@@ -64,7 +67,7 @@ class Graph(fx.GraphModule):
             root.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph, {}))
-        kind = type(self).__mro__[1]  # fx gives every instance a class of its own
+        kind = type(self).__mro__[1]  # fx makes a class for every instance
         return graph_module(root, graph, type(self).__name__, kind).train(self.training)
 
 
@@ -107,7 +110,7 @@ def evaluate_node(gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) ->
         return value.to("meta") if isinstance(value, torch.Tensor) else value
     if node.op == "call_module":
         module = gm.get_submodule(node.target)
-        if isinstance(module, _NormBase):  # its shape is its input's, which torch finds by a slow decomposition
+        if isinstance(module, BATCH_NORMS):  # its shape is its input's, which torch finds by a slow decomposition
             return args[0]
         return module(*args, **kwargs)
     if node.op == "call_method":

@@ -1,8 +1,8 @@
 """The plan: what each part is, as plain data.
 
-A `Plan` is frozen, printable, JSON, and holds no tensor. It says for every parameter which of its elements part k owns
-and how merge makes the K of them one, which numbers of the graph are others in a part, and where the merged network is
-not exactly the sum of its parts. The `planner` makes it; `split` and `merge` carry it out and know no operation.
+A `Plan` is frozen, printable, JSON, and holds no tensor. It says for every parameter which of its elements part k has
+and how merge makes one of the K, which numbers of the graph differ in a part, and where the merged network is not
+exactly the sum of its parts. The `planner` makes it; `split` and `merge` carry it out and know no operation.
 """
 
 from __future__ import annotations
@@ -109,11 +109,11 @@ class Plan:
     """How a model is split into `parts`; see the module.
 
     Attributes:
-        model, model_args: timm's name and arguments; None and {} for a module of one's own.
+        model, model_args: timm's name and arguments; None and {} for your own nn.Module.
         divisor: of the widths; only K parts of a K-th of the width can be merged.
         input_size: (C, *size) of the whole image.
         output: ``logits``, ``features`` or ``boxes``, see `planner.analyse`.
-        outputs: where a part's outputs are its own channels; empty for logits, of which every part gives all.
+        outputs: where the parts' outputs are different channels; empty for logits, of which every part gives all.
         constants: as `tensors`, for what the model computes and keeps out of its state dict (a fixed filter).
         head: parameters whose scaling scales the logits, for ``merge(head="mean")`` (2.22); empty if none do.
         config: timm's ``config.json`` of the merged model; None for what timm has no config for.
@@ -232,10 +232,10 @@ class Plan:
         boxes = ", ".join(dict.fromkeys("×".join(map(str, b.extent)) for b in self.boxes()))
         size = "×".join(map(str, spatial(self.input_size)))
         head = f"{self.model or 'module'} in {self.parts} parts; {self.domain}: {boxes} of {size} pixels"
-        rows = [("layer", "operation", "global", f"part {largest}", "")]
+        rows: list[tuple[str, ...]] = [("layer", "operation", "global", f"part {largest}", "")]
         rows += [_row(layer, largest, colour) for layer in self.layers]
-        own = self.params(largest)
-        total = f"{self.params():,} parameters in the model, {own:,} in a part, {self.params() / max(own, 1):.1f} to 1"
+        whole, part = self.params(), self.params(largest)
+        total = f"{whole:,} parameters in the model, {part:,} in a part, {whole / max(part, 1):.1f} to 1"
         return "\n".join([head, "", table(rows), "", total, *self._verdict()])
 
     def _verdict(self) -> list[str]:

@@ -16,6 +16,7 @@ from timm.layers import get_notrace_functions
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..compat import ASSERT_IS_NONE
 from ..errors import SplitError, headline
 from .graphs import evaluate_node, float_type, graph_module
 
@@ -101,7 +102,7 @@ def _drop_assertions(graph: fx.Graph) -> None:
     """Assertions hold global sizes; with those on arguments that were fixed to their defaults go the placeholders."""
     first = next(iter(graph.nodes))
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and node.target in (torch._assert, torch.fx._symbolic_trace._assert_is_none):
+        if node.op == "call_function" and node.target in (torch._assert, ASSERT_IS_NONE):
             _erase(graph, node)
     for node in list(graph.nodes):
         if node.op == "placeholder" and not node.users and node is not first:

@@ -11,9 +11,11 @@ from timm.layers.std_conv import StdConv2dSame
 
 from ..algebra.axes import FrozenAxis, Window
 from ..errors import SplitError
-from ..planning.planner import Planner
-from ..planning.rules.laws import COPY, Kind
+from ..planning.assemble import rows
+from ..planning.planner import Analysis
+from ..planning.rules.laws import Kind
 from ..planning.rules.op import Op, Value
+from ..planning.shapes import Sizes
 
 SAME = (Conv2dSame, StdConv2dSame, ScaledStdConv2dSame, AvgPool2dSame, MaxPool2dSame)
 
@@ -41,21 +43,25 @@ class Claim:
     aligned: bool
 
 
-def claims(planner: Planner) -> tuple[list[Claim], list[Claim]]:
-    """The claims of the rows of a plan, and of its outputs; `planner` is from `analyse`."""
-    misplaced: set[Value] = set()
-    for value in planner.values:
-        if not misplaced.isdisjoint(value.inputs) or not _is_aligned(planner, value):
+def claims(analysis: Analysis) -> tuple[list[Claim], list[Claim]]:
+    """The claims of the rows of a plan, and of its outputs; `analysis` is from `analyse`."""
+    reading, misplaced = analysis.reading, set[Value]()
+    for value in reading.notes.values:
+        if not misplaced.isdisjoint(value.inputs) or not _is_aligned(reading.sizes, value):
             misplaced.add(value)
-    rows = [_claim(planner, op, value, value in misplaced) for op, value, _ in planner.rows()]
-    return rows, [_claim(planner, value.op, value, value in misplaced) for _, value in planner.outputs]
+    layers = rows(reading, analysis.relations)
+    return (
+        [_claim(analysis, op, value, value in misplaced) for op, value, _ in layers],
+        [_claim(analysis, value.op, value, value in misplaced) for _, value in reading.outputs],
+    )
 
 
-def _claim(planner: Planner, op: Op, value: Value, misplaced: bool) -> Claim:
-    kind = planner.relations.get(value, COPY).kind
-    channels = tuple(None if a is None else planner.frozen(a) for a in value.axes[1:])
-    places = tuple(None if misplaced or a is not None else _place(planner, value, d) for d, a in _dims(value))
-    summed_apart = kind is Kind.PARTIAL and any(places)  # each part has the sum of its own positions only
+def _claim(analysis: Analysis, op: Op, value: Value, misplaced: bool) -> Claim:
+    sizes, relations = analysis.reading.sizes, analysis.relations
+    kind = relations.kind(value)
+    channels = tuple(None if a is None else relations.cuts.frozen(a) for a in value.axes[1:])
+    places = tuple(None if misplaced or a is not None else _place(sizes, value, d) for d, a in _dims(value))
+    sums_of_boxes = kind is Kind.PARTIAL and any(places)  # each part has the sum over the positions of its box only
     return Claim(
         op.node.name,
         op.path,
@@ -63,8 +69,8 @@ def _claim(planner: Planner, op: Op, value: Value, misplaced: bool) -> Claim:
         kind,
         channels,
         places,
-        kind is not Kind.REPLICATED and value not in planner.doubtful,
-        not misplaced and not summed_apart,
+        kind is not Kind.REPLICATED and value not in relations.doubtful,
+        not misplaced and not sums_of_boxes,
     )
 
 
@@ -72,23 +78,22 @@ def _dims(value: Value):
     return enumerate(value.axes[1:], start=1)
 
 
-def _place(planner: Planner, value: Value, dim: int) -> FrozenAxis | None:
-    window = planner.sizes.window(value, dim)
+def _place(sizes: Sizes, value: Value, dim: int) -> FrozenAxis | None:
+    window = sizes.window(value, dim)
     return FrozenAxis(((window,),)) if isinstance(window, Window) else None
 
 
-def _is_aligned(planner: Planner, value: Value) -> bool:
+def _is_aligned(sizes: Sizes, value: Value) -> bool:
     """Whether boxes start at multiples of the map's stride, and no dim has a fixed number of positions, whatever the
     image's size."""
     if not value.at:  # a step inside an operation
         return True
-    sizes = planner.sizes
-    if sizes.boxed and not _looks_alike(planner, value):
+    if sizes.boxed and not _looks_alike(sizes, value):
         return False
     lost = set().union(*(sizes.moving(v) for v in value.inputs)) - sizes.moving(value)
     try:
         for dim in (d for d, axis in _dims(value) if axis is None):
-            if _place(planner, value, dim) is None:
+            if _place(sizes, value, dim) is None:
                 if lost and value.shape[dim] != 1:
                     return False
             elif not sizes.aligned(value, dim):
@@ -98,7 +103,7 @@ def _is_aligned(planner: Planner, value: Value) -> bool:
     return True
 
 
-def _looks_alike(planner: Planner, value: Value) -> bool:
+def _looks_alike(sizes: Sizes, value: Value) -> bool:
     """Whether an operation at the size of a part's map computes what it does at that of the global one: padding as
     TensorFlow's depends on the size, and so does a resampling that aligns corners."""
     op = value.op
@@ -109,5 +114,5 @@ def _looks_alike(planner: Planner, value: Value) -> bool:
         return True
     stride = op.module.stride if isinstance(op.module.stride, tuple) else (op.module.stride,) * 2
     whole, *_ = value.inputs[0].at
-    parts = (value.inputs[0].at[i] for i in planner.sizes.of_part)
+    parts = (value.inputs[0].at[i] for i in sizes.of_part)
     return all((n - m) % s == 0 for t in parts for n, m, s in zip(whole.shape[2:], t.shape[2:], stride))

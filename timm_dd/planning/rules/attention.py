@@ -1,7 +1,7 @@
 """Products of two feature maps, attention, and gates along channels.
 
-Heads are a Width like any other: with at least K of them each part has its own. Where a head is cut inside, its
-scores are a sum over the parts, which the softmax then makes approximate.
+Heads are a Width like any other: with at least K of them each part gets whole heads. Where the cut runs through a
+head, its scores are a sum over the parts, and the softmax of those is approximate.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def einsum(op: Op, equation: str, *operands) -> Value:
 def _einsum(op: Op, operands: Sequence[tuple[Value, Sequence[str]]], output: Sequence[str]) -> Value:
     """Dims of one name are unified; those that the output lacks are summed."""
     axes: dict[str, Axis | None] = {}
-    trained = [op.planner.trained(value) for value, _ in operands]
+    trained = [op.trained(value) for value, _ in operands]
     for (value, names), weight in zip(operands, trained):
         for dim, name in enumerate(names):
             if value.shape[dim] == 1:
@@ -50,19 +50,13 @@ def _einsum(op: Op, operands: Sequence[tuple[Value, Sequence[str]]], output: Seq
                 continue
             axis = value.axes[dim]
             if weight and name in output and axis is not None:
-                _activate(op, axis)
+                op.activate(axis)
             axes[name] = op.unify(axes[name], axis) if axes.get(name) is not None else axis
-    over = [axes[name] for name in axes if name not in output and axes[name] is not None]
-    op.reduces_over(*over)
+    summed = [axes[name] for name in axes if name not in output and axes[name] is not None]
+    op.reduces_over(*summed)
     params = frozenset(filter(None, trained)) or frozenset([laws.UNSCALABLE])
-    law = functools.reduce(lambda inner, axis: laws.summed(axis, inner, params), over, laws.product)
+    law = functools.reduce(lambda inner, axis: laws.summed(axis, inner, params), summed, laws.product)
     return op.result([axes[name] for name in output], law, *(value for value, _ in operands))
-
-
-def _activate(op: Op, axis: Axis) -> None:
-    """What a parameter gives are channels."""
-    for w in axis.widths():
-        w.active, w.origin = True, w.origin or op.where()
 
 
 @rule(F.scaled_dot_product_attention)
@@ -86,9 +80,9 @@ def position_embedding(op: Op, posemb: Value, *args, **kwargs) -> Value:
 @rule(EcaModule, CecaModule)
 def channel_gate(op: Op, x: Value) -> Value:
     """ECA: a convolution along the channels makes their gates."""
-    own = op.names(*dict(op.module.named_parameters()))
+    params = op.names(*dict(op.module.named_parameters()))
     reason = "a convolution along channels: each part sees only its own"
-    return op.result(x.axes, laws.cross_channel(x.axes[1], reason, laws.per_channel(Axis.of(1), *own)), x)
+    return op.result(x.axes, laws.cross_channel([x.axes[1]], reason, laws.per_channel(Axis.of(1), *params)), x)
 
 
 @rule(BilinearAttnTransform)

@@ -4,6 +4,8 @@ timm's ConvMlp."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from timm.layers import CondConv2d, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
@@ -19,110 +21,124 @@ from .op import Op, Value, rule
 from .pool import slide
 
 
-def _group_axes(op: Op, x: Axis, groups: int, out: int) -> tuple[Axis, Axis, Axis, Axis, Axis]:
-    """The axes of (input, output, groups, input of one group, output of one group)."""
+class ConvAxes(NamedTuple):
+    """The channels of a convolution, and those of one of its groups."""
+
+    in_axis: Axis
+    out_axis: Axis
+    groups: Axis
+    group_in: Axis
+    group_out: Axis
+
+
+def _axes(op: Op, x: Axis, groups: int, out: int) -> ConvAxes:
+    """Of a convolution of `x` in `groups` to `out` channels."""
     if groups == 1:
         y = op.channels(out)
-        return x, y, Axis.of(1), x, y
-    inside = op.channels(out // groups)
+        return ConvAxes(x, y, Axis.of(1), x, y)
+    group_out = op.channels(out // groups)
     if x.is_whole():  # the image: its groups are whole, what they give is cut inside every group
-        return x, Axis.of(groups, *inside.terms[0]), Axis.of(groups), Axis.of(x.size // groups), inside
-    g, group_in = op.grouped(groups, x)
-    if g.is_whole() or group_in.is_whole():  # which of them is cut is known
-        inside = inside if g.is_whole() and not group_in.is_whole() else Axis.of(out // groups)
+        y = Axis.of(groups, *group_out.terms[0])
+        return ConvAxes(x, y, Axis.of(groups), Axis.of(x.size // groups), group_out)
+    outer, group_in = op.grouped(groups, x)
+    if outer.is_whole() or group_in.is_whole():  # which of them is cut is known
+        group_out = group_out if outer.is_whole() and not group_in.is_whole() else Axis.of(out // groups)
     else:
-        op.cut_one_of([g, inside])
-    into = Axis(*((*outer, *inner) for outer in g.terms for inner in inside.terms))
-    return x.resolve(), into.resolve(), g, group_in, inside
+        op.cut_one_of([outer, group_out])
+    y = Axis(*((*s, *t) for s in outer.terms for t in group_out.terms))
+    return ConvAxes(x.resolve(), y.resolve(), outer, group_in, group_out)
 
 
 @rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
 def conv(op: Op, x: Value) -> Value:
     """Weight (out, in / groups, *kernel): (2.11), (2.12), (2.14)."""
-    return _layer(op, x, lambda over, into, group_in, group_out: (into, group_in))
+    return _layer(op, x, lambda axes: (axes.out_axis, axes.group_in))
 
 
 @rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def conv_transpose(op: Op, x: Value, output_size=None) -> Value:
     """Weight (in, out / groups, *kernel)."""
-    return _layer(op, x, lambda over, into, group_in, group_out: (over, group_out))
+    return _layer(op, x, lambda axes: (axes.in_axis, axes.group_out))
 
 
 @rule(StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 def std_conv(op: Op, x: Value) -> Value:
     """Each filter is standardised over its inputs, n in the global network and m in a part.
 
-    Exact by a change of variables: merge fills a filter with its own mean outside its block, so that the mean stays
+    Exact by a change of variables: merge fills a filter with its mean outside its block, so that the mean stays
     and the variance becomes m/n times the part's. Hence eps·n/m in the part, and its filters times √(n/m).
     """
     m = op.module
-    over, into, groups, group_in, _ = _group_axes(op, op.axis(x, 1), m.groups, m.out_channels)
+    axes = _axes(op, op.axis(x, 1), m.groups, m.out_channels)
+    out_axis, group_in = axes.out_axis, axes.group_in
 
     def ratio(k: int) -> float:
-        return group_in.size / op.planner.part_size(group_in, k)
+        return group_in.size / op.part_size(group_in, k)
 
-    op.param("weight", into, group_in, None, None, outside="mean")
-    op.param("bias", into)
-    op.param("gain", into, None, None, None)
-    _shape(op, over, into, groups)
+    op.param("weight", out_axis, group_in, None, None, outside="mean")
+    op.param("bias", out_axis)
+    op.param("gain", out_axis, None, None, None)
+    _set_channels(op, axes)
     op.set("eps", lambda k: m.eps * ratio(k))
     op.scale_input(lambda k: math.sqrt(ratio(k)))
     if math.prod(m.kernel_size) == 1:
         op.needs_two(group_in)
-    linear = contract(into, over, *op.names("weight", "bias"))
+    linear = contract(out_axis, axes.in_axis, *op.names("weight", "bias"))
 
     def law(context: Context, x: Relation) -> Relation:
-        if context.is_cut(group_in) and not context.is_cut(into):
+        if context.is_cut(group_in) and not context.is_cut(out_axis):
             return context.approximate("standardises each filter over the input channels of all parts")
         return linear(context, x)
 
-    return op.result((x.axes[0], into, None, None), law, x)
+    return op.result((x.axes[0], out_axis, None, None), law, x)
 
 
 @rule(CondConv2d)
 def cond_conv(op: Op, x: Value, routing_weights: Value) -> Value:
-    """Weight (experts, out · in / groups · kernel). A part has its own experts, chosen by its own channels."""
+    """Weight (experts, out · in / groups · kernel). The experts are cut too: a part chooses among its experts by its
+    channels."""
     m = op.module
-    over, into, groups, group_in, group_out = _group_axes(op, op.axis(x, 1), m.groups, m.out_channels)
+    axes = _axes(op, op.axis(x, 1), m.groups, m.out_channels)
+    out_axis, group_in = axes.out_axis, axes.group_in
     experts = op.axis(routing_weights, 1)
-    filters = into.times(*group_in.resolve().terms[0], math.prod(m.kernel_size))
-    op.param("weight", experts, filters, fans=([group_in, experts], [group_out, experts]))
-    op.param("bias", experts, into)
-    _shape(op, over, into, groups)
-    weight, bias = op.names("weight", "bias")
-    law = contract(into, over, weight, bias)
-    return op.result((x.axes[0], into, None, None), lambda context, x, r: law(context, x), x, routing_weights)
+    filters = out_axis.times(*group_in.resolve().terms[0], math.prod(m.kernel_size))
+    op.param("weight", experts, filters, fans=([group_in, experts], [axes.group_out, experts]))
+    op.param("bias", experts, out_axis)
+    _set_channels(op, axes)
+    law = contract(out_axis, axes.in_axis, *op.names("weight", "bias"))
+    return op.result((x.axes[0], out_axis, None, None), lambda context, x, r: law(context, x), x, routing_weights)
 
 
-def _shape(op: Op, over: Axis, into: Axis, groups: Axis) -> None:
-    op.set("in_channels", over)
-    op.set("out_channels", into)
-    op.set("groups", groups)
+def _set_channels(op: Op, axes: ConvAxes) -> None:
+    op.set("in_channels", axes.in_axis)
+    op.set("out_channels", axes.out_axis)
+    op.set("groups", axes.groups)
 
 
-def _layer(op: Op, x: Value, weight_axes) -> Value:
+def _layer(op: Op, x: Value, weight_axes: Callable[[ConvAxes], tuple[Axis, Axis]]) -> Value:
+    """A convolution with a weight of `weight_axes` and the kernel."""
     m = op.module
-    over, into, groups, group_in, group_out = _group_axes(op, op.axis(x, 1), m.groups, m.out_channels)
+    axes = _axes(op, op.axis(x, 1), m.groups, m.out_channels)
     kernel = (None,) * len(m.kernel_size)
-    op.param("weight", *weight_axes(over, into, group_in, group_out), *kernel, fans=([group_in], [group_out]))
-    op.param("bias", into)
-    _shape(op, over, into, groups)
-    positions, law = slide(op, x, contract(into, over, *op.names("weight", "bias")))
-    return op.result((x.axes[0], into, *positions), law, x)
+    op.param("weight", *weight_axes(axes), *kernel, fans=([axes.group_in], [axes.group_out]))
+    op.param("bias", axes.out_axis)
+    _set_channels(op, axes)
+    positions, law = slide(op, x, contract(axes.out_axis, axes.in_axis, *op.names("weight", "bias")))
+    return op.result((x.axes[0], axes.out_axis, *positions), law, x)
 
 
 @rule(F.conv1d, F.conv2d, F.conv3d)
 def functional_conv(op: Op, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Value:
     """A convolution whose weight is a tensor of the graph: a fixed filter, or a parameter of the module around."""
-    over, into, g, group_in, _ = _group_axes(op, op.axis(x, 1), groups, weight.shape[0])
-    into = op.unify(into, op.axis(weight, 0))
-    op.unify(group_in, op.axis(weight, 1))
+    axes = _axes(op, op.axis(x, 1), groups, weight.shape[0])
+    out_axis = op.unify(axes.out_axis, op.axis(weight, 0))
+    op.unify(axes.group_in, op.axis(weight, 1))
     if bias is not None:
-        op.unify(into, op.axis(bias, 0))
+        op.unify(out_axis, op.axis(bias, 0))
     if groups > 1:
-        op.arg(*op.argument(6, "groups"), value=g)
-    positions, law = slide(op, x, contract(into, over, op.planner.trained(weight), op.planner.trained(bias)))
-    return op.result((x.axes[0], into, *positions), law, x, weight, bias)
+        op.arg(*op.argument(6, "groups"), value=axes.groups)
+    positions, law = slide(op, x, contract(out_axis, axes.in_axis, op.trained(weight), op.trained(bias)))
+    return op.result((x.axes[0], out_axis, *positions), law, x, weight, bias)
 
 
 @rule(ConvMlp)
@@ -134,19 +150,19 @@ def conv_mlp(op: Op, x: Value) -> Value:
     there the kernel stays whole.
     """
     m, size = op.module, op.module.input_kernel_size
-    over, mid, into = op.axis(x, 1), op.channels(m.fc1.out_channels), op.channels(m.fc2.out_channels)
+    in_axis, mid, out_axis = op.axis(x, 1), op.channels(m.fc1.out_channels), op.channels(m.fc2.out_channels)
     kernel = [_kernel_window(op, x, dim, k) for dim, k in zip((2, 3), m.fc1.kernel_size)]
     window = [None if isinstance(k, int) else Axis.of(k) for k in kernel]
-    fan = [over, *(Axis.of(k) for k in kernel)]
-    op.param("fc1.weight", mid, over, *window, fans=(fan, [mid]))
+    fan = [in_axis, *(Axis.of(k) for k in kernel)]
+    op.param("fc1.weight", mid, in_axis, *window, fans=(fan, [mid]))
     op.param("fc1.bias", mid)
-    op.param("fc2.weight", into, mid, None, None, fans=([mid], [into]))
-    op.param("fc2.bias", into)
+    op.param("fc2.weight", out_axis, mid, None, None, fans=([mid], [out_axis]))
+    op.param("fc2.bias", out_axis)
     for attr, axis in (
-        ("fc1.in_channels", over),
+        ("fc1.in_channels", in_axis),
         ("fc1.out_channels", mid),
         ("fc2.in_channels", mid),
-        ("fc2.out_channels", into),
+        ("fc2.out_channels", out_axis),
     ):
         op.set(attr, axis)
 
@@ -162,12 +178,12 @@ def conv_mlp(op: Op, x: Value) -> Value:
             max(n, size) - size + 1 if isinstance(w, int) else max(n - w.size, 0) + 1
             for n, w in zip(t.shape[2:], kernel)
         ]
-        return t.new_empty(t.shape[0], into.size, *ends)
+        return t.new_empty(t.shape[0], out_axis.size, *ends)
 
     op.resize = resize
-    hidden = op.result((None, mid, None, None), contract(mid, over, *op.names("fc1.weight", "fc1.bias")), x)
+    hidden = op.result((None, mid, None, None), contract(mid, in_axis, *op.names("fc1.weight", "fc1.bias")), x)
     hidden = op.result(hidden.axes, pointwise, hidden)
-    out = op.result((None, into, None, None), contract(into, mid, *op.names("fc2.weight", "fc2.bias")), hidden)
+    out = op.result((None, out_axis, None, None), contract(out_axis, mid, *op.names("fc2.weight", "fc2.bias")), hidden)
     return op.result(out.axes, pointwise, out)
 
 

@@ -1,21 +1,23 @@
-"""What each part's tensor is to the global network's, and what an operation makes of that.
+"""How the parts' tensors relate to the global network's, and what an operation makes of that.
 
-A `Relation` says how the K tensors x_k of the parts give the merged network's x, every part seeing the
-whole image, in eval mode (in torch.distributed's terms: Shard, Replicate, Partial):
+A `Relation` says how the tensors x_k of the K parts give the merged network's x, if every part sees the whole image,
+in eval mode:
 
-    SHARD    x_k is x on the channels that part k owns
-    COPY     x_k is x
-    PARTIAL  x = Σ x_k                                                      (2.16)
-    REPLICATED  x_k is part k's own copy of a trained parameter that merge has to average
+    Kind         the parts' tensors                                     torch.distributed
+    SHARD        x_k is x on the channels of part k                     Shard
+    COPY         x_k is x                                               Replicate
+    PARTIAL      x = Σ x_k, (2.16)                                      Partial
+    REPLICATED   x_k is part k's copy of a trained parameter,           -
+                 which merge has to average
 
 A law takes the relations of an operation's inputs to that of its output. Where no relation holds any more it
-calls ``context.approximate(reason)``; the plan is exact if and only if no law did. Laws run once all Widths are
-cut, since whether an axis is cut is only known then.
+calls ``context.approximate(reason)``; the plan is exact if and only if no law did. Laws run in the second pass, when
+it is known which axes are cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -41,10 +43,19 @@ UNSCALABLE = ""
 
 
 class Context(Protocol):
-    def is_cut(self, axis: Axis | None) -> bool: ...
-    def partly_sharded(self, axis: Axis) -> bool: ...
-    def sum(self, param: str) -> None: ...
-    def approximate(self, reason: str) -> Relation: ...
+    """What a law may ask and say of the one tensor whose relation it gives."""
+
+    def is_cut(self, axis: Axis | None) -> bool:
+        """Whether the parts have different channels of the axis."""
+
+    def partly_sharded(self, axis: Axis) -> bool:
+        """Whether some channels of the axis are cut and others are whole in every part."""
+
+    def sum(self, param: str) -> None:
+        """Merge adds the parts' tensors of this parameter."""
+
+    def approximate(self, reason: str) -> Relation:
+        """Note why the parts' tensors give this one only approximately; the relation with which to go on."""
 
 
 Law = Callable[..., Relation]
@@ -90,7 +101,7 @@ def product(context: Context, *inputs: Relation) -> Relation:
 
 
 def pointwise(context: Context, *inputs: Relation) -> Relation:
-    """Not linear, each channel on its own: activations, max pooling, batch statistics."""
+    """Not linear, each channel by itself: activations, max pooling, batch statistics."""
     kinds = {r.kind for r in inputs}
     if Kind.PARTIAL in kinds:
         return context.approximate("not linear on a sum over the parts of which each part has only its own term")
@@ -100,19 +111,19 @@ def pointwise(context: Context, *inputs: Relation) -> Relation:
 
 
 def per_channel(axis: Axis, *params: str | None) -> Law:
-    """`pointwise` with state of its own along `axis`: BatchNorm's weight and statistics, PReLU's slope."""
+    """`pointwise` with parameters `params` along `axis`: BatchNorm's weight and bias, PReLU's slope."""
     names = frozenset(filter(None, params))
 
     def law(context: Context, *inputs: Relation) -> Relation:
-        own = [Relation(Kind.REPLICATED, names)] if names and not context.is_cut(axis) else []
-        return pointwise(context, *inputs, *own)
+        copies = [Relation(Kind.REPLICATED, names)] if names and not context.is_cut(axis) else []
+        return pointwise(context, *inputs, *copies)
 
     return law
 
 
-def contract(into: Axis, over: Axis, weight: str | None, bias: str | None) -> Law:
-    """A weight takes the channels `over` to the channels `into`: block-diagonal (2.12) where both are cut, (2.11)
-    where `over` is whole, and (2.14), a sum over the parts, where `into` is.
+def contract(out_axis: Axis, in_axis: Axis, weight: str | None, bias: str | None) -> Law:
+    """A weight (out, in): block-diagonal (2.12) where both axes are cut, (2.11) where only `out_axis` is, and (2.14), a
+    sum over the parts, where only `in_axis` is.
 
     `weight` and `bias` name trained parameters. Where they are tensors of the graph, their relations follow that of
     the input.
@@ -125,12 +136,12 @@ def contract(into: Axis, over: Axis, weight: str | None, bias: str | None) -> La
             return context.approximate("reads a sum over the parts of which each part has only its own term")
         if x.kind is Kind.REPLICATED:
             return _replicated(context)
-        if context.is_cut(into):
+        if context.is_cut(out_axis):
             return SHARD
-        if not context.is_cut(over):
+        if not context.is_cut(in_axis):
             trained = w is None or w.kind is Kind.REPLICATED
             return _replicated(context) if trained else product(context, *given)
-        if context.partly_sharded(over):
+        if context.partly_sharded(in_axis):
             return context.approximate("sums input channels that every part has once for each part")
         total = Relation(Kind.PARTIAL, names)
         if b is not None:
@@ -155,10 +166,10 @@ def summed(axis: Axis | None, otherwise: Law, params: frozenset[str] = frozenset
     return law
 
 
-def cross_channel(axis: Axis | None, reason: str, otherwise: Law) -> Law:
-    """An operation along `axis` that would mix the channels of different parts if `axis` is cut."""
+def cross_channel(axes: Sequence[Axis | None], reason: str, otherwise: Law) -> Law:
+    """An operation along `axes` that would mix the channels of different parts if one of them is cut."""
 
     def law(context: Context, *inputs: Relation) -> Relation:
-        return context.approximate(reason) if context.is_cut(axis) else otherwise(context, *inputs)
+        return context.approximate(reason) if any(map(context.is_cut, axes)) else otherwise(context, *inputs)
 
     return law

@@ -14,24 +14,23 @@ from .op import Op, Value, rule
 def linear(op: Op, x: Value) -> Value:
     """Weight (out, in). The first one after a flatten is (2.13): `in` runs over channels and positions."""
     m = op.module
-    over, into = op.axis(x, -1), op.channels(m.out_features)
-    op.param("weight", into, over, fans=([over], [into]))
-    op.param("bias", into)
-    op.set("in_features", over)
-    op.set("out_features", into)
+    in_axis, out_axis = op.axis(x, -1), op.channels(m.out_features)
+    op.param("weight", out_axis, in_axis, fans=([in_axis], [out_axis]))
+    op.param("bias", out_axis)
+    op.set("in_features", in_axis)
+    op.set("out_features", out_axis)
     op.resize = lambda t: t.new_empty(*t.shape[:-1], m.out_features)
-    return op.result((*x.axes[:-1], into), contract(into, over, *op.names("weight", "bias")), x)
+    return op.result((*x.axes[:-1], out_axis), contract(out_axis, in_axis, *op.names("weight", "bias")), x)
 
 
 @rule(F.linear)
 def functional_linear(op: Op, x: Value, weight: Value, bias: Value | None = None) -> Value:
-    """The same with parameters of the module around: timm's own Linear classes, hand-written heads."""
-    over = op.unify(op.axis(x, -1), op.axis(weight, 1))
-    into = op.axis(weight, 0)
-    for w in into.widths():
-        w.active, w.origin = True, w.origin or op.where()
+    """The same with tensors of the graph: timm's other Linear classes, hand-written heads."""
+    in_axis = op.unify(op.axis(x, -1), op.axis(weight, 1))
+    out_axis = op.axis(weight, 0)
+    op.activate(out_axis)
     if bias is not None:
-        into = op.unify(into, op.axis(bias, 0))
+        out_axis = op.unify(out_axis, op.axis(bias, 0))
     op.resize = lambda t, w, b=None: t.new_empty(*t.shape[:-1], w.shape[0])
-    law = contract(into, over, op.planner.trained(weight), op.planner.trained(bias))
-    return op.result((*x.axes[:-1], into), law, x, weight, bias)
+    law = contract(out_axis, in_axis, op.trained(weight), op.trained(bias))
+    return op.result((*x.axes[:-1], out_axis), law, x, weight, bias)

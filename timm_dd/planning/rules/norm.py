@@ -44,12 +44,11 @@ OVER = "normalises over channels: each part sees only its own"
 @rule(*EACH_CHANNEL)
 def batch_norm(op: Op, x: Value) -> Value:
     """Weight, bias and running statistics (C,)."""
-    axis, state = op.axis(x, 1), _vectors(op)
-    for name in state:
-        op.param(name, axis)
+    axis = op.axis(x, 1)
+    law = _vectors(op, axis)
     if hasattr(op.module, "num_features"):
         op.set("num_features", axis)
-    return _activated(op, (x.axes[0], axis, *x.axes[2:]), per_channel(axis, *op.names(*state)), x)
+    return _activated(op, (x.axes[0], axis, *x.axes[2:]), law, x)
 
 
 @rule(*GROUPS)
@@ -69,18 +68,19 @@ def evo_norm(op: Op, x: Value) -> Value:
 
 
 def _group_norm(op: Op, x: Value, attr: str) -> Value:
-    axis, state = op.axis(x, 1), _vectors(op)
-    for name in state:
-        op.param(name, axis)
-    groups, law = _grouped(op, axis, getattr(op.module, attr), per_channel(axis, *op.names(*state)))
+    axis = op.axis(x, 1)
+    groups, law = _grouped(op, axis, getattr(op.module, attr), _vectors(op, axis))
     op.set(attr, groups)
     return _activated(op, x.axes, law, x)
 
 
-def _vectors(op: Op) -> list[str]:
-    """The module's own parameters and buffers (C,)."""
-    own = (*op.module.named_parameters(recurse=False), *op.module.named_buffers(recurse=False))
-    return [name for name, t in own if t.ndim == 1]
+def _vectors(op: Op, axis: Axis) -> Law:
+    """The law of an operation with the module's parameters and buffers (C,), without those of its submodules."""
+    tensors = (*op.module.named_parameters(recurse=False), *op.module.named_buffers(recurse=False))
+    names = [name for name, t in tensors if t.ndim == 1]
+    for name in names:
+        op.param(name, axis)
+    return per_channel(axis, *op.names(*names))
 
 
 def _activated(op: Op, axes, law: Law, x: Value) -> Value:
@@ -104,12 +104,10 @@ def _grouped(op: Op, axis: Axis, groups: int, law: Law):
     reason = f"{groups} groups do not divide among the parts: the statistics of a group mix channels of several"
     if groups >= op.divisor * len(axis.resolve().terms):
         outer, inside = op.grouped(groups, axis)
-        return outer, cross_channel(inside, reason, law)
-    op.planner.thresholds.add(groups)
+        return outer, cross_channel([inside], reason, law)
+    op.threshold(groups)
     op.reduces_over(axis)
-    return (lambda k: math.gcd(groups // op.divisor or 1, op.planner.part_size(axis, k))), cross_channel(
-        axis, reason, law
-    )
+    return (lambda k: math.gcd(groups // op.divisor or 1, op.part_size(axis, k))), cross_channel([axis], reason, law)
 
 
 @rule(*LAST_DIMS)
@@ -142,23 +140,19 @@ def _layer_norm(op: Op, x: Value, axes) -> Value:
 
 
 def _part_sizes(op: Op, axes, sizes):
-    return lambda k: [n if a is None else op.planner.part_size(a, k) for a, n in zip(axes, sizes)]
+    return lambda k: [n if a is None else op.part_size(a, k) for a, n in zip(axes, sizes)]
 
 
 def _over(op: Op, axes, law: Law) -> Law:
     op.reduces_over(*axes)
-    for axis in axes:
-        law = cross_channel(axis, OVER, law)
-    return law
+    return cross_channel(axes, OVER, law)
 
 
 @rule(GlobalResponseNorm)
 def global_response_norm(op: Op, x: Value) -> Value:
     """GRN: the norm of each channel over the positions, divided by their mean over channels."""
     axis = op.axis(x, op.module.channel_dim)
-    op.param("weight", axis)
-    op.param("bias", axis)
-    return op.result(x.axes, _over(op, [axis], per_channel(axis, *op.names("weight", "bias"))), x)
+    return op.result(x.axes, _over(op, [axis], _vectors(op, axis)), x)
 
 
 @rule(nn.LocalResponseNorm, F.local_response_norm)

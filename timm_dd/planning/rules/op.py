@@ -9,8 +9,8 @@ A rule is a function with the signature of the operation it describes, after an 
         op.set("num_features", axis)
         return op.result(x.axes, per_channel(axis, "weight"), x)
 
-It names the axes of the operation's parameters and results (`widths`), says which attributes and constants of the
-global network become smaller in a part (`Op.set`, `Op.arg`), and which law relates the parts' results to the
+It names the axes of the operation's parameters and results (`algebra.widths`), says which attributes and constants of
+the global network become smaller in a part (`Op.set`, `Op.arg`), and which law relates the parts' results to the
 global one (`laws`). Modules are looked up by type, functions by identity, methods by name. An operation without
 a rule is a SplitError that names it.
 """
@@ -26,8 +26,9 @@ import torch
 from torch import fx, nn
 
 from ...algebra.axes import Window
-from ...algebra.widths import Axis, Width, make_whole, unify
+from ...algebra.widths import Axis, Width, freeze, make_whole, unify
 from ...errors import SplitError
+from ..shapes import Sizes
 from .laws import Law
 
 RULES: dict[Any, Callable] = {}
@@ -90,7 +91,7 @@ class Param:
 
 @dataclass(frozen=True)
 class Edit:
-    """A number of the global network that is another one in part k: an axis' size, or any function of k."""
+    """A number of the global network that differs in part k: there it is an axis' size, or any function of k."""
 
     node: str
     module: str | None
@@ -98,13 +99,55 @@ class Edit:
     value: Axis | Callable[[int], Any]
 
 
-class Op:
-    """One node of the graph as a rule sees it."""
+@dataclass
+class Notes:
+    """What the rules say of a graph; each writes here through its `Op`.
 
-    def __init__(self, planner, node: fx.Node, module: nn.Module | None, path: str, out: Any):
-        self.planner, self.node, self.module, self.path, self.out = planner, node, module, path, out
-        self.divisor: int = planner.divisor
+    Attributes:
+        divisor: of the widths.
+        sizes: the shapes of the nodes visited so far.
+        tensors: the model's parameters and buffers.
+        alias: of each name in `tensors` the first name of the same tensor (tied parameters).
+        values: the operations' results, in the order of the graph.
+        params: the axes of parameters and buffers, by first name.
+        edits: the numbers that differ in a part.
+        choices: each the factors of one axis, of which one is to be cut.
+        pairs: axes of which every part needs two channels.
+        thresholds: divisors at which a rule begins to choose otherwise.
+    """
+
+    divisor: int
+    sizes: Sizes
+    tensors: dict[str, torch.Tensor]
+    alias: dict[str, str]
+    values: list[Value] = field(default_factory=list)
+    params: dict[str, Param] = field(default_factory=dict)
+    edits: list[Edit] = field(default_factory=list)
+    choices: list[Sequence[Axis]] = field(default_factory=list)
+    pairs: list[Axis] = field(default_factory=list)
+    thresholds: set[int] = field(default_factory=set)
+
+    def is_trained(self, name: str | None) -> bool:
+        return isinstance(self.tensors.get(name or ""), nn.Parameter)
+
+
+class Op:
+    """One node of the graph as a rule sees it.
+
+    Attributes:
+        node, module, path: the node, its module if it calls one, and the path of that or of the module around.
+        out: the result at the global size, on the meta device.
+        resize: set by a rule, stands in for an operation that cannot run at a part's sizes with the global parameters.
+    """
+
+    def __init__(self, notes: Notes, node: fx.Node, module: nn.Module | None, path: str, out: Any):
+        self._notes, self.node, self.module, self.path, self.out = notes, node, module, path, out
         self.resize: Callable | None = None
+
+    @property
+    def divisor(self) -> int:
+        """Of the widths: K, unless the parts are not to be merged."""
+        return self._notes.divisor
 
     @property
     def name(self) -> str:
@@ -120,6 +163,7 @@ class Op:
         return Axis.of(Width(size, self.where()) if size > 1 else 1)
 
     def unify(self, a: Axis | None, b: Axis | None) -> Axis | None:
+        """`widths.unify`, where a dim may carry no channels; channels that meet such a dim stay whole."""
         if a is None or b is None:
             axis = b if a is None else a
             if axis is not None:
@@ -133,15 +177,15 @@ class Op:
 
     def grouped(self, groups: int, axis: Axis) -> tuple[Axis, Axis]:
         """`axis` as groups · channels: the axes of the groups and of the channels in one, either of which is cut."""
-        inner, pieces = axis.size // groups, len(axis.resolve().terms)
-        if pieces == 1:
+        inner, terms = axis.size // groups, len(axis.resolve().terms)
+        if terms == 1:
             outer, channels = self.channels(groups), self.channels(inner)
             unify(axis, outer.times(*channels.terms[0]))
             self.cut_one_of([outer, channels])
             return outer.resolve(), channels.resolve()
-        # Pieces of a concatenation may end inside a group, so which of them is cut is chosen here.
-        self.planner.thresholds.update((groups // pieces, inner))
-        if groups >= self.divisor * pieces or inner == 1:
+        # A concatenation may be joined inside a group, so which of the two is cut is chosen here.
+        self.threshold(groups // terms, inner)
+        if groups >= self.divisor * terms or inner == 1:
             outer = self.channels(groups)
             unify(axis, outer.times(inner))
             return outer.resolve(), Axis.of(inner)
@@ -151,12 +195,21 @@ class Op:
 
     def cut_one_of(self, axes: Sequence[Axis]) -> None:
         """`axes` are the factors of one: once all is read, only one of them is cut."""
-        self.planner.choices.append(axes)
-        self.planner.thresholds.update(a.size for a in axes)
+        self._notes.choices.append(axes)
+        self.threshold(*(a.size for a in axes))
+
+    def threshold(self, *divisors: int) -> None:
+        """Above these divisors the rule names other Widths than below."""
+        self._notes.thresholds.update(divisors)
 
     def needs_two(self, axis: Axis) -> None:
         """The operation works in a part only on two channels or more of `axis`."""
-        self.planner.pairs.append(axis)
+        self._notes.pairs.append(axis)
+
+    def activate(self, axis: Axis) -> None:
+        """What a parameter of the graph gives along `axis` are channels, to be cut."""
+        for w in axis.widths():
+            w.active, w.origin = True, w.origin or self.where()
 
     def reduces_over(self, *axes: Axis | None) -> None:
         """The operation reads all entries of these axes together."""
@@ -165,14 +218,37 @@ class Op:
 
     def window(self, x: Value, dim: int) -> int | Window:
         """The positions of `x` along a dim without channels, and those that each part sees."""
-        return self.planner.sizes.window(x, dim)
+        return self._notes.sizes.window(x, dim)
 
-    # ---- what becomes smaller in a part
+    def extent(self, x: Value, dim: int) -> Callable[[int], int]:
+        """The size in part k of a dim without channels."""
+        return self._notes.sizes.extent(x, dim)
+
+    def part_size(self, axis: Axis, k: int) -> int:
+        """The size of `axis` in part k; known once all is read."""
+        return freeze(axis).part_size(k, self.divisor)
+
+    # ---- parameters
 
     def param(self, name: str, *axes: Axis | None, fans=None, outside: str = "zero") -> None:
         """The axes of the module's parameter or buffer `name`, None for a dim without channels."""
-        if self.names(name)[0]:
-            self.planner.add_param(self.names(name)[0], Param(axes, fans, outside))
+        (full,) = self.names(name)
+        if full is None:
+            return
+        first, params = self._notes.alias[full], self._notes.params
+        if first not in params:
+            params[first] = Param(axes, fans, outside)
+            return
+        for a, b in zip(params[first].axes, axes):  # a module that is called twice, or a tied parameter
+            if a is not None and b is not None:
+                unify(a, b)
+
+    def trained(self, value: Value | None) -> str | None:
+        """The name of a parameter that is read from the graph, None for anything computed or fixed."""
+        if value is None or value.op.node.op != "get_attr":
+            return None
+        name = self._notes.alias.get(value.op.node.target)
+        return name if self._notes.is_trained(name) else None
 
     def names(self, *params: str) -> tuple[str | None, ...]:
         """The state dict keys of the module's parameters, None for one that it lacks."""
@@ -182,37 +258,57 @@ class Op:
         owner, _, leaf = param.rpartition(".")
         return getattr(self.module.get_submodule(owner), leaf, None) is not None
 
-    def set(self, attr: str, value) -> None:
-        """The module's attribute `attr` (dotted for a submodule's) is `value` in a part."""
-        self.planner.edits.append(Edit(self.node.name, self.path, tuple(attr.split(".")), value))
+    # ---- numbers that differ in a part
 
-    def arg(self, *where, value) -> None:
-        """The node's argument at `where`, as in ("args", 1) or ("kwargs", "size"), is `value` in a part."""
-        self.planner.edits.append(Edit(self.node.name, None, where, value))
+    def set(self, attr: str, value: Axis | Callable[[int], Any]) -> None:
+        """The module's attribute `attr` (dotted for a submodule's) is `value` in a part."""
+        self._notes.edits.append(Edit(self.node.name, self.path, tuple(attr.split(".")), value))
+
+    def arg(self, *where: str | int, value: Axis | Callable[[int], Any]) -> None:
+        """The node's argument at `where`, as in ("args", 1) or ("kwargs", "size"), is `value` in a part; without
+        `where` the node itself is."""
+        self._notes.edits.append(Edit(self.node.name, None, where, value))
 
     def scale_input(self, value: Callable[[int], float]) -> None:
         """The operation's first argument is multiplied by `value` in a part."""
-        self.planner.edits.append(Edit(self.node.name, None, ("args", 0, "*"), value))
-
-    def call(self, name: str, *args) -> Value:
-        """What the rule of the submodule `name` says, as a step of this operation."""
-        module = self.module.get_submodule(name)
-        op = Op(self.planner, self.node, module, f"{self.path}.{name}", self.out)
-        found = module_rule(module)
-        if found is None:
-            raise op.refuse("has no rule")
-        return bind(found, op, args, {})
+        self.arg("args", 0, "*", value=value)
 
     def argument(self, position: int, keyword: str) -> tuple:
         """Where a call's argument stands: by position or by keyword."""
         return ("kwargs", keyword) if keyword in self.node.kwargs else ("args", position)
 
+    def given(self, where: Sequence[str | int]) -> Any:
+        """The argument at `where` as the graph has it: a number, or the node that computes it."""
+        at = getattr(self.node, where[0])
+        for step in where[1:]:
+            at = at[step]
+        return at
+
+    def listed(self, given: Sequence, position: int = 1, keyword: str = "") -> list[tuple[Any, tuple | None]]:
+        """Sizes or dims (see `unpacked`), each with its place in the call; the place is None where they are another
+        tensor's shape, which in a part is already the part's."""
+        numbers = unpacked(given)
+        if numbers is given:
+            return [(n, ("args", position + i)) for i, n in enumerate(numbers)]
+        where = self.argument(position, keyword)
+        computed = isinstance(self.given(where), fx.Node)
+        return [(n, None if computed else (*where, i)) for i, n in enumerate(numbers)]
+
     # ---- results
 
-    def result(self, axes: Sequence[Axis | None], law: Law, *inputs) -> Value:
+    def call(self, name: str, *args) -> Value:
+        """What the rule of the submodule `name` says, as a step of this operation."""
+        module = self.module.get_submodule(name)
+        op = Op(self._notes, self.node, module, f"{self.path}.{name}", self.out)
+        found = module_rule(module)
+        if found is None:
+            raise op.refuse("has no rule")
+        return bind(found, op, args, {})
+
+    def result(self, axes: Sequence[Axis | None], law: Law, *inputs: Any) -> Value:
         """The operation's tensor; what is not a `Value` among `inputs` is a constant and has no say."""
         value = Value(tuple(axes), law, tuple(v for v in inputs if isinstance(v, Value)), self)
-        self.planner.values.append(value)
+        self._notes.values.append(value)
         return value
 
     def where(self) -> str:
@@ -225,8 +321,13 @@ class Op:
         return SplitError(f"{self.where()}: {message}")
 
 
+def unpacked(given: Sequence) -> Sequence:
+    """Sizes or dims that a call takes one by one, ``x.permute(0, 2, 1)``, or as one tuple, ``x.permute((0, 2, 1))``."""
+    return given[0] if given and isinstance(given[0], (tuple, list)) else given
+
+
 def bind(fn: Callable, op: Op, args: tuple, kwargs: dict) -> Any:
-    """Call a rule with the operation's own arguments."""
+    """Call a rule with the operation's arguments."""
     try:
         inspect.signature(fn).bind(op, *args, **kwargs)
     except TypeError as e:

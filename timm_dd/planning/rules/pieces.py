@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +15,14 @@ from ..trace import chunk_or_split
 from . import laws
 from .op import Op, Value, rule
 
-# ---- concatenations and pieces
-
 
 @rule(torch.cat, torch.concat)
 def cat(op: Op, tensors, dim: int = 0, *, axis: int | None = None) -> Value:
     """Along channels the axes are added; along any other dim the channels are unified."""
     dim = (dim if axis is None else axis) % len(op.out.shape)
-    axes = list(tensors[0].axes)
-    for d in range(len(axes)):
-        for t in tensors[1:]:
-            if d != dim:
-                axes[d] = op.unify(axes[d], t.axes[d]) if axes[d] is not None or t.axes[d] is not None else None
+    axes = _unified(op, tensors, [d for d in range(len(op.out.shape)) if d != dim])
     if any(t.axes[dim] is not None for t in tensors):
-        joined = [t.axes[dim] if t.axes[dim] is not None else Axis.of(op.window(t, dim)) for t in tensors]
-        axes[dim] = Axis(*(term for a in joined for term in a.terms))
+        axes[dim] = Axis(*(term for t in tensors for term in op.axis(t, dim).terms))
     return op.result(axes, laws.linear, *tensors)
 
 
@@ -73,8 +67,8 @@ def _by_sizes(op: Op, x: Value, dim: int, where: tuple) -> tuple[Value, ...]:
     cuts = _cut(op, axis, sizes)
     if cuts is None:
         cuts = _cut_inner(axis, len(sizes))
-        law = laws.cross_channel(axis, "cuts through channels that belong together: each part cuts its own", law)
-    op.arg(*where, value=lambda k: [op.planner.part_size(cut, k) for cut in cuts])
+        law = laws.cross_channel([axis], "cuts through channels that belong together: each part cuts its own", law)
+    op.arg(*where, value=lambda k: [op.part_size(cut, k) for cut in cuts])
     dim %= len(x.axes)
     return tuple(op.result((*x.axes[:dim], cut, *x.axes[dim + 1 :]), law, x) for cut in cuts)
 
@@ -87,7 +81,7 @@ def _cut(op: Op, axis: Axis, sizes: list[int]) -> list[Axis] | None:
     )
     if tied:
         each = [w.size // len(sizes) for w in axis.widths()]
-        op.planner.thresholds.update(each)
+        op.threshold(*each)
         if min(each, default=op.divisor) < op.divisor:
             return None
     try:
@@ -158,10 +152,15 @@ def _slice(op: Op, axis: Axis, item: slice, size: int, where: tuple) -> Axis:
 
 @rule(torch.stack)
 def stack(op: Op, tensors, dim: int = 0) -> Value:
-    axes = list(tensors[0].axes)
-    for d in range(len(axes)):
-        for t in tensors[1:]:
-            if axes[d] is not None or t.axes[d] is not None:
-                axes[d] = op.unify(axes[d], t.axes[d])
+    axes = _unified(op, tensors, range(len(tensors[0].axes)))
     axes.insert(dim % len(op.out.shape), None)
     return op.result(axes, laws.linear, *tensors)
+
+
+def _unified(op: Op, tensors: Sequence[Value], dims: Iterable[int]) -> list[Axis | None]:
+    """The axes of the first tensor, along `dims` unified with those of the others."""
+    axes = list(tensors[0].axes)
+    for d in dims:
+        for t in tensors[1:]:
+            axes[d] = op.unify(axes[d], t.axes[d])
+    return axes

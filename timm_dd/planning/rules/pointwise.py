@@ -42,7 +42,7 @@ def activation(op: Op, *args, **kwargs) -> Value:
 
 @rule(nn.PReLU, tl.PReLU)
 def prelu(op: Op, x: Value) -> Value:
-    """Slope (C,), or one for all channels, which then is each part's own."""
+    """Slope (C,), or one for all channels, of which every part trains a copy."""
     shared = op.module.num_parameters == 1 if hasattr(op.module, "num_parameters") else op.module.weight.numel() == 1
     axis = Axis.of(1) if shared else op.axis(x, 1)
     op.param("weight", axis)

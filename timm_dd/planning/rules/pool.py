@@ -44,9 +44,7 @@ def slide(op: Op, x: Value, law: laws.Law) -> tuple[list[Axis | None], laws.Law]
         if axis is not None and axis.size != size:
             make_whole(axis)
             axes[i] = Axis.of(size)
-        elif axis is not None:
-            law = laws.cross_channel(axis, f"{op.name} along channels: each part sees only its own", law)
-    return axes, law
+    return axes, laws.cross_channel(axes, f"{op.name} along channels: each part sees only its own", law)
 
 
 @rule(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
@@ -56,7 +54,7 @@ def constant_pad(op: Op, x: Value) -> Value:
 
 @rule(F.pad)
 def pad(op: Op, x: Value, pad, mode="constant", value=None) -> Value:
-    """Zeros around positions; zeros around channels (a shortcut without weights) are channels of their own."""
+    """Zeros around positions; zeros around channels (a shortcut without weights) are new channels."""
     axes, where = list(x.axes), op.argument(1, "pad")
     for i in range(len(pad) // 2):
         dim = len(axes) - 1 - i

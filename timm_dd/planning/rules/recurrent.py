@@ -9,7 +9,7 @@ from torch import nn
 
 from ...algebra.widths import Axis
 from .laws import Context, Relation, contract, pointwise
-from .op import Edit, Op, Value, rule
+from .op import Op, Value, rule, unpacked
 
 GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 3}
 
@@ -19,24 +19,24 @@ def recurrent(op: Op, x: Value, hx=None):
     """Of each layer and direction: weight_ih (gates · hidden, in), weight_hh (gates · hidden, out), their biases, and,
     where `out` is a projection of the hidden state, weight_hr (out, hidden)."""
     m = op.module
-    over, hidden = op.axis(x, -1), op.channels(m.hidden_size)
+    in_axis, hidden = op.axis(x, -1), op.channels(m.hidden_size)
     out = op.channels(m.proj_size) if m.proj_size else hidden
     states = (out, hidden) if m.mode == "LSTM" else (out,)
-    given = hx if isinstance(hx, tuple) else () if hx is None else (hx,)
+    given = () if hx is None else unpacked([hx])
     for state, axis in zip(given, states):
-        if not _made_for(op, state, axis):
+        if not _made_for(state, axis):
             op.unify(state.axes[-1], axis)
     directions = 2 if m.bidirectional else 1
     both = Axis.of(directions, *out.terms[0])
     gates = Axis.of(GATES[m.mode], *hidden.terms[0])
     for layer, suffix in itertools.product(range(m.num_layers), ("", "_reverse")[:directions]):
-        of, into = f"_l{layer}{suffix}", over if layer == 0 else both
-        op.param(f"weight_ih{of}", gates, into, fans=([into], [hidden]))
+        of, layer_in = f"_l{layer}{suffix}", in_axis if layer == 0 else both
+        op.param(f"weight_ih{of}", gates, layer_in, fans=([layer_in], [hidden]))
         op.param(f"weight_hh{of}", gates, out, fans=([out], [hidden]))
         op.param(f"bias_ih{of}", gates)
         op.param(f"bias_hh{of}", gates)
         op.param(f"weight_hr{of}", out, hidden, fans=([hidden], [out]))
-    op.set("input_size", over)
+    op.set("input_size", in_axis)
     op.set("hidden_size", hidden)
     if m.proj_size:
         op.set("proj_size", out)
@@ -47,7 +47,7 @@ def recurrent(op: Op, x: Value, hx=None):
         return t.new_empty(*t.shape[:-1], both.size), ends if m.mode == "LSTM" else ends[0]
 
     op.resize = resize
-    linear = contract(hidden, over, *op.names("weight_ih_l0", "bias_ih_l0"))
+    linear = contract(hidden, in_axis, *op.names("weight_ih_l0", "bias_ih_l0"))
 
     def law(context: Context, x: Relation, *states: Relation) -> Relation:
         return pointwise(context, linear(context, x), *states)
@@ -57,19 +57,17 @@ def recurrent(op: Op, x: Value, hx=None):
     return value, ends if m.mode == "LSTM" else ends[0]
 
 
-def _made_for(op: Op, state: Value, axis: Axis) -> bool:
-    """Whether `state` are zeros made on the way, ``torch.zeros(layers, batch, hidden)``: a part makes as many as it
-    needs."""
+def _made_for(state: Value, axis: Axis) -> bool:
+    """Whether `state` are zeros that the forward makes, ``torch.zeros(layers, batch, hidden)``: a part makes as many as
+    it needs."""
     maker = state
     while maker.op.node.target in ("to", "float", "double", "type_as", "contiguous"):
         maker = maker.inputs[0]
     node = maker.op.node
     if maker.inputs or node.target not in (torch.zeros, torch.ones) or not node.args:
         return False
-    packed = isinstance(node.args[0], (tuple, list))
-    sizes = node.args[0] if packed else node.args
-    if sizes[-1] != axis.size:
+    size, where = maker.op.listed(node.args, position=0)[-1]
+    if size != axis.size:
         return False
-    where = ("args", 0, len(sizes) - 1) if packed else ("args", len(sizes) - 1)
-    op.planner.edits.append(Edit(node.name, None, where, axis))
+    maker.op.arg(*where, value=axis)
     return True

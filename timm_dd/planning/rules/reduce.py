@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import laws
-from .op import Op, Value, rule
+from .op import Op, Value, rule, unpacked
 from .pointwise import extremum
-
-# ---- reductions
 
 
 @rule("mean", torch.mean)
@@ -57,8 +55,8 @@ def max_(op: Op, x: Value, dim=None, keepdim: bool = False):
 @rule(F.softmax, torch.softmax, "softmax", F.log_softmax, torch.log_softmax, "log_softmax")
 def softmax(op: Op, x: Value, dim: int | None = None, *args, **kwargs) -> Value:
     op.reduces_over(x.axes[dim])
-    law = laws.cross_channel(x.axes[dim], "a softmax over channels: each part normalises over its own", laws.pointwise)
-    return op.result(x.axes, law, x)
+    reason = "a softmax over channels: each part normalises over its own"
+    return op.result(x.axes, laws.cross_channel([x.axes[dim]], reason, laws.pointwise), x)
 
 
 @rule(nn.Softmax, nn.LogSoftmax)
@@ -69,12 +67,12 @@ def softmax_module(op: Op, x: Value) -> Value:
 def _cross_channel(op: Op, law):
     """The law of a reduction that mixes the channels along the dims that it reduces."""
     reason = f"{op.name} over channels: each part sees only its own"
-    return lambda axes: functools.reduce(lambda inner, a: laws.cross_channel(a, reason, inner), axes, law)
+    return lambda axes: laws.cross_channel(axes, reason, law)
 
 
 def _reduce(op: Op, x: Value, dim, keepdim: bool, law) -> Value:
     """`law` makes the law from the axes of the dims that are reduced."""
-    dims = range(len(x.axes)) if dim is None else [dim] if isinstance(dim, int) else dim
+    dims = range(len(x.axes)) if dim is None else unpacked([dim])
     dims = {d % len(x.axes) for d in dims}
     op.reduces_over(*(x.axes[d] for d in dims))
     axes = [None if d in dims else a for d, a in enumerate(x.axes) if keepdim or d not in dims]

@@ -1,7 +1,7 @@
 """Operations that only move numbers: views, permutations, shuffles.
 
 Constants in the graph (sizes of a view, a split, a slice) are the global network's: each that counts channels
-is replaced by the part's own.
+is replaced by the part's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torchvision.ops import StochasticDepth
 
 from ...algebra.widths import Axis, Width, make_whole, unify
 from . import laws
-from .op import Op, Value, rule
+from .op import Op, Value, rule, unpacked
 from .pieces import split_into
 
 DROPOUTS = (
@@ -53,31 +53,19 @@ def flatten(op: Op, x: Value, *args, **kwargs) -> Value:
 
 @rule("view", "reshape", torch.reshape)
 def reshape(op: Op, x: Value, *shape, **kwargs) -> Value:
-    """Sizes that count channels or positions become the part's own; -1 and the batch stay."""
+    """Sizes that count channels or positions become the part's; -1 and the batch stay."""
     value = _view(op, x)
-    if len(op.node.all_input_nodes) > 2:  # sizes of its own, beside the batch: they are right at any image size
+    if len(op.node.all_input_nodes) > 2:  # the graph computes more than the batch: right at any image size
         op.resize = lambda t, *sizes, **named: t.reshape(*sizes, **named)
-    first = kwargs.get("shape", shape[0] if shape else None)
-    packed = isinstance(first, (tuple, list))
-    base = (("kwargs", "shape") if "shape" in kwargs else ("args", 1)) if packed else None
-    if packed and isinstance(_at(op.node, base), fx.Node):
-        return value  # another tensor's shape, which is the part's
-    for dim, size in enumerate(first if packed else shape):
-        if size == -1 or dim == 0 and value.axes[0] is None:
+    given = [kwargs["shape"]] if "shape" in kwargs else shape
+    for dim, (size, where) in enumerate(op.listed(given, keyword="shape")):
+        if where is None or size == -1 or dim == 0 and value.axes[0] is None:
             continue
-        where = (*base, dim) if packed else ("args", 1 + dim)
         if value.axes[dim] is not None:
             op.arg(*where, value=value.axes[dim])
-        elif not isinstance(_at(op.node, where), fx.Node):
-            op.arg(*where, value=op.planner.sizes.extent(value, dim))
+        elif not isinstance(op.given(where), fx.Node):
+            op.arg(*where, value=op.extent(value, dim))
     return value
-
-
-def _at(node: fx.Node, where: tuple):
-    at = getattr(node, where[0])
-    for step in where[1:]:
-        at = at[step]
-    return at
 
 
 def _view(op: Op, x: Value) -> Value:
@@ -136,7 +124,7 @@ def _join(op: Op, x: Value, dims: list[int]) -> Axis | None:
         return None
     joined = None
     for d in dims:
-        axis = x.axes[d] if x.axes[d] is not None else Axis.of(op.window(x, d))
+        axis = op.axis(x, d)
         if joined is None:
             joined = axis
         elif len(axis.resolve().terms) == 1:
@@ -164,8 +152,7 @@ def _separate(op: Op, axis: Axis, sizes: list[int]) -> list[Axis]:
 
 @rule("permute", torch.permute)
 def permute(op: Op, x: Value, *dims) -> Value:
-    dims = dims[0] if isinstance(dims[0], (tuple, list)) else dims
-    return op.result([x.axes[d] for d in dims], laws.linear, x)
+    return op.result([x.axes[d] for d in unpacked(dims)], laws.linear, x)
 
 
 @rule("transpose", torch.transpose)
@@ -206,14 +193,14 @@ def pixel_unshuffle(op: Op, x: Value, downscale_factor: int) -> Value:
 
 @rule(torch.flip, "flip")
 def flip(op: Op, x: Value, *args, dims=()) -> Value:
-    return _move(op, x, dims or (args[0] if isinstance(args[0], (tuple, list)) else args))
+    return _move(op, x, dims or unpacked(args))
 
 
 @rule(torch.roll, "roll")
 def roll(op: Op, x: Value, shifts, dims=None) -> Value:
     if dims is None:
         raise op.refuse("rolls the channels of all images together; give it dims")
-    return _move(op, x, dims if isinstance(dims, (tuple, list)) else [dims])
+    return _move(op, x, unpacked([dims]))
 
 
 @rule(torch.cumsum, "cumsum")
@@ -223,25 +210,19 @@ def cumsum(op: Op, x: Value, dim: int) -> Value:
 
 def _move(op: Op, x: Value, dims) -> Value:
     """Linear along positions; channels that are cut would meet others in each part."""
-    law = laws.linear
-    for dim in dims:
-        law = laws.cross_channel(x.axes[dim], f"{op.name} along channels: each part sees only its own", law)
-    return op.result(x.axes, law, x)
+    reason = f"{op.name} along channels: each part sees only its own"
+    return op.result(x.axes, laws.cross_channel([x.axes[d] for d in dims], reason, laws.linear), x)
 
 
 @rule("expand")
 def expand(op: Op, x: Value, *sizes) -> Value:
     """A dim of size 1 repeated a fixed number of times may stand for channels: that shows once it meets them."""
-    packed = isinstance(sizes[0], (tuple, list))
-    like = packed and isinstance(op.node.args[1], fx.Node)  # another tensor's shape, which is the part's
     new = len(op.out.shape) - len(x.axes)
     axes = [None] * new + list(x.axes)
-    for dim, (old, size) in enumerate(zip((1,) * new + x.shape, op.out.shape)):
-        where = ("args", 1, dim) if packed else ("args", 1 + dim)
-        given = None if like else _at(op.node, where)
-        if old == 1 < size and dim and (like or isinstance(given, int)):
+    for dim, (old, size, (_, where)) in enumerate(zip((1,) * new + x.shape, op.out.shape, op.listed(sizes))):
+        if old == 1 < size and dim and (where is None or isinstance(op.given(where), int)):
             axes[dim] = Axis.of(Width(size, active=False))
-        if axes[dim] is not None and axes[dim].size == size and not like and given != -1:
+        if where is not None and axes[dim] is not None and axes[dim].size == size and op.given(where) != -1:
             op.arg(*where, value=axes[dim])
     return op.result(axes, laws.linear, x)
 
