@@ -18,7 +18,7 @@ PACKAGE = ROOT / "timm_dd"
 # Each imports only from those before it and from itself; those of one line do not import each other.
 LAYERS = [
     {"version"},
-    {"errors"},
+    {"errors", "compat"},
     {"text", "models", "console"},
     {"algebra"},
     {"paper_networks"},

@@ -23,9 +23,8 @@ from ..errors import MergeError, headline, shown
 from ..planning.plan import FORMAT, Plan
 from ..text import json_text
 from ..version import __version__
-from . import tensorfile
 from .atomic import output_folder, replacing
-from .tensorfile import READ_ERRORS, TensorFile, to_raw
+from .tensorfile import READ_ERRORS, TensorFile, write_state
 
 PLAN, MODEL = "plan.json", "model.safetensors"
 LARGEST_PLAN = 100 << 20  # bytes, as the header of a safetensors file
@@ -45,7 +44,11 @@ def save_parts(
     seed: int | None = None,
     epoch: int | None = None,
 ) -> None:
-    """Write the plan and its K parts: all of them, or none."""
+    """Write the plan and its K parts: all of them, or none.
+
+    Raises:
+        FileError: the folder cannot be written, or a file has no form for a dtype or an argument of the model.
+    """
     digest = plan.digest()
     with output_folder(folder) as aside:
         for k, state in enumerate(states):
@@ -91,9 +94,7 @@ def _identity(plan: Plan, k: int, digest: str) -> dict[str, str]:
 
 def _write(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str], sealed: bool = False) -> None:
     """Write a state dict, the largest elements first: so all are aligned, and tensors of one dtype are together."""
-    state = dict(sorted(state.items(), key=lambda item: -item[1].dtype.itemsize))
-    specs = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
-    tensorfile.write(path, specs, map(to_raw, state.values()), metadata, sealed)
+    write_state(path, dict(sorted(state.items(), key=lambda item: -item[1].dtype.itemsize)), metadata, sealed)
 
 
 def save_model(folder: str | Path, model: nn.Module, config: dict | None, about: Mapping[str, str]) -> None:
