@@ -32,7 +32,7 @@ LAYERS = [
 ROOMS = {
     "algebra": ["axes", "widths", "domain"],
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
-    "surgery": ["emit", "packed", "parts", "split", "merge"],
+    "surgery": ["emit", "source", "packed", "parts", "split", "merge"],
 }
 
 

@@ -120,7 +120,7 @@ def summary(plan: Plan, digest: str, head: str = "sum") -> dict[str, str]:
 
 
 def load_composed(folder: str | Path, model: nn.Module) -> None:
-    """Give `model` the weights of a composed model in `folder`, each in its own dtype.
+    """Give `model` the weights of a composed model in `folder`, in the dtypes of the file.
 
     Raises:
         MergeError: no such file, damaged, or of another model.
@@ -221,7 +221,7 @@ class PartsFolder:
         return tuple(int(n) if n is not None and n.isdecimal() else None for n in (seed, epoch))
 
     def _part_path(self, k: int) -> Path:
-        """Part k's file, in the folder itself or, as a training run leaves it, in a folder of its own."""
+        """Part k's file, in the folder itself or, as a training run leaves it, in a folder of that part."""
         name = part_name(k, self.plan.parts)
         found = [p for p in (self.path / name, self.path / str(k) / name) if p.is_file()]
         if len(found) == 1:
