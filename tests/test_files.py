@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import timm_dd
-from timm_dd import Domain, FileError, MergeError, Parts
+from timm_dd import Domain, FileError, MergeError, Parts, errors
 from timm_dd.storage import merge_files as streaming
 from timm_dd.storage import tensorfile
 from timm_dd.storage.atomic import output_folder, replacing
@@ -480,6 +480,26 @@ def test_an_unwritable_folder_is_refused(saved, tmp_path):
 def test_a_folder_that_nobody_can_make(saved):
     with pytest.raises(FileError, match="cannot write to /proc/composed"):
         timm_dd.merge_files(saved[0], "/proc/composed")
+
+
+def test_a_file_that_nobody_can_write():
+    with pytest.raises(FileError, match="cannot write to /proc/nowhere/plan.json: No such file or directory"):
+        with replacing(Path("/proc/nowhere/plan.json")) as temporary:
+            temporary.write_text("{}")
+
+
+def test_arguments_that_json_has_no_form_for(tmp_path):
+    parts = timm_dd.split(NAME, 2, act_layer=torch.nn.ReLU, img_size=64)
+    with pytest.raises(FileError, match="only numbers, texts and lists can be written"):
+        parts.save(tmp_path / "parts")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_that_is_raised_has_one_base():
+    ours = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert {name for name in ours if not issubclass(getattr(errors, name), timm_dd.TimmDDError)} == {"WidthError"}
+    assert ours - {"WidthError"} <= set(timm_dd.__all__) and issubclass(timm_dd.TimmDDError, ValueError)
+    assert not issubclass(MergeError, FileError) and not issubclass(FileError, MergeError)
 
 
 def test_no_folder(tmp_path):

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 __all__ = [
+    "OpOverload",
     "TorchDispatchMode",
     "storage_key",
     "timm_config",

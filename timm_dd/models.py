@@ -84,7 +84,7 @@ def check_known(name: str, args: Mapping[str, Any]) -> None:
         raise MergeError(f"a plan has no argument {forbidden[0]!r}; write the parts again")
 
 
-def arguments(name: str, img_size=None, **kwargs: Any) -> dict:
+def arguments(name: str, img_size: int | Sequence[int] | None = None, **kwargs: Any) -> dict:
     """The keyword arguments for `timm.create_model`, with `img_size` where the model's constructor takes it."""
     if img_size is None or not timm.is_model(name):
         return kwargs

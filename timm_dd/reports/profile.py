@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.utils.flop_counter import flop_registry
 
 from ..algebra.domain import Domain, check_parts
-from ..compat import TorchDispatchMode, storage_key, tree_leaves
+from ..compat import OpOverload, TorchDispatchMode, storage_key, tree_leaves
 from ..planning.graphs import MAKERS, float_type, module_path
 from ..surgery.source import Network
 from ..text import table
@@ -187,8 +187,8 @@ def cost(graph: fx.GraphModule, size: tuple[int, ...]) -> Cost:
     image, meter = torch.empty(1, *size, device="meta", dtype=float_type(graph)), Meter()
     with torch.no_grad(), meter:
         Pass(graph, meter).run(image)
-    counts = (sum(t.numel() for t in tensors) for tensors in (trained, statistics))
-    return Cost(*counts, meter.multiply_adds, meter.flops, meter.activation_bytes, tuple(meter.uncounted))
+    parameters, numbers = (sum(t.numel() for t in tensors) for tensors in (trained, statistics))
+    return Cost(parameters, numbers, meter.multiply_adds, meter.flops, meter.activation_bytes, tuple(meter.uncounted))
 
 
 class Pass(fx.Interpreter):
@@ -210,7 +210,7 @@ class Meter(TorchDispatchMode):
     """Adds up what the aten operations cost that run while it is on. What PyTorch makes of a module or function (LSTM,
     attention, einsum) is seen as the products that it consists of."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.place = ("", "")
         self.multiply_adds = self.flops = self.activation_bytes = 0
@@ -229,7 +229,7 @@ class Meter(TorchDispatchMode):
         return out
 
 
-def multiply_adds(op: torch._ops.OpOverload, args: tuple, kwargs: dict, out: Any) -> int | None:
+def multiply_adds(op: OpOverload, args: tuple, kwargs: dict, out: Any) -> int | None:
     """The MACs of an aten operation, 0 where it has none by convention, None where they are not known."""
     packet = op.overloadpacket
     if packet in VECTOR_PRODUCTS:

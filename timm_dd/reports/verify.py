@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -171,13 +172,13 @@ def verify(
     nets, every, x = _in_float64(model, parts, head), [*rows, *outputs], x.to("cpu", torch.float64)
     full = Domain.full(plan.parts).boxes(spatial(size))
     box = _compare(nets, plan, every, plan.boxes(), x)
-    whole = box if plan.boxes() == full else None if _windows(plan) else _compare(nets, plan, every, full, x)
+    comparable = not _windows(plan)
+    whole = box if plan.boxes() == full else _compare(nets, plan, every, full, x) if comparable else _Differences()
     return Report(
         tuple(
-            LayerErrors(c.path, c.operation, whole and whole.error([c]), box.error([c]), box.field([c]), c.exact)
-            for c in rows
+            LayerErrors(c.path, c.operation, whole.error([c]), box.error([c]), box.field([c]), c.exact) for c in rows
         ),
-        whole and whole.error(outputs),
+        whole.error(outputs),
         box.error(outputs),
         plan.exact,
         plan.exact and box.field(outputs) == 1,
@@ -242,7 +243,8 @@ def _compare(
     """The maps of the composed network, nets[0], against those of the parts on their boxes."""
     composed, *parts = nets
     nodes, full = {c.node for c in wanted}, [box.extent == spatial(plan.input_size) for box in boxes]
-    y, result, sums = _Maps(composed, nodes).of(x), _Differences(), {}
+    y, result = _Maps(composed, nodes).of(x), _Differences()
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     comparable = {c.node: c for c in wanted if c.aligned or all(full)}
     for k, (part, box) in enumerate(zip(parts, boxes)):
         maps = _Maps(part, nodes).of(box.crop(x))
@@ -284,14 +286,15 @@ class _Maps(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, nodes: set[str], outside: _Outside | None = None):
         super().__init__(gm)
-        self.nodes, self.outside, self.kept = nodes, outside, {}
+        self.nodes, self.outside = nodes, outside
+        self.kept: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def of(self, x: torch.Tensor) -> Mapping[str, torch.Tensor]:
         self.run(x)
         return self.kept
 
-    def run_node(self, n: fx.Node):
+    def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.name in self.nodes:
             first = result
@@ -300,7 +303,7 @@ class _Maps(fx.Interpreter):
             self.kept[n.name] = first.clone()  # an activation in place may follow
         return result
 
-    def call_module(self, target, args, kwargs):
+    def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if self.outside is not None:
             args = (self.outside.hide(target, args[0]), *args[1:])
         return super().call_module(target, args, kwargs)

@@ -217,8 +217,8 @@ class PartsFolder:
 
     def history(self) -> tuple[int | None, int | None]:
         """Seed and epoch of part 0, which is open."""
-        seed, epoch = (self._opened[0].metadata.get(key) for key in ("seed", "epoch"))
-        return tuple(int(n) if n is not None and n.isdecimal() else None for n in (seed, epoch))
+        metadata = self._opened[0].metadata
+        return _count(metadata.get("seed")), _count(metadata.get("epoch"))
 
     def _part_path(self, k: int) -> Path:
         """Part k's file, in the folder itself or, as a training run leaves it, in a folder of that part."""
@@ -239,8 +239,12 @@ class PartsFolder:
     def __enter__(self) -> PartsFolder:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _count(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdecimal() else None
 
 
 def _local(folder: str | Path) -> Path:

@@ -81,10 +81,10 @@ def write(
     with open(path, "wb", buffering=PIECE // 16) as f:  # what is larger is written without a copy
         f.write(text)
         for piece in pieces:
-            piece = piece.reshape(-1).view(np.uint8).data
-            f.write(piece)
+            data = piece.reshape(-1).view(np.uint8).data
+            f.write(data)
             if sealed:
-                digest.update(piece)
+                digest.update(data)
         assert f.tell() == len(text) + end
         if sealed:
             f.seek(text.index(UNSEALED.encode()))
@@ -147,7 +147,7 @@ class TensorFile:
         array = np.empty((last - first, *shape[1:]), RAW[entry.dtype])
         start = entry.start + first * math.prod(shape[1:]) * entry.dtype.itemsize
         self._file.seek(start)
-        if (found := self._file.readinto(array)) < array.nbytes:
+        if (found := self._file.readinto(array.data)) < array.nbytes:
             raise OSError(f"it ends at byte {start + found}")
         return array
 
@@ -187,7 +187,7 @@ class TensorFile:
     def __enter__(self) -> TensorFile:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

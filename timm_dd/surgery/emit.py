@@ -65,9 +65,9 @@ def _give(modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor])
     new: dict[int, torch.Tensor] = {}  # by the identity of the old
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
-        trained = leaf in modules[path]._parameters
-        old = (modules[path]._parameters if trained else modules[path]._buffers)[leaf]
+        old = getattr(modules[path], leaf)
         if id(old) not in new:
+            trained = isinstance(old, nn.Parameter)
             new[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if trained else tensor
         setattr(modules[path], leaf, new[id(old)])
 

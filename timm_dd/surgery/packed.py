@@ -78,7 +78,7 @@ class PackedModule(nn.Module):
         self._of_part[0].training = mode
         return super().train(mode)
 
-    def forward(self, *args, **kwargs) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = functools.partial(functional_call, *self._of_part)
         return over_parts(call, self._parts, dict(_tensors(self)), args, kwargs)
 
@@ -92,7 +92,7 @@ class PackedBatchNorm(PackedModule):
         return y.unflatten(1, (self._parts, -1)).movedim(1, 0)
 
 
-def over_parts(function: Callable, parts: int, *args, **kwargs) -> Any:
+def over_parts(function: Callable, parts: int, *args: Any, **kwargs: Any) -> Any:
     """``function(*args, **kwargs)`` of each part. Tensors among the arguments and results are all parts', stacked; what
     is no tensor is the same for all parts."""
     leaves, spec = tree_flatten((args, kwargs))
@@ -128,13 +128,15 @@ def pack(parts: Sequence[fx.GraphModule]) -> PackedGraph:
     stacked = {id(row[0][1]): _stack([t for _, t in row]) for row in rows}
     root, graph = copy_graph(parts[0])
     for module in root.modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors in (vars(module)["_parameters"], vars(module)["_buffers"]):
             tensors.update((leaf, stacked[id(t)]) for leaf, t in tensors.items() if t is not None)
-        if getattr(module, "inplace", False):  # in place on a view of all parts' costs copies of them all
-            module.inplace = False
+        if vars(module).get("inplace"):  # in place on a view of all parts' costs copies of them all
+            vars(module)["inplace"] = False
     _pack_modules(root, graph, len(parts))
     _pack_functions(graph, len(parts))
-    return graph_module(root, graph, f"Packed{type(parts[0]).__name__}", PackedGraph).train(parts[0].training)
+    packed = graph_module(root, graph, f"Packed{type(parts[0]).__name__}", PackedGraph)
+    assert isinstance(packed, PackedGraph)
+    return packed.train(parts[0].training)
 
 
 def _pack_modules(root: nn.Module, graph: fx.Graph, parts: int) -> None:
@@ -154,23 +156,22 @@ def _pack_functions(graph: fx.Graph, parts: int) -> None:
     for node in graph.nodes:
         if node.op == "call_method":
             node.op, node.target = "call_function", functools.partial(_method, node.target)
-            node.target = _packed(node, parts)
+            node.target = _packed(node.target, node.name, parts)
         elif node.op == "call_function":
-            node.target = _packed(node, parts)
+            node.target = _packed(node.target, node.name, parts)
 
 
-def _method(name: str, x: Any, *args, **kwargs) -> Any:
+def _method(name: str, x: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(x, name)(*args, **kwargs)
 
 
-def _packed(node: fx.Node, parts: int) -> Callable:
-    """The node's function, of all parts, with the node's name."""
-    function = node.target
+def _packed(function: Callable, name: str, parts: int) -> Callable:
+    """A node's function, of all parts, with the node's name."""
 
-    def packed(*args, **kwargs):
+    def packed(*args: Any, **kwargs: Any) -> Any:
         return over_parts(function, parts, *args, **kwargs)
 
-    packed.__name__ = packed.__qualname__ = node.name
+    packed.__name__ = packed.__qualname__ = name
     return packed
 
 

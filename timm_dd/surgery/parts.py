@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx, nn
@@ -42,6 +43,10 @@ class Parts(nn.ModuleList):
         self.plan, self.seed = plan, seed
         self.epoch: int | None = None
         self._whole = _Whole(graph, module)
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[fx.GraphModule]: ...
 
     @property
     def graph(self) -> fx.GraphModule:
