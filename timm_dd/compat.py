@@ -5,7 +5,6 @@ Who moves to a new torch or timm looks here. Nothing else in the package imports
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
 from collections.abc import Mapping
@@ -45,5 +44,5 @@ def timm_config(model: nn.Module, pretrained_cfg: Mapping[str, Any]) -> dict[str
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
-        save_config_for_hf(model, str(path), model_config={"pretrained_cfg": copy.deepcopy(dict(pretrained_cfg))})
+        save_config_for_hf(model, str(path), model_config={"pretrained_cfg": dict(pretrained_cfg)})
         return json.loads(path.read_text(encoding="utf-8"))
