@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 
 import huggingface_hub
 import pytest
@@ -12,7 +13,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 import timm_dd
+import timm_dd.reports.verify
 from timm_dd.cli import main
+from timm_dd.planning import planner
+from timm_dd.planning.trace import Tracer
 from timm_dd.storage.files import part_name
 
 RELATIVE = 1e-9  # in float64: the bar of an exact claim
@@ -116,6 +120,24 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """How often a network was traced and planned since the test began, or since it cleared this."""
+    found = Counter()
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            found[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(Tracer, "trace", counted("trace", Tracer.trace))
+    for module in (planner, timm_dd.reports.verify):
+        monkeypatch.setattr(module, "analyse", counted("plan", module.analyse))
+    return found
 
 
 # ---- training runs

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import timm_dd
-from timm_dd import Domain, MergeError, Parts
+from timm_dd import Domain, FileError, MergeError, Parts, errors
 from timm_dd.storage import merge_files as streaming
 from timm_dd.storage import tensorfile
 from timm_dd.storage.atomic import output_folder, replacing
@@ -192,9 +192,8 @@ def rewrite(folder, change, k=1, sealed=True):
     tensors = load_file(path)
     metadata.pop("xxh3_128")
     change(tensors, metadata)
-    specs = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     with replacing(path) as temporary:  # the tensors are a map of the file
-        tensorfile.write(temporary, specs, map(tensorfile.to_raw, tensors.values()), metadata, sealed)
+        tensorfile.write_state(temporary, tensors, metadata, sealed)
 
 
 def nan(folder):
@@ -389,7 +388,7 @@ def test_two_at_once_into_one_folder(saved, tmp_path):
         refused = []
 
         def second():
-            with pytest.raises(MergeError, match="another process is writing into"):
+            with pytest.raises(FileError, match="another process is writing into"):
                 timm_dd.merge_files(saved[0], tmp_path / "composed")
             refused.append(True)
 
@@ -459,7 +458,7 @@ def test_a_part_that_shrinks_while_it_is_read(folder, monkeypatch):
 
 def test_a_dtype_that_has_no_name(tmp_path):
     parts = timm_dd.split(torch.nn.Linear(4, 4), 2, example_input=torch.empty(1, 4))
-    with pytest.raises(MergeError, match="weight is torch.float8_e4m3fn, expected one of"):
+    with pytest.raises(FileError, match="weight is torch.float8_e4m3fn, expected one of"):
         parts.to(torch.float8_e4m3fn).save(tmp_path / "parts")
     assert list(tmp_path.iterdir()) == []
 
@@ -467,20 +466,40 @@ def test_a_dtype_that_has_no_name(tmp_path):
 def test_an_output_below_a_file_is_refused(saved, tmp_path):
     (tmp_path / "file").write_text("")
     for call in (lambda p: timm_dd.merge_files(saved[0], p), saved[1].save):
-        with pytest.raises(MergeError, match="cannot write"):
+        with pytest.raises(FileError, match="cannot write"):
             call(tmp_path / "file" / "out")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_an_unwritable_folder_is_refused(saved, tmp_path):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    with pytest.raises(MergeError, match="cannot write"):
+    with pytest.raises(FileError, match="cannot write"):
         saved[1].save(tmp_path / "parts")
 
 
 def test_a_folder_that_nobody_can_make(saved):
-    with pytest.raises(MergeError, match="cannot write to /proc/composed"):
+    with pytest.raises(FileError, match="cannot write to /proc/composed"):
         timm_dd.merge_files(saved[0], "/proc/composed")
+
+
+def test_a_file_that_nobody_can_write():
+    with pytest.raises(FileError, match="cannot write to /proc/nowhere/plan.json: No such file or directory"):
+        with replacing(Path("/proc/nowhere/plan.json")) as temporary:
+            temporary.write_text("{}")
+
+
+def test_arguments_that_json_has_no_form_for(tmp_path):
+    parts = timm_dd.split(NAME, 2, act_layer=torch.nn.ReLU, img_size=64)
+    with pytest.raises(FileError, match="only numbers, texts and lists can be written"):
+        parts.save(tmp_path / "parts")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_that_is_raised_has_one_base():
+    ours = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert {name for name in ours if not issubclass(getattr(errors, name), timm_dd.TimmDDError)} == {"WidthError"}
+    assert ours - {"WidthError"} <= set(timm_dd.__all__) and issubclass(timm_dd.TimmDDError, ValueError)
+    assert not issubclass(MergeError, FileError) and not issubclass(FileError, MergeError)
 
 
 def test_no_folder(tmp_path):

@@ -33,7 +33,7 @@ ROOMS = {
     "algebra": ["axes", "widths", "domain"],
     "planning": ["graphs", "trace", "shapes", "rules", "reader", "relations", "plan", "assemble", "planner"],
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
-    "surgery": ["emit", "packed", "parts", "split", "merge"],
+    "surgery": ["emit", "source", "packed", "parts", "split", "merge"],
 }
 
 

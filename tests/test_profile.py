@@ -321,3 +321,8 @@ def test_the_model_stays_as_it_was():
 def test_bad_input(model, options, message):
     with pytest.raises(SplitError, match=message):
         profile(model, 4, **options)
+
+
+def test_it_traces_and_plans_once(counts):
+    profile(Tiny(), 2, domain=Domain.grid(1, 2), example_input=torch.empty(1, 3, 9, 14))
+    assert counts == {"trace": 1, "plan": 1}

@@ -1,6 +1,7 @@
-"""Parts of timm's families and of modules of one's own: exactness, counts, variance, options and errors."""
+"""Parts of timm's families and of your own modules: exactness, counts, variance, options and errors."""
 
 import copy
+import pickle
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from torch import fx, nn
 
 import timm_dd
 from timm_dd import Domain, SplitError
+from timm_dd.reports.verify import verify
 
 FAMILIES = [
     "resnet18", "resnet26d", "resnext50_32x4d", "seresnet50", "regnetx_004", "regnety_004",
@@ -132,6 +134,20 @@ def test_a_module_is_sliced_as_it_is_and_left_alone():
     assert not parts[1].convs.get_submodule("1").weight.requires_grad
     assert torch.equal(parts[1].convs.get_submodule("1").weight, model.convs[1].weight[4:, 4:])
     assert all(isinstance(p, fx.GraphModule) for p in parts)
+
+
+def test_the_graph_is_kept_beside_the_parts():
+    """Without weights, in no state dict, the same in deep copies, whatever becomes of the parts; pickles have it."""
+    model = Plain(width=8)
+    parts = timm_dd.split(model, 2, example_input=IMAGE)
+    assert all(t.is_meta for t in parts.graph.state_dict().values())
+    assert parts.graph.state_dict().keys() == model.state_dict().keys()
+    assert len(parts) == len(list(parts.children())) == 2 and all(key[0] in "01" for key in parts.state_dict())
+    again = copy.deepcopy(parts.double())
+    assert again.graph is parts.graph and again.origin is model
+    assert {p.dtype for p in parts.graph.parameters()} == {torch.float32}
+    stored = pickle.loads(pickle.dumps(parts))
+    assert verify(timm_dd.merge(parts), stored).failures == []
 
 
 def test_seed_decides_the_weights_and_spares_the_global_generator():

@@ -165,6 +165,31 @@ def test_parts_that_cannot_be_merged_are_refused():
         verify(timm_dd.models.create("resnet10t"), parts)
 
 
+def test_it_takes_the_graph_from_the_parts(counts, tmp_path):
+    """Parts that were split or loaded have been traced; what a plan claims of each layer is analysed once."""
+    parts = shake(timm_dd.split("resnet10t", 2, img_size=64, num_classes=5))
+    model = timm_dd.merge(parts)
+    counts.clear()
+    assert verify(model, parts).failures == []
+    assert counts == {"plan": 1}
+    parts.save(tmp_path)
+    counts.clear()
+    assert verify(model, timm_dd.Parts.load(tmp_path)).failures == []
+    assert counts == {"trace": 1, "plan": 1}
+
+
+def test_constants_that_no_state_dict_has():
+    report = checked("resnetblur18", 2, img_size=64, num_classes=2)
+    assert report.failures == [] and report.exact
+
+
+@pytest.mark.parametrize("options", [{"num_classes": 4}, {"stem_width": 16}])
+def test_another_model_is_refused(options):
+    parts = timm_dd.split("resnet10t", 2, img_size=64, num_classes=5)
+    with pytest.raises(SplitError, match="this ResNet is not the network that was split: .* expected"):
+        verify(timm_dd.models.create("resnet10t", **options), parts)
+
+
 # ---- theorem 2.2
 
 

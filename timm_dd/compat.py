@@ -1,5 +1,52 @@
-"""What this package uses of other libraries' private APIs, in one place, each with a test."""
+"""Private interfaces of other libraries that have no public twin, each in one place and under one test.
 
+Who moves to a new torch or timm looks here. Nothing else in the package imports a name that begins with an underscore.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._ops import OpOverload
 from torch.fx._symbolic_trace import _assert_is_none
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+__all__ = [
+    "ASSERT_IS_NONE",
+    "OpOverload",
+    "TorchDispatchMode",
+    "storage_key",
+    "timm_config",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map_only",
+    "tree_unflatten",
+]
 
 ASSERT_IS_NONE = _assert_is_none  # what fx records where an argument is fixed to None
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """The same for tensors that share memory. Addresses do not say it: on the meta device all are 0."""
+    return tensor.untyped_storage()._cdata
+
+
+def timm_config(model: nn.Module, pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm would write into ``config.json``, with entries of `pretrained_cfg`, which stays as it is.
+
+    Raises:
+        TypeError, ValueError: JSON has no form for an argument of the model.
+    """
+    from timm.models._hub import save_config_for_hf  # here, since merging files is not to wait for timm
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        save_config_for_hf(model, str(path), model_config={"pretrained_cfg": dict(pretrained_cfg)})
+        return json.loads(path.read_text(encoding="utf-8"))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from .compat import timm_config
 from .errors import MergeError, SplitError, headline, shown
 
 
@@ -52,42 +49,42 @@ def _explain(name: str, error: Exception) -> SplitError:
 
 def config(model: nn.Module, data: Mapping[str, Any]) -> dict | None:
     """timm's ``config.json`` for a model, with what `data` says of its images (input_size, mean, std, interpolation,
-    crop_pct); None for what timm has no config for: modules of one's own, features of several layers."""
+    crop_pct); None for what timm has no config for: your own nn.Module, features of several layers."""
     if not hasattr(model, "pretrained_cfg") or not hasattr(model, "num_classes"):
         return None
     known = ("input_size", "mean", "std", "interpolation", "crop_pct")
-    own = {k: list(v) if isinstance(v, tuple) else v for k, v in data.items() if k in known}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        try:
-            save_config_for_hf(model, path, model_config={"pretrained_cfg": own})
-        except (TypeError, ValueError):  # arguments that JSON has no words for
-            return None
-        found = json.loads(path.read_text(encoding="utf-8"))
-    found["pretrained_cfg"].update(own)  # timm's function writes the last two axes of a size alone
+    given = {k: list(v) if isinstance(v, tuple) else v for k, v in data.items() if k in known}
+    try:
+        found = timm_config(model, given)
+    except (TypeError, ValueError):  # arguments that JSON has no form for
+        return None
+    found["pretrained_cfg"].update(given)  # timm's function writes the last two axes of a size alone
     return found
 
 
 def registered(name: str, model: nn.Module, args: dict) -> tuple[str, dict]:
-    """The name and arguments by which any timm makes `model` anew: of ``local-dir:`` and ``hf-hub:``, their own."""
+    """The name and arguments by which any timm makes `model` again: for ``local-dir:`` and ``hf-hub:`` those that are
+    written there."""
     if timm.is_model(name):
         return name, args
-    own = config(model, {})
-    return own["architecture"], {**own["model_args"], **args}
+    found = config(model, {})
+    if found is None:
+        raise SplitError(f"{name}: timm has no config for this model; split it by its timm name")
+    return found["architecture"], {**found.get("model_args", {}), **args}
 
 
 NOT_OF_A_PLAN = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
 def check_known(name: str, args: Mapping[str, Any]) -> None:
-    """Raise MergeError unless a model that a plan names is one of timm's own, with arguments that load nothing."""
+    """Raise MergeError unless a model that a plan names is known to timm, with arguments that load nothing."""
     if not timm.is_model(name):  # neither is anything with a source: local-dir:, hf-hub:
         raise MergeError(f"this timm has no model {shown(name)}; use the version of timm that split it")
     if forbidden := [key for key in NOT_OF_A_PLAN if key in args]:
         raise MergeError(f"a plan has no argument {forbidden[0]!r}; write the parts again")
 
 
-def arguments(name: str, img_size=None, **kwargs: Any) -> dict:
+def arguments(name: str, img_size: int | Sequence[int] | None = None, **kwargs: Any) -> dict:
     """The keyword arguments for `timm.create_model`, with `img_size` where the model's constructor takes it."""
     if img_size is None or not timm.is_model(name):
         return kwargs

@@ -1,23 +1,24 @@
-"""Rows of text in aligned columns."""
+"""Text for files and terminals: JSON, and rows in aligned columns."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
-from .errors import MergeError
+from .errors import FileError
 
 
-def json_text(value) -> str:
+def json_text(value: Any) -> str:
     """`value` as it stands in our files.
 
     Raises:
-        MergeError: it holds what JSON has no words for.
+        FileError: it holds what JSON has no form for.
     """
     try:
         return json.dumps(value, indent=1) + "\n"
     except (TypeError, ValueError, RecursionError) as e:
-        raise MergeError(f"only numbers, texts and lists can be written ({e}); give the model other arguments") from e
+        raise FileError(f"only numbers, texts and lists can be written ({e}); give the model other arguments") from e
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import MergeError, PushError, headline
+from ..errors import FileError, PushError, headline
 from ..storage import files
 from ..storage.atomic import output_folder
 from ..version import __version__
@@ -37,11 +37,11 @@ def push(
     message: str | None = None,
     tag: str | None = None,
 ) -> str:
-    """Upload a composed model, or a folder of parts, and its model card. What was uploaded before a connection broke is
-    not uploaded again. A card that somebody has edited on the Hub stays as it is.
+    """Upload a composed model, or a folder of parts, and its model card. After a broken connection what has arrived is
+    not uploaded again. A card that was edited on the Hub stays as it is.
 
     Args:
-        folder: from `merge_files`, a training run or `Parts.save`, with a ``README.md`` of its own or without.
+        folder: from `merge_files`, a training run or `Parts.save`, with or without a ``README.md``.
         repo: ``USER/REPO``; made if it is not there.
         private: make it private.
         message: of the commit.
@@ -68,12 +68,13 @@ def write_repository(folder: str | Path, repo: str, target: str | Path) -> None:
     """Write the folder that `push` would upload to `repo`, without a connection; edit its ``README.md`` and push it.
 
     Raises:
-        MergeError: `folder` holds neither a composed model nor parts, or `target` cannot be written.
+        MergeError: `folder` holds neither a composed model nor parts, or is damaged.
+        FileError: `target` is not empty, or cannot be written.
     """
     _check_name(repo)
     target = Path(target)
     if target.exists() and any(target.iterdir()):
-        raise MergeError(f"{target} is not empty; remove it, or choose another folder")
+        raise FileError(f"{target} is not empty; remove it, or choose another folder")
     found, text = _gather(Path(folder), repo)
     with output_folder(target, sync=False) as aside:
         for name, path in found.items():
@@ -91,7 +92,7 @@ def _check_name(repo: str) -> None:
 
 
 def _gather(folder: Path, repo: str) -> tuple[dict[str, Path], str]:
-    """The files of a repository by their names in it, and its card: the folder's own, or one of ours."""
+    """The files of a repository by their names in it, and its card: the folder's ``README.md``, or one of ours."""
     if (folder / files.PLAN).exists():
         with files.PartsFolder(folder) as parts:
             paths = [parts.open(k).path for k in range(parts.plan.parts)]
@@ -102,8 +103,8 @@ def _gather(folder: Path, repo: str) -> tuple[dict[str, Path], str]:
     else:
         text = card.of_model(repo, folder)
         found = {name: folder / name for name in (files.MODEL, "config.json")}
-    own = folder / CARD
-    return found, own.read_text(encoding="utf-8") if own.is_file() else _sign(text)
+    given = folder / CARD
+    return found, given.read_text(encoding="utf-8") if given.is_file() else _sign(text)
 
 
 def _upload(staged: Path, repo: str, private: bool, message: str, tag: str | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -96,7 +96,11 @@ def copy_graph(gm: fx.GraphModule) -> tuple[nn.Module, fx.Graph]:
 
 def float_type(model: nn.Module) -> torch.dtype:
     """The type of the images that the model takes."""
-    tensors = (*model.parameters(), *model.buffers())
+    return first_float((*model.parameters(), *model.buffers()))
+
+
+def first_float(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """The first floating dtype among `tensors`, float32 if there is none."""
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 
 

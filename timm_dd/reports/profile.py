@@ -12,16 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from .. import models
-from ..algebra.domain import Domain
-from ..planning.graphs import MAKERS, float_type, module_path, skeleton
-from ..planning.rules import has_rule
-from ..planning.trace import trace
-from ..surgery.split import split
+from ..algebra.domain import Domain, check_parts
+from ..compat import OpOverload, TorchDispatchMode, storage_key, tree_leaves
+from ..planning.graphs import MAKERS, float_type, module_path
+from ..surgery.source import Network
 from ..text import table
 
 aten = torch.ops.aten
@@ -90,7 +86,7 @@ class Profile:
     """A global network's `Cost` against a part's.
 
     Attributes:
-        model: timm's name; None for a module of one's own.
+        model: timm's name; None for your own nn.Module.
         input_size, part_input_size: (C, *size) of the whole image and of the part's.
         k: the part with most parameters, which is the one shown.
     """
@@ -124,8 +120,8 @@ class Profile:
 
     def text(self) -> str:
         """A table of both costs and their ratios, then what could not be counted."""
-        own, size = ("×".join(map(str, s)) for s in (self.part_input_size, self.input_size))
-        head = f"{self.model or 'module'} in {self.parts} parts; {self.domain}: {own} of {size}; one image, eval mode"
+        box, size = ("×".join(map(str, s)) for s in (self.part_input_size, self.input_size))
+        head = f"{self.model or 'module'} in {self.parts} parts; {self.domain}: {box} of {size}; one image, eval mode"
         rows = [
             ("", "global", f"part {self.k}", "ratio"),
             self._row("parameters", "parameters", MEGA, "M"),
@@ -172,20 +168,14 @@ def profile(
 ) -> Profile:
     """The cost of a network against that of its part with most parameters, without any weights in memory; arguments and
     errors as in `split`."""
+    check_parts(parts)
+    network = Network.of(model, example_input, with_weights=False, img_size=img_size, **kwargs)
+    graph, plan = network.plan(parts, domain, narrow, width_divisor)
+    k = max(range(parts), key=plan.params)
+    part, size = network.part(graph, plan, k), plan.input_size
+    part_size = tuple(plan.boxes()[k].crop(torch.empty(1, *size, device="meta")).shape[1:])
     name = model if isinstance(model, str) else None
-    if name is None:
-        blank, given = skeleton(model), {"img_size": img_size, **kwargs}
-    else:
-        source = models.create_empty(name, **models.arguments(name, img_size=img_size, **kwargs))
-        size, given = models.input_size(source, img_size, kwargs.get("in_chans")), {}
-        blank, example_input = skeleton(source), torch.empty(1, *size, device="meta")
-    made = split(
-        blank, parts, domain=domain, narrow=narrow, width_divisor=width_divisor, example_input=example_input, **given
-    )
-    size, k = made.plan.input_size, max(range(parts), key=made.plan.params)
-    part_size = tuple(made.crops(torch.empty(1, *size, device="meta"))[k].shape[1:])
-    costs = cost(trace(blank, has_rule, size), size), cost(made[k], part_size)
-    return Profile(name, parts, made.plan.domain, size, part_size, k, *costs)
+    return Profile(name, parts, plan.domain, size, part_size, k, cost(graph, size), cost(part, part_size))
 
 
 def cost(graph: fx.GraphModule, size: tuple[int, ...]) -> Cost:
@@ -197,8 +187,8 @@ def cost(graph: fx.GraphModule, size: tuple[int, ...]) -> Cost:
     image, meter = torch.empty(1, *size, device="meta", dtype=float_type(graph)), Meter()
     with torch.no_grad(), meter:
         Pass(graph, meter).run(image)
-    counts = (sum(t.numel() for t in tensors) for tensors in (trained, statistics))
-    return Cost(*counts, meter.multiply_adds, meter.flops, meter.activation_bytes, tuple(meter.uncounted))
+    parameters, numbers = (sum(t.numel() for t in tensors) for tensors in (trained, statistics))
+    return Cost(parameters, numbers, meter.multiply_adds, meter.flops, meter.activation_bytes, tuple(meter.uncounted))
 
 
 class Pass(fx.Interpreter):
@@ -220,7 +210,7 @@ class Meter(TorchDispatchMode):
     """Adds up what the aten operations cost that run while it is on. What PyTorch makes of a module or function (LSTM,
     attention, einsum) is seen as the products that it consists of."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.place = ("", "")
         self.multiply_adds = self.flops = self.activation_bytes = 0
@@ -239,7 +229,7 @@ class Meter(TorchDispatchMode):
         return out
 
 
-def multiply_adds(op: torch._ops.OpOverload, args: tuple, kwargs: dict, out: Any) -> int | None:
+def multiply_adds(op: OpOverload, args: tuple, kwargs: dict, out: Any) -> int | None:
     """The MACs of an aten operation, 0 where it has none by convention, None where they are not known."""
     packet = op.overloadpacket
     if packet in VECTOR_PRODUCTS:
@@ -252,5 +242,5 @@ def multiply_adds(op: torch._ops.OpOverload, args: tuple, kwargs: dict, out: Any
 
 def _storages(values: Any) -> dict[int, int]:
     """The bytes of the storages of all tensors in `values`, by the storage's identity."""
-    storages = (t.untyped_storage() for t in tree_leaves(values) if isinstance(t, torch.Tensor))
-    return {s._cdata: s.nbytes() for s in storages}
+    tensors = (t for t in tree_leaves(values) if isinstance(t, torch.Tensor))
+    return {storage_key(t): t.untyped_storage().nbytes() for t in tensors}

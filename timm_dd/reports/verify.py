@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +19,12 @@ from torch import fx, nn
 from ..algebra.axes import FrozenAxis, block
 from ..algebra.domain import Box, Domain, spatial
 from ..errors import SplitError
-from ..planning.graphs import skeleton
 from ..planning.plan import Plan
 from ..planning.planner import analyse
-from ..planning.rules import has_rule
 from ..planning.rules.laws import Kind
-from ..planning.trace import trace
-from ..surgery.merge import check_mergeable
+from ..storage.merge_files import check_mergeable
+from ..surgery.emit import emit_whole
 from ..surgery.parts import Parts
-from ..surgery.split import split
 from ..text import table
 from .claims import Claim, claims
 
@@ -156,7 +154,7 @@ def verify(
     Args:
         model: from `merge`, not trained since.
         x: images (B, C, *size) to compute with; by default two of random numbers.
-        batches: (images, labels) for theorem 2.2, computed in the parts' own precision.
+        batches: (images, labels) for theorem 2.2, computed in the precision that the parts have.
         head: with which the model was merged.
 
     Raises:
@@ -170,30 +168,32 @@ def verify(
     labelled = None if batches is None else _labelled(model, parts, batches)
     if x is None:
         x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    graph = trace(skeleton(model), has_rule, size)
-    planner = analyse(graph, plan.divisor, plan.domain, size, output=plan.output, replicate=True)
-    rows, outputs = claims(planner)
-    reference = split(model, 1, domain=Domain.full(1), example_input=x)[0]
-    nets = [copy.deepcopy(net).to("cpu", torch.float64).eval() for net in (reference, *parts)]
-    for part in nets[1:] if head == "mean" else ():
-        for name in plan.head:
-            part.get_parameter(name).data.div_(plan.parts)  # (2.22)
-    full, every, x = Domain.full(plan.parts).boxes(spatial(size)), [*rows, *outputs], x.to("cpu", torch.float64)
+    rows, outputs = claims(analyse(parts.graph, plan.divisor, plan.domain, size, output=plan.output, replicate=True))
+    nets, every, x = _in_float64(model, parts, head), [*rows, *outputs], x.to("cpu", torch.float64)
+    full = Domain.full(plan.parts).boxes(spatial(size))
     box = _compare(nets, plan, every, plan.boxes(), x)
-    whole = box if plan.boxes() == full else None if _windows(plan) else _compare(nets, plan, every, full, x)
-    exact = not planner.approximations
+    comparable = not _windows(plan)
+    whole = box if plan.boxes() == full else _compare(nets, plan, every, full, x) if comparable else _Differences()
     return Report(
         tuple(
-            LayerErrors(c.path, c.operation, whole and whole.error([c]), box.error([c]), box.field([c]), c.exact)
-            for c in rows
+            LayerErrors(c.path, c.operation, whole.error([c]), box.error([c]), box.field([c]), c.exact) for c in rows
         ),
-        whole and whole.error(outputs),
+        whole.error(outputs),
         box.error(outputs),
-        exact,
-        exact and box.field(outputs) == 1,
+        plan.exact,
+        plan.exact and box.field(outputs) == 1,
         _tolerance(plan, parts[0].state_dict()),
         labelled,
     )
+
+
+def _in_float64(model: nn.Module, parts: Parts, head: str) -> list[fx.GraphModule]:
+    """Copies of the composed network and of the parts, on the CPU, as they add up."""
+    nets = [copy.deepcopy(net).to("cpu", torch.float64).eval() for net in (emit_whole(parts.graph, model), *parts)]
+    for part in nets[1:] if head == "mean" else ():
+        for name in parts.plan.head:
+            part.get_parameter(name).data.div_(parts.plan.parts)  # (2.22)
+    return nets
 
 
 def _tolerance(plan: Plan, state: Mapping[str, torch.Tensor]) -> float:
@@ -219,10 +219,10 @@ class _Differences:
     largest: dict[str, list[float]] = field(default_factory=dict)
     counts: dict[str, list[int]] = field(default_factory=dict)
 
-    def add(self, node: str, y: torch.Tensor, own: torch.Tensor, clean: torch.Tensor) -> None:
+    def add(self, node: str, y: torch.Tensor, of_part: torch.Tensor, clean: torch.Tensor) -> None:
         worst, scale = self.largest.setdefault(node, [0.0, 0.0])
         if clean.any():
-            worst = max(worst, float((y - own)[clean].abs().nan_to_num(torch.inf).max()))
+            worst = max(worst, float((y - of_part)[clean].abs().nan_to_num(torch.inf).max()))
         self.largest[node] = [worst, max(scale, float(y.abs().max()))]
         compared, total = self.counts.get(node, (0, 0))
         self.counts[node] = [compared + int(clean.sum()), total + clean.numel()]
@@ -243,21 +243,22 @@ def _compare(
     """The maps of the composed network, nets[0], against those of the parts on their boxes."""
     composed, *parts = nets
     nodes, full = {c.node for c in wanted}, [box.extent == spatial(plan.input_size) for box in boxes]
-    y, result, sums = _Maps(composed, nodes).of(x), _Differences(), {}
+    y, result = _Maps(composed, nodes).of(x), _Differences()
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     comparable = {c.node: c for c in wanted if c.aligned or all(full)}
     for k, (part, box) in enumerate(zip(parts, boxes)):
-        own = _Maps(part, nodes).of(box.crop(x))
+        maps = _Maps(part, nodes).of(box.crop(x))
         inside = y if full[k] else _Maps(composed, nodes, _Outside(plan, k)).of(_nan_outside(x, box))
         for node, claim in comparable.items():
             axes = [c or (None if full[k] else p) for c, p in zip(claim.channels, claim.places)]
             at = block(y[node].shape, [None, *axes], k, plan.divisor)
-            outside = inside[node][at].isnan() & ~y[node][at].isnan()  # a NaN of the weights' own is a failure
+            outside = inside[node][at].isnan() & ~y[node][at].isnan()  # a NaN from the weights is a failure
             if claim.kind is Kind.PARTIAL:
                 total, clean = sums.setdefault(node, (torch.zeros_like(y[node]), torch.ones_like(y[node]).bool()))
-                total[at] += own[node]
+                total[at] += maps[node]
                 clean[at] &= ~outside
             else:
-                result.add(node, y[node][at], own[node], ~outside)
+                result.add(node, y[node][at], maps[node], ~outside)
     for node, (total, clean) in sums.items():
         result.add(node, y[node], total, clean)
     return result
@@ -285,14 +286,15 @@ class _Maps(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, nodes: set[str], outside: _Outside | None = None):
         super().__init__(gm)
-        self.nodes, self.outside, self.kept = nodes, outside, {}
+        self.nodes, self.outside = nodes, outside
+        self.kept: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def of(self, x: torch.Tensor) -> Mapping[str, torch.Tensor]:
         self.run(x)
         return self.kept
 
-    def run_node(self, n: fx.Node):
+    def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.name in self.nodes:
             first = result
@@ -301,7 +303,7 @@ class _Maps(fx.Interpreter):
             self.kept[n.name] = first.clone()  # an activation in place may follow
         return result
 
-    def call_module(self, target, args, kwargs):
+    def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if self.outside is not None:
             args = (self.outside.hide(target, args[0]), *args[1:])
         return super().call_module(target, args, kwargs)
@@ -330,13 +332,13 @@ def _labelled(model: nn.Module, parts: Parts, batches: Iterable[tuple[torch.Tens
             )
         losses.append(torch.stack([F.cross_entropy(z.double(), target, reduction="none") for z in logits]))
         right.append(torch.stack([z.argmax(1) == target for z in logits]))
-    (whole, own), (known, knows) = ((t[0], t[1:]) for t in (torch.cat(losses, 1), torch.cat(right, 1)))
-    best = torch.where(knows, own, torch.inf).amin(0).nan_to_num(posinf=0.0)
-    bound = best + torch.where(knows, 0.0, own).sum(0)
+    (whole, single), (known, knows) = ((t[0], t[1:]) for t in (torch.cat(losses, 1), torch.cat(right, 1)))
+    best = torch.where(knows, single, torch.inf).amin(0).nan_to_num(posinf=0.0)
+    bound = best + torch.where(knows, 0.0, single).sum(0)
     common = knows.all(0)
     return Labelled(
         images=len(whole),
-        losses=tuple(own.mean(1).tolist()),
+        losses=tuple(single.mean(1).tolist()),
         accuracies=tuple((100 * knows.double().mean(1)).tolist()),
         loss=float(whole.mean()),
         accuracy=float(100 * known.double().mean()),

@@ -8,8 +8,9 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from ..errors import MergeError
+from ..errors import FileError
 from ..text import json_text
 
 
@@ -19,8 +20,11 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
 
     Args:
         sync: wait until the disk has it; what can be made again need not wait.
+
+    Raises:
+        FileError: it cannot be written.
     """
-    with _replacing(path.parent, sync) as aside:
+    with _writing(path), _replacing(path.parent, sync) as aside:
         yield aside(path.name)
 
 
@@ -33,21 +37,28 @@ def output_folder(folder: str | Path, sync: bool = True) -> Iterator[Callable[[s
         sync: as of `replacing`.
 
     Raises:
-        MergeError: it cannot be written, or another process is writing into it.
+        FileError: it cannot be written, or another process is writing into it.
     """
     folder = Path(folder)
     made: list[Path] = []
     try:
-        _make(folder, made)
-        with locked(folder, wait=False), _replacing(folder, sync, clean=True) as aside:
-            yield aside
-    except BaseException as e:
+        with _writing(folder):
+            _make(folder, made)
+            with locked(folder, wait=False), _replacing(folder, sync, clean=True) as aside:
+                yield aside
+    except BaseException:
         for path in reversed(made):
             with contextlib.suppress(OSError):  # another process has written into it
                 path.rmdir()
-        if isinstance(e, OSError):
-            raise MergeError(f"cannot write to {folder}: {e.strerror or e}; choose another output folder") from e
         raise
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise FileError(f"cannot write to {path}: {e.strerror or e}; choose another output folder") from e
 
 
 @contextlib.contextmanager
@@ -91,14 +102,14 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
     """Hold the folder's lock, which the system takes back even from a process that is killed.
 
     Raises:
-        MergeError: another process holds it, and this one is not to wait.
+        FileError: another process holds it, and this one is not to wait.
     """
     fd = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         os.close(fd)
-        raise MergeError(f"another process is writing into {folder}; wait for it, or choose another folder") from e
+        raise FileError(f"another process is writing into {folder}; wait for it, or choose another folder") from e
     except OSError:  # a file system without locks
         pass
     try:
@@ -122,7 +133,7 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def replace_json(path: Path, value) -> None:
+def replace_json(path: Path, value: Any) -> None:
     """Write `value` in the place of `path`."""
     with replacing(path) as temporary:
         temporary.write_text(json_text(value), encoding="utf-8")

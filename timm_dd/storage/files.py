@@ -23,9 +23,8 @@ from ..errors import MergeError, headline, shown
 from ..planning.plan import FORMAT, Plan
 from ..text import json_text
 from ..version import __version__
-from . import tensorfile
 from .atomic import output_folder, replacing
-from .tensorfile import READ_ERRORS, TensorFile, to_raw
+from .tensorfile import READ_ERRORS, TensorFile, write_state
 
 PLAN, MODEL = "plan.json", "model.safetensors"
 LARGEST_PLAN = 100 << 20  # bytes, as the header of a safetensors file
@@ -45,7 +44,11 @@ def save_parts(
     seed: int | None = None,
     epoch: int | None = None,
 ) -> None:
-    """Write the plan and its K parts: all of them, or none."""
+    """Write the plan and its K parts: all of them, or none.
+
+    Raises:
+        FileError: the folder cannot be written, or a file has no form for a dtype or an argument of the model.
+    """
     digest = plan.digest()
     with output_folder(folder) as aside:
         for k, state in enumerate(states):
@@ -91,9 +94,7 @@ def _identity(plan: Plan, k: int, digest: str) -> dict[str, str]:
 
 def _write(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str], sealed: bool = False) -> None:
     """Write a state dict, the largest elements first: so all are aligned, and tensors of one dtype are together."""
-    state = dict(sorted(state.items(), key=lambda item: -item[1].dtype.itemsize))
-    specs = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
-    tensorfile.write(path, specs, map(to_raw, state.values()), metadata, sealed)
+    write_state(path, dict(sorted(state.items(), key=lambda item: -item[1].dtype.itemsize)), metadata, sealed)
 
 
 def save_model(folder: str | Path, model: nn.Module, config: dict | None, about: Mapping[str, str]) -> None:
@@ -119,7 +120,7 @@ def summary(plan: Plan, digest: str, head: str = "sum") -> dict[str, str]:
 
 
 def load_composed(folder: str | Path, model: nn.Module) -> None:
-    """Give `model` the weights of a composed model in `folder`, each in its own dtype.
+    """Give `model` the weights of a composed model in `folder`, in the dtypes of the file.
 
     Raises:
         MergeError: no such file, damaged, or of another model.
@@ -216,11 +217,11 @@ class PartsFolder:
 
     def history(self) -> tuple[int | None, int | None]:
         """Seed and epoch of part 0, which is open."""
-        seed, epoch = (self._opened[0].metadata.get(key) for key in ("seed", "epoch"))
-        return tuple(int(n) if n is not None and n.isdecimal() else None for n in (seed, epoch))
+        metadata = self._opened[0].metadata
+        return _count(metadata.get("seed")), _count(metadata.get("epoch"))
 
     def _part_path(self, k: int) -> Path:
-        """Part k's file, in the folder itself or, as a training run leaves it, in a folder of its own."""
+        """Part k's file, in the folder itself or, as a training run leaves it, in a folder of that part."""
         name = part_name(k, self.plan.parts)
         found = [p for p in (self.path / name, self.path / str(k) / name) if p.is_file()]
         if len(found) == 1:
@@ -238,8 +239,12 @@ class PartsFolder:
     def __enter__(self) -> PartsFolder:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _count(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdecimal() else None
 
 
 def _local(folder: str | Path) -> Path:

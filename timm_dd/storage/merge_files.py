@@ -57,7 +57,7 @@ def merge_rows(
     plan: Plan, name: str, dtype: torch.dtype, rows: Rows, first: int, last: int, head: str = "sum"
 ) -> np.ndarray:
     """Rows [first, last) of one global tensor, as integers: the blocks in their places, or their sum, or the mean of
-    those that own an element."""
+    those that have an element."""
     t = plan.tensors[name]
     merged = (_placed if t.reduce == "place" else _reduced)(t, plan.parts, name, dtype, rows, first, last)
     if head == "mean" and plan.parts > 1 and name in plan.head:
@@ -68,9 +68,9 @@ def merge_rows(
 def _placed(t: TensorPlan, parts: int, name: str, dtype: torch.dtype, rows: Rows, first: int, last: int) -> np.ndarray:
     out = np.zeros((last - first, *t.shape[1:]), RAW[dtype])
     for k in range(parts):
-        at, own = _place(t, k, parts, first, last)
-        if own.start < own.stop:
-            block = rows(k, name, own.start, own.stop)
+        at, part_rows = _place(t, k, parts, first, last)
+        if part_rows.start < part_rows.stop:
+            block = rows(k, name, part_rows.start, part_rows.stop)
             if t.outside == "mean":
                 mean = from_raw(block, dtype).double().mean(tuple(range(1, block.ndim)), keepdim=True)
                 out[at[0]] = to_raw(mean.to(dtype))
@@ -83,8 +83,8 @@ def _reduced(t: TensorPlan, parts: int, name: str, dtype: torch.dtype, rows: Row
     out = np.zeros((last - first, *t.shape[1:]), wide)
     owners = np.zeros(out.shape, np.int64)
     for k in range(parts):
-        at, own = _place(t, k, parts, first, last)
-        at, block = _open(at), rows(k, name, own.start, own.stop)
+        at, part_rows = _place(t, k, parts, first, last)
+        at, block = _open(at), rows(k, name, part_rows.start, part_rows.stop)
         owners[at] += 1
         if not dtype.is_floating_point:  # a count of batches
             block = block.view(wide)
@@ -103,11 +103,11 @@ def _place(t: TensorPlan, k: int, parts: int, first: int, last: int) -> tuple[tu
     if isinstance(row, slice):
         start = max(row.start, first)
         stop = max(start, min(row.stop, last))
-        dims[0], own = slice(start - first, stop - first), slice(start - row.start, stop - row.start)
+        dims[0], part_rows = slice(start - first, stop - first), slice(start - row.start, stop - row.start)
     else:
         start, stop = np.searchsorted(row, (first, last)).tolist()
-        dims[0], own = row[start:stop] - first, slice(start, stop)
-    return tuple(dims), own
+        dims[0], part_rows = row[start:stop] - first, slice(start, stop)
+    return tuple(dims), part_rows
 
 
 @functools.lru_cache(maxsize=256)  # layers in a row are alike

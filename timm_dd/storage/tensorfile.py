@@ -19,7 +19,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from ..errors import MergeError, shown
+from ..errors import FileError, shown
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -65,14 +65,14 @@ def write(
     """Write a file of tensors of these shapes and dtypes; `pieces` are their elements, in the same order.
 
     Raises:
-        MergeError: a dtype that is not among `DTYPES`.
+        FileError: a dtype that is not among `DTYPES`.
     """
     seal = {"xxh3_128": UNSEALED} if sealed else {}
     header: dict = {"__metadata__": {**seal, "format": "pt", **metadata}}
     end = 0
     for name, (shape, dtype) in specs.items():
         if dtype not in DTYPES:
-            raise MergeError(f"{name} is {dtype}, expected one of {', '.join(map(str, DTYPES))}; convert it")
+            raise FileError(f"{name} is {dtype}, expected one of {', '.join(map(str, DTYPES))}; convert it")
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -81,14 +81,22 @@ def write(
     with open(path, "wb", buffering=PIECE // 16) as f:  # what is larger is written without a copy
         f.write(text)
         for piece in pieces:
-            piece = piece.reshape(-1).view(np.uint8).data
-            f.write(piece)
+            data = piece.reshape(-1).view(np.uint8).data
+            f.write(data)
             if sealed:
-                digest.update(piece)
+                digest.update(data)
         assert f.tell() == len(text) + end
         if sealed:
             f.seek(text.index(UNSEALED.encode()))
             f.write(digest.hexdigest().encode())
+
+
+def write_state(
+    path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str], sealed: bool = False
+) -> None:
+    """`write` the tensors of a state dict, in its order."""
+    specs = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
+    write(path, specs, map(to_raw, state.values()), metadata, sealed)
 
 
 class TensorFile:
@@ -139,7 +147,7 @@ class TensorFile:
         array = np.empty((last - first, *shape[1:]), RAW[entry.dtype])
         start = entry.start + first * math.prod(shape[1:]) * entry.dtype.itemsize
         self._file.seek(start)
-        if (found := self._file.readinto(array)) < array.nbytes:
+        if (found := self._file.readinto(array.data)) < array.nbytes:
             raise OSError(f"it ends at byte {start + found}")
         return array
 
@@ -179,7 +187,7 @@ class TensorFile:
     def __enter__(self) -> TensorFile:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -9,21 +9,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .. import models
-from ..errors import MergeError
+from ..errors import SplitError
 from ..planning.graphs import copy_graph, graph_module
 from ..planning.plan import Plan, TensorPlan
-
-
-def plan_model(plan: Plan, model: nn.Module | None) -> nn.Module:
-    """The global model's structure: timm's, without weights where it computes nothing, or the module that was split."""
-    if plan.model is not None:
-        models.check_known(plan.model, plan.model_args)
-        create = models.create if plan.constants else models.create_empty
-        return create(plan.model, **plan.model_args)
-    if model is None:
-        raise MergeError("these parts come from a module, not from a timm name; pass that module as `model`")
-    return model
 
 
 def emit(
@@ -48,16 +36,40 @@ def emit(
             setattr(owner, attr, tuple(value) if isinstance(value, (list, tuple)) else value)
     for output in plan.outputs:
         _spread(part, nodes[output.node], output.dim, output.axis.size, output.axis.index(k, plan.divisor))
-    new: dict[int, torch.Tensor] = {}  # by the identity of the old: what was tied stays tied
+    _give(modules, tensors)
+    return graph_module(part, copied, type(graph).__name__).train(training)
+
+
+def emit_whole(graph: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """A copy of the traced `graph` with the tensors of `model`, which it shares.
+
+    Raises:
+        SplitError: `model` is not of the network that was traced.
+    """
+    expected, found = (
+        {name: tuple(t.shape) for name, t in m.state_dict(keep_vars=True).items()} for m in (graph, model)
+    )
+    for name in expected | found:
+        if expected.get(name) != found.get(name):
+            shapes = f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
+            raise SplitError(f"this {type(model).__name__} is not the network that was split: {shapes}")
+    whole, copied = copy_graph(graph)
+    named = (*whole.named_parameters(remove_duplicate=False), *whole.named_buffers(remove_duplicate=False))
+    tensors = {name: _tensor(name, model, graph) for name, _ in named}
+    _give(dict(whole.named_modules(remove_duplicate=False)), tensors)
+    return graph_module(whole, copied, type(graph).__name__)
+
+
+def _give(modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put `tensors`, by name, in the places of those that `modules`, by path, have; what was tied stays tied."""
+    new: dict[int, torch.Tensor] = {}  # by the identity of the old
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
-        trained = leaf in modules[path]._parameters
-        own = modules[path]._parameters if trained else modules[path]._buffers
-        old = own[leaf]
+        old = getattr(modules[path], leaf)
         if id(old) not in new:
+            trained = isinstance(old, nn.Parameter)
             new[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if trained else tensor
         setattr(modules[path], leaf, new[id(old)])
-    return graph_module(part, copied, type(graph).__name__).train(training)
 
 
 def _fix(node: fx.Node, value: Any) -> None:
@@ -103,25 +115,28 @@ def _replace(argument: Any, where: Sequence, value: Any) -> Any:
     return type(argument)(_replace(a, rest, value) if i == step else a for i, a in enumerate(argument))
 
 
-def _slices(
+def slices(
     plan: Plan, k: int, model: nn.Module, graph: fx.GraphModule, names: Iterable[str], fresh: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Part k's slices of a model's tensors; those of a fresh model's weights re-scaled. A tensor that the model makes
-    while it runs is in the graph alone."""
-    slices = {}
+    """Part k's slices of a model's tensors; those of a fresh model's weights re-scaled."""
+    found = {}
     for name in names:
         t = plan.constants.get(name) or plan.tensors[name]
-        tensor = _attribute(model, name)
-        slices[name] = restrict((_attribute(graph, name) if tensor is None else tensor).detach(), t, k, plan)
+        found[name] = restrict(_tensor(name, model, graph), t, k, plan)
         if fresh and t.scale:
-            slices[name].mul_(t.scale[k])
-    return slices
+            found[name].mul_(t.scale[k])
+    return found
 
 
-def _attribute(module: nn.Module, name: str) -> torch.Tensor | None:
-    for step in name.split("."):
-        module = getattr(module, step, None)
-    return module
+def _tensor(name: str, model: nn.Module, graph: fx.GraphModule) -> torch.Tensor:
+    """The model's tensor; one that the model makes while it runs is in the graph alone."""
+    for owner in (model, graph):
+        value: Any = owner
+        for step in name.split("."):
+            value = getattr(value, step, None)
+        if value is not None:
+            return value.detach()
+    raise AttributeError(f"{name} is neither in the model nor in its graph")
 
 
 def restrict(tensor: torch.Tensor, t: TensorPlan, k: int, plan: Plan) -> torch.Tensor:

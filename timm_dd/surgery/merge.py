@@ -1,6 +1,6 @@
-"""Prolongation: K parts become the model itself, each part's weights in its own blocks, zero between them.
+"""Prolongation: K parts become the model itself, each part's weights in its blocks, zero outside them.
 
-`merge` gives a model in memory; `files.merge_files` does the same from disk to disk. Both are loops over `merge_rows`.
+`merge` gives a model in memory; `merge_files` does the same from disk to disk. Both are loops over `merge_rows`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import nn
 
 from .. import models
 from ..errors import MergeError, SplitError
+from ..planning.graphs import first_float
 from ..planning.plan import Plan
 from ..storage import files
 from ..storage.merge_files import check_mergeable, count_rows, merge_rows
 from ..storage.tensorfile import from_raw, to_raw
-from .emit import plan_model
 from .parts import Parts
+from .source import plan_model
 
 
 def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | None = None) -> nn.Module:
@@ -70,13 +71,13 @@ def _blank(plan: Plan, model: nn.Module | None) -> nn.Module:
 
 
 def _load(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Give `model` the tensors of `state`, each in its own dtype; what was tied stays tied."""
-    dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
-    for name, own in model.named_buffers():
-        if name not in state and own.is_floating_point():
-            own.data = own.data.to(dtype)
-    for name, own in model.state_dict(keep_vars=True).items():
-        if name not in state or state[name].shape != own.shape:
+    """Give `model` the tensors of `state`, in their dtypes; what was tied stays tied."""
+    dtype = first_float(state.values())
+    for name, buffer in model.named_buffers():
+        if name not in state and buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
+    for name, old in model.state_dict(keep_vars=True).items():
+        if name not in state or state[name].shape != old.shape:
             found = f"of shape {tuple(state[name].shape)}" if name in state else "missing"
-            raise MergeError(f"the plan does not fit its model: {name}, {tuple(own.shape)} in the model, is {found}")
-        own.data = state[name].to(own.device)
+            raise MergeError(f"the plan does not fit its model: {name}, {tuple(old.shape)} in the model, is {found}")
+        old.data = state[name].to(old.device)

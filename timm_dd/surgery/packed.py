@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from ..compat import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from ..errors import SplitError
 from ..planning.graphs import CONTENTS, Graph, copy_graph, graph_module
 
@@ -35,32 +35,32 @@ class PackedGraph(Graph):
 
     def load(self, parts: Iterable[nn.Module]) -> None:
         """Copy the parts' weights and statistics in."""
-        for own, t in self._slices(parts):
-            own.copy_(t.detach())
+        for mine, t in self._slices(parts):
+            mine.copy_(t.detach())
 
     def unload(self, parts: Iterable[nn.Module]) -> None:
         """Copy weights and statistics out, into the parts."""
-        for own, t in self._slices(parts):
-            t.detach().copy_(own)
+        for mine, t in self._slices(parts):
+            t.detach().copy_(mine)
 
     def share_storage(self, parts: Iterable[nn.Module]) -> None:
         """From now on the parts' tensors are views of these: what trains one trains the other."""
-        for own, t in self._slices(parts):
-            t.data = own
+        for mine, t in self._slices(parts):
+            t.data = mine
 
     def scatter_gradients(self, parts: Iterable[nn.Module]) -> None:
         """Give each part's parameters their gradients, views of those here."""
         for k, part in enumerate(parts):
-            for own, p in zip(self.parameters(), part.parameters()):
-                p.grad = None if own.grad is None else own.grad[k]
+            for stacked, p in zip(self.parameters(), part.parameters()):
+                p.grad = None if stacked.grad is None else stacked.grad[k]
 
     def _slices(self, parts: Iterable[nn.Module]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(part k's slice here, part k's tensor), of all of them."""
-        parts, mine = list(parts), [t.detach() for _, t in _tensors(self)]
-        if any(len(t) != len(parts) for t in mine):
-            raise SplitError(f"expected the {len(mine[0])} parts that are packed, got {len(parts)}")
+        parts, stacked = list(parts), [t.detach() for _, t in _tensors(self)]
+        if any(len(t) != len(parts) for t in stacked):
+            raise SplitError(f"expected the {len(stacked[0])} parts that are packed, got {len(parts)}")
         for k, part in enumerate(parts):
-            yield from ((own[k], t) for own, (_, t) in zip(mine, _tensors(part)))
+            yield from ((mine[k], t) for mine, (_, t) in zip(stacked, _tensors(part)))
 
 
 class PackedModule(nn.Module):
@@ -70,7 +70,7 @@ class PackedModule(nn.Module):
         super().__init__()
         for contents in CONTENTS:
             self.__dict__[contents] = module.__dict__[contents]
-        # In a tuple, so that it is no submodule: what it holds are this module's own dicts.
+        # In a tuple, so that it is no submodule: what it holds are this module's dicts.
         self._of_part, self._parts = (module,), parts
         self.train(module.training)
 
@@ -78,13 +78,13 @@ class PackedModule(nn.Module):
         self._of_part[0].training = mode
         return super().train(mode)
 
-    def forward(self, *args, **kwargs) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = functools.partial(functional_call, *self._of_part)
         return over_parts(call, self._parts, dict(_tensors(self)), args, kwargs)
 
 
 class PackedBatchNorm(PackedModule):
-    """(K, B, C, *): one of K times the channels. torch's own rule for vmap passes over the maps several times."""
+    """(K, B, C, *): one of K times the channels. torch's rule for vmap passes over the maps several times."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         state = {name: t.flatten() for name, t in _tensors(self)}
@@ -92,7 +92,7 @@ class PackedBatchNorm(PackedModule):
         return y.unflatten(1, (self._parts, -1)).movedim(1, 0)
 
 
-def over_parts(function: Callable, parts: int, *args, **kwargs) -> Any:
+def over_parts(function: Callable, parts: int, *args: Any, **kwargs: Any) -> Any:
     """``function(*args, **kwargs)`` of each part. Tensors among the arguments and results are all parts', stacked; what
     is no tensor is the same for all parts."""
     leaves, spec = tree_flatten((args, kwargs))
@@ -103,10 +103,10 @@ def over_parts(function: Callable, parts: int, *args, **kwargs) -> Any:
     plain: list[Any] = []
 
     def of_part(*values: torch.Tensor) -> Any:
-        own = list(leaves)
+        filled = list(leaves)
         for i, value in zip(tensors, values):
-            own[i] = value
-        given, named = tree_unflatten(own, spec)
+            filled[i] = value
+        given, named = tree_unflatten(filled, spec)
         result = function(*given, **named)
         if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
             return result
@@ -128,13 +128,15 @@ def pack(parts: Sequence[fx.GraphModule]) -> PackedGraph:
     stacked = {id(row[0][1]): _stack([t for _, t in row]) for row in rows}
     root, graph = copy_graph(parts[0])
     for module in root.modules():
-        for own in (module._parameters, module._buffers):
-            own.update((leaf, stacked[id(t)]) for leaf, t in own.items() if t is not None)
-        if getattr(module, "inplace", False):  # in place on a view of all parts' costs copies of them all
-            module.inplace = False
+        for tensors in (vars(module)["_parameters"], vars(module)["_buffers"]):
+            tensors.update((leaf, stacked[id(t)]) for leaf, t in tensors.items() if t is not None)
+        if vars(module).get("inplace"):  # in place on a view of all parts' costs copies of them all
+            vars(module)["inplace"] = False
     _pack_modules(root, graph, len(parts))
     _pack_functions(graph, len(parts))
-    return graph_module(root, graph, f"Packed{type(parts[0]).__name__}", PackedGraph).train(parts[0].training)
+    packed = graph_module(root, graph, f"Packed{type(parts[0]).__name__}", PackedGraph)
+    assert isinstance(packed, PackedGraph)
+    return packed.train(parts[0].training)
 
 
 def _pack_modules(root: nn.Module, graph: fx.Graph, parts: int) -> None:
@@ -144,8 +146,8 @@ def _pack_modules(root: nn.Module, graph: fx.Graph, parts: int) -> None:
         owner, _, leaf = path.rpartition(".")
         module = root.get_submodule(path)
         if id(module) not in new:
-            own = {name for name, _ in _tensors(module)}
-            plain = isinstance(module, BATCH_NORMS) and own <= OF_BATCH_NORM
+            names = {name for name, _ in _tensors(module)}
+            plain = isinstance(module, BATCH_NORMS) and names <= OF_BATCH_NORM
             new[id(module)] = (PackedBatchNorm if plain else PackedModule)(module, parts)
         root.get_submodule(owner)._modules[leaf] = new[id(module)]
 
@@ -154,23 +156,22 @@ def _pack_functions(graph: fx.Graph, parts: int) -> None:
     for node in graph.nodes:
         if node.op == "call_method":
             node.op, node.target = "call_function", functools.partial(_method, node.target)
-            node.target = _packed(node, parts)
+            node.target = _packed(node.target, node.name, parts)
         elif node.op == "call_function":
-            node.target = _packed(node, parts)
+            node.target = _packed(node.target, node.name, parts)
 
 
-def _method(name: str, x: Any, *args, **kwargs) -> Any:
+def _method(name: str, x: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(x, name)(*args, **kwargs)
 
 
-def _packed(node: fx.Node, parts: int) -> Callable:
-    """The node's function, of all parts, with the node's name."""
-    function = node.target
+def _packed(function: Callable, name: str, parts: int) -> Callable:
+    """A node's function, of all parts, with the node's name."""
 
-    def packed(*args, **kwargs):
+    def packed(*args: Any, **kwargs: Any) -> Any:
         return over_parts(function, parts, *args, **kwargs)
 
-    packed.__name__ = packed.__qualname__ = node.name
+    packed.__name__ = packed.__qualname__ = name
     return packed
 
 
@@ -180,8 +181,8 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """(K, *shape), in the memory format of the K."""
-    own = [t.detach() for t in tensors]
-    new = torch.cat(own).unflatten(0, (len(own), -1)) if own[0].ndim else torch.stack(own)
+    detached = [t.detach() for t in tensors]
+    new = torch.cat(detached).unflatten(0, (len(detached), -1)) if detached[0].ndim else torch.stack(detached)
     return nn.Parameter(new, tensors[0].requires_grad) if isinstance(tensors[0], nn.Parameter) else new
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx, nn
 from torch.utils.data import default_collate
 
 from ..errors import MergeError, SplitError, headline
-from ..planning.graphs import skeleton
+from ..planning.graphs import first_float
 from ..planning.plan import Plan
-from ..planning.rules import has_rule
-from ..planning.trace import trace
 from ..storage import files
-from .emit import _slices, emit, plan_model, restrict
+from .emit import emit, restrict, slices
 from .packed import PackedGraph, pack
+from .source import Network
 
 
 class Parts(nn.ModuleList):
@@ -32,17 +32,31 @@ class Parts(nn.ModuleList):
     """
 
     def __init__(
-        self, modules: Sequence[fx.GraphModule], plan: Plan, module: nn.Module | None = None, seed: int | None = None
+        self,
+        modules: Sequence[fx.GraphModule],
+        plan: Plan,
+        graph: fx.GraphModule,
+        module: nn.Module | None = None,
+        seed: int | None = None,
     ):
         super().__init__(modules)
-        self.plan, self.seed, self.epoch = plan, seed, None
-        # The user's own module, from which merge makes a copy; in a tuple, so that it is no submodule.
-        self._origin = (module,)
+        self.plan, self.seed = plan, seed
+        self.epoch: int | None = None
+        self._whole = _Whole(graph, module)
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[fx.GraphModule]: ...
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The whole network, traced, on the meta device; to be read, and copied where it is to be changed."""
+        return self._whole.graph
 
     @property
     def origin(self) -> nn.Module | None:
         """The module that was split, where it was not a timm name."""
-        return self._origin[0]
+        return self._whole.module
 
     def crops(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """K views of the batch ``x`` (B, C, *size), one for each box.
@@ -55,11 +69,11 @@ class Parts(nn.ModuleList):
         return tuple(box.crop(x) for box in self.plan.boxes())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Logits of the parts, each on its own box: (K, B, classes); their sum over K is (2.16). Of several outputs,
+        """Logits of the parts, each on its box: (K, B, classes); their sum over K is (2.16). Of several outputs,
         each is stacked; reconstructions of boxes of several sizes are a list."""
-        own = [part(crop) for part, crop in zip(self, self.crops(x))]
-        shapes = {y.shape for y in own if isinstance(y, torch.Tensor)}
-        return default_collate(own) if len(shapes) <= 1 else own
+        outputs = [part(crop) for part, crop in zip(self, self.crops(x))]
+        shapes = {y.shape for y in outputs if isinstance(y, torch.Tensor)}
+        return default_collate(outputs) if len(shapes) <= 1 else outputs
 
     def packed(self) -> PackedGraph:
         """All parts as one `torch.fx.GraphModule` on stacked crops, with copies of their weights:
@@ -81,7 +95,7 @@ class Parts(nn.ModuleList):
         """Write ``part-0000k-of-0000K.safetensors`` and ``plan.json``.
 
         Raises:
-            MergeError: the folder cannot be written.
+            FileError: the folder cannot be written, or a file has no form for a dtype or an argument of the model.
         """
         files.save_parts(folder, self.plan, [part.state_dict() for part in self], self.seed, self.epoch)
 
@@ -96,21 +110,32 @@ class Parts(nn.ModuleList):
             plan, states = opened.plan, [opened.load(k) for k in range(opened.plan.parts)]
             seed, epoch = opened.history()
         try:
-            source = plan_model(plan, model)
-            graph = trace(skeleton(source), has_rule, plan.input_size)
-            modules = [_loaded(graph, plan, k, source, state) for k, state in enumerate(states)]
+            network = Network.of_plan(plan, model)
+            graph = network.trace()
+            modules = [_loaded(graph, plan, k, network.module, state) for k, state in enumerate(states)]
         except (SplitError, KeyError, AttributeError, IndexError, TypeError, RuntimeError) as e:
             raise MergeError(
                 f"{folder}: the plan does not fit its model ({headline(e)}); use the version of timm that split it"
             ) from e
-        parts = cls(modules, plan, model, seed)
+        parts = cls(modules, plan, graph, network.origin, seed)
         parts.epoch = epoch
         return parts
 
 
+class _Whole:
+    """What the parts come from, without being part of them: no submodule, and the same in deep copies, since nobody
+    changes it. `merge` copies the user's module."""
+
+    def __init__(self, graph: fx.GraphModule, module: nn.Module | None):
+        self.graph, self.module = graph, module
+
+    def __deepcopy__(self, memo: dict) -> _Whole:
+        return self
+
+
 def _loaded(graph: fx.GraphModule, plan: Plan, k: int, source: nn.Module, state: dict) -> fx.GraphModule:
     """Part k with the tensors of its file, and with the constants that no file has."""
-    dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
-    for name, t in _slices(plan, k, source, graph, plan.constants).items():
+    dtype = first_float(state.values())
+    for name, t in slices(plan, k, source, graph, plan.constants).items():
         state[name] = t.to(dtype) if t.is_floating_point() else t
     return emit(graph, plan, k, state, source.training)

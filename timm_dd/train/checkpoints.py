@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from ..errors import TrainError, headline
 from ..storage import tensorfile
 from ..storage.atomic import replacing
-from ..storage.tensorfile import to_raw
 from .learner import Learner
 
 KEPT = 2
@@ -30,13 +29,12 @@ def save(learner: Learner) -> None:
     """Write a checkpoint of `learner` into its folder, and remove all but the last two."""
     tensors, numbers = learner.state()
     path = learner.folder / f"checkpoint-{learner.updates:09d}.safetensors"
-    specs = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     try:
         text = json.dumps(numbers)
     except TypeError as e:
         raise TrainError(f"--opt {learner.args.opt} has a state that is not saved ({e}); choose another") from e
     with replacing(path) as temporary:
-        tensorfile.write(temporary, specs, map(to_raw, tensors.values()), {"learner": text})
+        tensorfile.write_state(temporary, tensors, {"learner": text})
     for old in found(learner.folder)[KEPT:]:
         old.unlink(missing_ok=True)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
-from ..errors import headline
+from ..errors import FileError, headline
 from ..storage.atomic import locked, replacing
 
 SHARE = 8  # a set may take one of so many parts of the machine's memory
@@ -67,8 +67,10 @@ def decoded(dataset: Dataset, path: Path, workers: int) -> Dataset:
             try:
                 with replacing(path, sync=False) as temporary:
                     save_file({name: torch.from_numpy(a) for name, a in held.items()}, temporary)
-            except (OSError, SafetensorError) as e:
-                tqdm.write(f"images are decoded every epoch: no place for {path} ({headline(e)})", sys.stdout)
+            except (FileError, SafetensorError) as e:
+                tqdm.write(
+                    f"images are decoded every epoch: no place for {path} ({headline(e.__cause__ or e)})", sys.stdout
+                )
                 return dataset
     return Decoded(path)
 

@@ -1,0 +1,156 @@
+"""The network to be split, and what becomes of it: its graph, its plan, its parts.
+
+`split`, `plan` and `profile` make a `Network` once, from a timm name or from your own nn.Module; loading makes it from
+a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .. import models
+from ..algebra.domain import Domain, default_domain, spatial
+from ..errors import MergeError, SplitError
+from ..planning.graphs import skeleton
+from ..planning.plan import Plan
+from ..planning.planner import make_plan
+from ..planning.rules import has_rule
+from ..planning.trace import trace
+from .emit import emit, slices
+
+OF_A_NAME = ("img_size", "pretrained", "seed")  # options that are no arguments of `timm.create_model`
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network to be split.
+
+    Attributes:
+        module: with the weights to be sliced, or without any where a plan is enough.
+        input_size: (C, *size) of the whole image, or (F,).
+        output: ``logits``, ``features`` or ``boxes``, see `planner.analyse`.
+        name, args: by which any timm makes it; None and {} for your own nn.Module.
+        fresh: its weights are random, and are re-scaled in the parts.
+    """
+
+    module: nn.Module
+    input_size: tuple[int, ...]
+    output: str
+    name: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+    fresh: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        model: str | nn.Module,
+        example_input: torch.Tensor | None = None,
+        *,
+        reconstruct: bool = False,
+        with_weights: bool = True,
+        **options: Any,
+    ) -> Network:
+        """From the arguments of `split`; unless `with_weights`, none are in memory.
+
+        Raises:
+            SplitError: arguments that do not go with `model`.
+        """
+        _check_type("model", model, (str, nn.Module), "a timm name or a torch module")
+        if isinstance(model, str):
+            return cls._of_name(model, reconstruct, with_weights, **options)
+        given = [name for name, value in options.items() if value or name not in OF_A_NAME]
+        if given:
+            raise SplitError(f"{', '.join(given)}: only for a timm name; a module is split as it is")
+        if not isinstance(example_input, torch.Tensor) or example_input.ndim < 2:
+            raise SplitError("a module needs example_input, a tensor (B, C, *size), to know the image's size")
+        module = model if with_weights else skeleton(model)
+        return cls(module, tuple(example_input.shape[1:]), _output(model, reconstruct))
+
+    @classmethod
+    def _of_name(
+        cls,
+        name: str,
+        reconstruct: bool,
+        with_weights: bool,
+        img_size: int | tuple[int, ...] | None = None,
+        pretrained: bool = False,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Network:
+        args = models.arguments(name, img_size=img_size, **kwargs)
+        create = models.create if with_weights else models.create_empty
+        module = create(name, pretrained=pretrained, seed=seed, **args)
+        size = models.input_size(module, img_size, kwargs.get("in_chans"))
+        registered = models.registered(name, module, args)
+        module = module if with_weights else skeleton(module)
+        return cls(module, size, _output(module, reconstruct), *registered, fresh=not pretrained)
+
+    @classmethod
+    def of_plan(cls, plan: Plan, model: nn.Module | None) -> Network:
+        """The network that was split by `plan`; `model` where it was your own nn.Module. Errors of `plan_model`."""
+        return cls(plan_model(plan, model), plan.input_size, plan.output, plan.model, plan.model_args)
+
+    @property
+    def origin(self) -> nn.Module | None:
+        """The user's module, where it was no timm name."""
+        return self.module if self.name is None else None
+
+    def trace(self) -> fx.GraphModule:
+        """Its graph on the meta device."""
+        return trace(skeleton(self.module), has_rule, self.input_size)
+
+    def plan(
+        self, parts: int, domain: Domain | None = None, narrow: str | None = None, width_divisor: int | None = None
+    ) -> tuple[fx.GraphModule, Plan]:
+        """Its graph, and its plan for K parts; arguments and errors as in `split`."""
+        if domain is None:
+            domain = default_domain(parts, len(spatial(self.input_size)))
+        if narrow not in (None, "replicate"):
+            raise SplitError(f"narrow is None or 'replicate', got {narrow!r}")
+        _check_type("domain", domain, (Domain,), "a timm_dd.Domain")
+        if domain.parts != parts:
+            raise SplitError(
+                f"expected {parts} boxes, one for each part, but {domain} has {domain.parts}; "
+                "use as many boxes as parts"
+            )
+        divisor = parts if width_divisor is None else width_divisor
+        if not isinstance(divisor, int) or divisor < 1:
+            raise SplitError(f"width_divisor is a whole number from 1 up, got {divisor!r}")
+        graph, replicate, size = self.trace(), narrow is not None, self.input_size
+        named = (self.name, dict(self.args))
+        plan = make_plan(graph, divisor, domain, size, *named, output=self.output, replicate=replicate)
+        return graph, replace(plan, config=models.config(self.module, {"input_size": size}))
+
+    def part(self, graph: fx.GraphModule, plan: Plan, k: int) -> fx.GraphModule:
+        """Part k with its slices of the network's weights; `graph` and `plan` are from `plan`."""
+        tensors = slices(plan, k, self.module, graph, [*plan.tensors, *plan.constants], self.fresh)
+        return emit(graph, plan, k, tensors, self.module.training)
+
+
+def plan_model(plan: Plan, model: nn.Module | None) -> nn.Module:
+    """The global model's structure: timm's, without weights where it computes nothing, or the module that was split.
+
+    Raises:
+        MergeError: there is no such timm model, or no `model` is given where the plan is of one.
+    """
+    if plan.model is not None:
+        models.check_known(plan.model, plan.model_args)
+        create = models.create if plan.constants else models.create_empty
+        return create(plan.model, **plan.model_args)
+    if model is None:
+        raise MergeError("these parts come from a module, not from a timm name; pass that module as `model`")
+    return model
+
+
+def _output(model: nn.Module, reconstruct: bool) -> str:
+    return "boxes" if reconstruct else "features" if models.gives_features(model) else "logits"
+
+
+def _check_type(name: str, value: Any, types: tuple[type, ...], expected: str) -> None:
+    if not isinstance(value, types):
+        raise SplitError(f"{name}: expected {expected}, got {type(value).__name__}")
