@@ -20,9 +20,9 @@ import timm_dd
 from timm_dd import Domain
 from timm_dd.cli import main
 from timm_dd.errors import TrainError
-from timm_dd.train import composed, data, options
+from timm_dd.train import composed, data, flags, options
 from timm_dd.train.learner import Learner
-from timm_dd.train.run import Ranks
+from timm_dd.train.folder import Ranks
 from timm_dd.train.trackers import Trackers
 
 CPU = torch.device("cpu")
@@ -254,7 +254,7 @@ def test_the_scale_of_the_smallest_cross_entropy():
         assert min(losses, key=losses.get) == found
 
 
-@pytest.mark.parametrize("how", options.SCALES)
+@pytest.mark.parametrize("how", flags.SCALES)
 def test_calibration_is_folded_into_the_head(how):
     parts = parts_of()
     model, x = timm_dd.merge(parts).eval(), torch.randn(64, 3, 32, 32)
@@ -327,7 +327,7 @@ def tune(parts, folder, opt, factor, updates):
     n = learner(timm_dd.merge(parts).double(), folder, "--opt", opt, "--lr", "0.01")
     weights = list(composed.between(parts.plan, n.net))
     if factor != 1:
-        n.around_step = partial(composed.own_rate, weights, factor)
+        n.around_step = partial(composed.rate_between, weights, factor)
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for _ in range(updates):
         n.step(x, torch.arange(4))
