@@ -21,8 +21,8 @@ from timm_dd import Domain
 from timm_dd.cli import main
 from timm_dd.errors import TrainError
 from timm_dd.train import composed, data, flags, options
-from timm_dd.train.learner import Learner
 from timm_dd.train.folder import Ranks
+from timm_dd.train.learner import Learner
 from timm_dd.train.trackers import Trackers
 
 CPU = torch.device("cpu")
