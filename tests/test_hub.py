@@ -164,7 +164,7 @@ def test_a_run_with_a_damaged_summary(one, tmp_path):
 
 
 def test_the_command_of_a_card_gives_the_same_run(one):
-    """Every option on which weights depend comes back; what is the reader's own affair is not in it."""
+    """Every option on which weights depend comes back; what is the reader's affair is not in it."""
     asked = yaml.safe_load((one / "args.yaml").read_text())
     command = json.loads((one / "summary.json").read_text())["command"]
     assert command.startswith("timm-dd train ") and not any(flag in command for flag in ("--output", "--experiment"))
@@ -189,7 +189,7 @@ def test_an_approximate_plan_says_so(tmp_path):
         assert "The plan is approximate" in text and parts.plan.approximations[0][2] in text
 
 
-def test_a_card_is_written_anew_unless_somebody_edited_it(hub, folders, caplog):
+def test_a_card_is_written_again_unless_somebody_edited_it(hub, folders, caplog):
     timm_dd.push(folders / "composed", REPO)
     first = card(hub)
     timm_dd.push(folders / "parts", REPO)

@@ -253,11 +253,11 @@ def test_the_papers_schedule():
         "baseline": {0: 1e-3, 80: 1e-4, 140: 1e-5, 160: 1e-6, 180: 5e-7, 199: 5e-7},
     }
     for stage, rates in expected.items():
-        own = options.stage_options(args, stage)
-        assert own.epochs == max(rates) + 1
-        optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=own.lr)
-        steps = schedule.create(own, optimizer, 100)
-        for epoch in range(own.epochs):
+        staged = options.stage_options(args, stage)
+        assert staged.epochs == max(rates) + 1
+        optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=staged.lr)
+        steps = schedule.create(staged, optimizer, 100)
+        for epoch in range(staged.epochs):
             if epoch in rates:
                 assert math.isclose(optimizer.param_groups[0]["lr"], rates[epoch], rel_tol=1e-9), (stage, epoch)
             steps.step(epoch + 1, epoch)  # the accuracy rises all the time
