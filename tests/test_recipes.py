@@ -85,8 +85,6 @@ def test_accumulation_under_ddp(tmp_path):
         assert done.returncode == 0, done.stderr
     files = (tmp_path / name / "global/last/model.safetensors" for name in ("whole", "accumulated"))
     whole, accumulated = map(load_file, files)
-        load_file(tmp_path / name / "global/last/model.safetensors") for name in ("whole", "accumulated")
-    )
     start = load_file(tmp_path / "whole/composed/model.safetensors")
     for key, t in whole.items():
         assert float((t - accumulated[key]).abs().max()) < 1e-3 * float((t - start[key]).abs().max()), key
