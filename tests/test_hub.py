@@ -156,9 +156,10 @@ def test_a_run_is_known_by_what_its_weights_depend_on(one):
     assert len({known, *others}) == 5
 
 
-def test_a_run_with_a_damaged_summary(one, tmp_path):
+@pytest.mark.parametrize("damage", ['"best": 1', '"best": 1, "composed": 1, "tuned": 1, "split": ""', ""])
+def test_a_run_with_a_damaged_summary(damage, one, tmp_path):
     shutil.copytree(one, tmp_path / "run")
-    (tmp_path / "run" / "summary.json").write_text('{"best": 1}')
+    (tmp_path / "run" / "summary.json").write_text(f"{{{damage}}}")
     with pytest.raises(MergeError, match="summary.json is damaged"):
         write_repository(tmp_path / "run" / "composed", REPO, tmp_path / "staged")
 

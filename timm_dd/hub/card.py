@@ -102,7 +102,8 @@ def _run(folder: Path, about: Mapping[str, str]) -> dict | None:
 def _summary(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {**found, "results": {stage: float(found[stage]) for stage in STAGES}, "split": found["split"]}
+        results = {stage: float(found[stage]) for stage in STAGES}
+        return {**found, "results": results, "split": found["split"], "run": found["run"]}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise MergeError(f"{path} is damaged ({type(e).__name__}: {headline(e)}); let the run write it again") from e
 

@@ -95,9 +95,8 @@ def train_parts(run: Context) -> None:
             run.folder.forget_failure(k)
             learner.guard(partial(restore, learner), isolate_failures=True)
     with engine(args.engine, learners, run.device, cores() // run.ranks.local_world) as by:
-        TrainingLoop("parts", loaders, args.epochs, run.seed, run.timer, by, run.trackers, isolate_failures=True).fit(
-            learners
-        )
+        shared = (run.seed, run.timer, by, run.trackers)
+        TrainingLoop("parts", loaders, args.epochs, *shared, isolate_failures=True).fit(learners)
     for k, learner in zip(due, learners):
         _finish_part(run, k, learner, loaders, args.epochs)
 
