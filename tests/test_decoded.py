@@ -43,9 +43,9 @@ def test_batches_are_the_same(tmp_path):
     config = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
     config["crop_pct"] = 1.0
     batches = []
-    for own in (False, True):
+    for from_file in (False, True):
         sets = data.datasets(args)[:2]
-        if own:
+        if from_file:
             sets = [decoded.decoded(s, tmp_path / f"{i}.safetensors", 0) for i, s in enumerate(sets)]
         loaders = data.loaders(args, config, *sets, torch.device("cpu"), distributed=False)
         data.seed_epoch(1, 2)

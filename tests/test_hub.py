@@ -7,12 +7,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
+from conftest import RUN
 from huggingface_hub import HfApi, ModelCard, lfs
 from safetensors.torch import load_file
 
@@ -21,6 +23,7 @@ from timm_dd import MergeError, Parts, PushError
 from timm_dd.cli import main
 from timm_dd.hub.push import write_repository
 from timm_dd.train import options
+from timm_dd.train.run import Run
 
 # huggingface_hub gives httpx the file of an LFS upload as data=, which httpx calls deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -117,15 +120,52 @@ def test_the_cards_in_the_project_are_as_they_were_rendered(path, hub):
     assert body.rstrip().splitlines()[-1] == "```"
 
 
-def test_a_run_with_a_damaged_summary(one, tmp_path):
+def results(folder, tmp_path):
+    """The figures in the card of the model in `folder`."""
+    target = tmp_path / f"staged-{len(list(tmp_path.iterdir()))}"
+    write_repository(folder, REPO, target)
+    return [r.metric_value for r in ModelCard.load(target / "README.md").data.eval_results or ()]
+
+
+def test_a_model_knows_the_run_that_made_it(one, tmp_path):
+    """Wherever it lies in the run's folder, whatever its folder's name; elsewhere nothing is known of its accuracy."""
+    summary = json.loads((one / "summary.json").read_text())
     shutil.copytree(one, tmp_path / "run")
-    (tmp_path / "run" / "summary.json").write_text('{"best": 1}')
+    kept = tmp_path / "run" / "kept" / "for" / "later" / "composed"
+    shutil.copytree(one / "global" / "best", kept)
+    assert results(kept, tmp_path) == [round(summary["best"], 2)]
+    shutil.move(kept, tmp_path / "composed")
+    assert results(tmp_path / "composed", tmp_path) == []
+    timm_dd.merge_files(one / "parts", tmp_path / "run" / "composed")  # by hand
+    assert results(tmp_path / "run" / "composed", tmp_path) == []
+    text = (tmp_path / "run" / "summary.json").read_text().replace(summary["run"], "0" * 64)
+    (tmp_path / "run" / "summary.json").write_text(text)  # another run of the same plan
+    assert results(tmp_path / "run" / "global" / "best", tmp_path) == []
+
+
+def test_a_run_is_known_by_what_its_weights_depend_on(one):
+    """Not by its name or whether there is a baseline; but by the parts' options, and by the cycle."""
+
+    def digest(*given, cycle=1):
+        run = Run(options.parse([*RUN, "--parts", "4", *given]))
+        return replace(run.place, cycle=cycle).digest(run.parts.plan)
+
+    known = json.loads((one / "summary.json").read_text())["run"]
+    assert digest() == digest("--baseline-epochs", "3", "--workers", "1", "--experiment", "other") == known
+    others = [digest("--part-lr", "0.1"), digest("--seed", "1"), digest("--calibrate", "mean"), digest(cycle=2)]
+    assert len({known, *others}) == 5
+
+
+@pytest.mark.parametrize("damage", ['"best": 1', '"best": 1, "composed": 1, "tuned": 1, "split": ""', ""])
+def test_a_run_with_a_damaged_summary(damage, one, tmp_path):
+    shutil.copytree(one, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(f"{{{damage}}}")
     with pytest.raises(MergeError, match="summary.json is damaged"):
         write_repository(tmp_path / "run" / "composed", REPO, tmp_path / "staged")
 
 
 def test_the_command_of_a_card_gives_the_same_run(one):
-    """Every option on which weights depend comes back; what is the reader's own affair is not in it."""
+    """Every option on which weights depend comes back; what is the reader's affair is not in it."""
     asked = yaml.safe_load((one / "args.yaml").read_text())
     command = json.loads((one / "summary.json").read_text())["command"]
     assert command.startswith("timm-dd train ") and not any(flag in command for flag in ("--output", "--experiment"))
@@ -150,7 +190,7 @@ def test_an_approximate_plan_says_so(tmp_path):
         assert "The plan is approximate" in text and parts.plan.approximations[0][2] in text
 
 
-def test_a_card_is_written_anew_unless_somebody_edited_it(hub, folders, caplog):
+def test_a_card_is_written_again_unless_somebody_edited_it(hub, folders, caplog):
     timm_dd.push(folders / "composed", REPO)
     first = card(hub)
     timm_dd.push(folders / "parts", REPO)

@@ -34,6 +34,10 @@ ROOMS = {
     "planning": ["graphs", "trace", "shapes", "rules", "reader", "relations", "plan", "assemble", "planner"],
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
     "surgery": ["emit", "source", "packed", "parts", "split", "merge"],
+    "train": (
+        "flags options data decoded composed optimizers schedule learner checkpoints engines trackers loop folder "
+        "stages run demo __main__"
+    ).split(),
 }
 
 

@@ -20,9 +20,9 @@ import timm_dd
 from timm_dd import Domain
 from timm_dd.cli import main
 from timm_dd.errors import TrainError
-from timm_dd.train import composed, data, options
+from timm_dd.train import composed, data, flags, options
+from timm_dd.train.folder import Ranks
 from timm_dd.train.learner import Learner
-from timm_dd.train.run import Ranks
 from timm_dd.train.trackers import Trackers
 
 CPU = torch.device("cpu")
@@ -56,14 +56,14 @@ def run(tmp_path, *given):
 
 @pytest.mark.parametrize("size", [16, 13])
 def test_accumulated_gradients_are_those_of_the_batch(size, tmp_path):
-    """Without BatchNorm: pieces of unequal sizes too."""
-    whole, pieces = learner(net(), tmp_path), learner(net(), tmp_path, "--grad-accum-steps", "4")
+    """Without BatchNorm: micro-batches of unequal sizes too."""
+    whole, accumulated = learner(net(), tmp_path), learner(net(), tmp_path, "--grad-accum-steps", "4")
     for x, y in batches(3, size):
         whole.step(x, y)
-        pieces.step(x, y)
-    for a, b in zip(whole.net.parameters(), pieces.net.parameters()):
+        accumulated.step(x, y)
+    for a, b in zip(whole.net.parameters(), accumulated.net.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    assert abs(whole.check_finite() - pieces.check_finite()) < 1e-9
+    assert abs(whole.check_finite() - accumulated.check_finite()) < 1e-9
 
 
 def test_an_update_has_the_images_of_all_its_batches():
@@ -80,34 +80,35 @@ def test_accumulation_under_ddp(tmp_path):
         "--dataset digits --model dd_vgg3 --drop 0 --parts 2 --part-epochs 0 --epochs 1 --warmup-epochs 0 --lr 0.01 "
         f"-j 0 --train-num-samples 256 --device cpu --output {tmp_path}"
     ).split()
-    for name, given in (("whole", ["-b", "64"]), ("pieces", ["-b", "16", "--grad-accum-steps", "4"])):
+    for name, given in (("whole", ["-b", "64"]), ("accumulated", ["-b", "16", "--grad-accum-steps", "4"])):
         done = torchrun(2, *arguments, *given, "--experiment", name)
         assert done.returncode == 0, done.stderr
-    whole, pieces = (load_file(tmp_path / name / "global/last/model.safetensors") for name in ("whole", "pieces"))
+    files = (tmp_path / name / "global/last/model.safetensors" for name in ("whole", "accumulated"))
+    whole, accumulated = map(load_file, files)
     start = load_file(tmp_path / "whole/composed/model.safetensors")
     for key, t in whole.items():
-        assert float((t - pieces[key]).abs().max()) < 1e-3 * float((t - start[key]).abs().max()), key
+        assert float((t - accumulated[key]).abs().max()) < 1e-3 * float((t - start[key]).abs().max()), key
 
 
 def test_the_average_of_the_weights(tmp_path):
     """timm's ModelEmaV3 over a copy that takes the same steps; it is what is evaluated, and what a part gives."""
-    own, reference = learner(net(), tmp_path, "--model-ema", "--model-ema-decay", "0.6"), learner(net(), tmp_path)
+    averaged, reference = learner(net(), tmp_path, "--model-ema", "--model-ema-decay", "0.6"), learner(net(), tmp_path)
     ema = ModelEmaV3(reference.net, decay=0.6)
     for i, (x, y) in enumerate(batches(4)):
-        own.step(x, y)
+        averaged.step(x, y)
         reference.step(x, y)
         ema.update(reference.net, step=i + 1)
-    for a, b in zip(own.result.parameters(), ema.module.parameters()):
+    for a, b in zip(averaged.result.parameters(), ema.module.parameters()):
         assert torch.equal(a, b)
     x = next(batches(1))[0]
-    assert torch.equal(own.logits(x), ema.module(x).float())
-    tensors, numbers = own.state()
+    assert torch.equal(averaged.logits(x), ema.module(x).float())
+    tensors, numbers = averaged.state()
     again = learner(net(), tmp_path, "--model-ema", "--model-ema-decay", "0.6")
     again.restore({key: t.clone() for key, t in tensors.items()}, json.loads(json.dumps(numbers)))
     for x, y in batches(2):
-        own.step(x, y)
+        averaged.step(x, y)
         again.step(x, y)
-    assert all(torch.equal(a, b) for a, b in zip(own.result.parameters(), again.result.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(averaged.result.parameters(), again.result.parameters()))
 
 
 def test_averages_are_what_a_run_gives(tmp_path):
@@ -120,7 +121,7 @@ def test_averages_are_what_a_run_gives(tmp_path):
 
 
 def test_averages_begin_with_what_is_prepared(tmp_path):
-    """BatchNorm anew and the scale of the logits, before the first update."""
+    """BatchNorm re-estimated and the scale of the logits, before the first update."""
     folder = run(tmp_path, "--epochs", "0", "--calibrate", "mean", "--model-ema")
     before, after = (load_file(folder / f"{name}/model.safetensors") for name in ("composed", "global/last"))
     assert torch.equal(after["fc.bias"], before["fc.bias"] / 2)
@@ -147,7 +148,7 @@ def test_mixup_in_a_run(tmp_path):
     assert "tuned" in json.loads((run(tmp_path, "--mixup", "0.5") / "summary.json").read_text())
 
 
-def test_parts_with_rates_of_their_own(tmp_path):
+def test_a_rate_for_each_part(tmp_path):
     """A rate of zero learns nothing."""
     folder = run(tmp_path, "--part-lr", "0", "0.05", "--epochs", "0", "--seed", "5")
     fresh = timm_dd.split("test_resnet", 2, seed=5, img_size=32, num_classes=10, domain=Domain.grid(1, 2, overlap=4))
@@ -254,7 +255,7 @@ def test_the_scale_of_the_smallest_cross_entropy():
         assert min(losses, key=losses.get) == found
 
 
-@pytest.mark.parametrize("how", options.SCALES)
+@pytest.mark.parametrize("how", flags.SCALES)
 def test_calibration_is_folded_into_the_head(how):
     parts = parts_of()
     model, x = timm_dd.merge(parts).eval(), torch.randn(64, 3, 32, 32)
@@ -305,7 +306,7 @@ def test_noise_between_the_blocks_alone():
 def test_a_rate_between_the_blocks(opt, factor, tmp_path):
     """One update: inside the blocks as without, between them the factor times as far."""
     parts = parts_of()
-    plain, found = (tune(parts, tmp_path, opt, own, updates=1) for own in (1.0, factor))
+    plain, found = (tune(parts, tmp_path, opt, rate, updates=1) for rate in (1.0, factor))
     places = between(parts.plan, timm_dd.merge(parts))
     for name, p in plain.items():
         outside = places.get(name, torch.zeros(p.shape, dtype=torch.bool))
@@ -315,7 +316,7 @@ def test_a_rate_between_the_blocks(opt, factor, tmp_path):
 
 @pytest.mark.parametrize("opt", ["lookahead_sgd", "lookahead_adamw"])
 def test_zeros_between_the_blocks_stay_with_any_optimizer(opt, tmp_path):
-    """Lookahead, which wraps another, does something of its own every sixth time."""
+    """Lookahead, which wraps another, does something else every sixth time."""
     parts = parts_of()
     found = tune(parts, tmp_path, opt, 0.0, updates=7)
     for name, outside in between(parts.plan, timm_dd.merge(parts)).items():
@@ -327,7 +328,7 @@ def tune(parts, folder, opt, factor, updates):
     n = learner(timm_dd.merge(parts).double(), folder, "--opt", opt, "--lr", "0.01")
     weights = list(composed.between(parts.plan, n.net))
     if factor != 1:
-        n.around_step = partial(composed.own_rate, weights, factor)
+        n.around_step = partial(composed.rate_between, weights, factor)
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for _ in range(updates):
         n.step(x, torch.arange(4))

@@ -18,8 +18,8 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm_dd.cli import main
 from timm_dd.errors import TrainError
 from timm_dd.storage.files import part_name
-from timm_dd.train import checkpoints, options
-from timm_dd.train.learner import Learner, create_optimizer
+from timm_dd.train import checkpoints, optimizers, options
+from timm_dd.train.learner import Learner
 from timm_dd.train.run import Run
 
 LONGER = [*RUN, "--parts", "4", "--part-epochs", "3", "--epochs", "3", "--checkpoint-every", "0.05"]
@@ -243,18 +243,18 @@ def test_a_checkpoint_holds_all(opt, sched, tmp_path):
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw", "lookahead_adam"])
 def test_fused_updates_are_the_plain_ones(opt, tmp_path):
-    own, plain = (learner(tmp_path, "--channels-last").model for _ in range(2))
+    ours, plain = (learner(tmp_path, "--channels-last").model for _ in range(2))
     args = options.parse([*RUN, "--opt", opt])
-    fused = create_optimizer(own, args, 0.01)
+    fused = optimizers.create(ours, args, 0.01)
     other = create_optimizer_v2(plain, **{**optimizer_kwargs(args), "lr": 0.01})
     assert fused.param_groups[0]["fused"] and not other.param_groups[0]["fused"]
     for _ in range(8):
-        for p, q in zip(own.parameters(), plain.parameters()):
+        for p, q in zip(ours.parameters(), plain.parameters()):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
         fused.step()
         other.step()
-    for p, q in zip(own.parameters(), plain.parameters()):
+    for p, q in zip(ours.parameters(), plain.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 

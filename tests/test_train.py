@@ -4,7 +4,10 @@ import argparse
 import csv
 import json
 import math
+import shutil
+import sys
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,7 +20,12 @@ from safetensors.torch import load_file
 
 import timm_dd
 from timm_dd.cli import main
-from timm_dd.train import data, options, schedule
+from timm_dd.errors import TrainError
+from timm_dd.planning.trace import trace
+from timm_dd.storage.files import part_name
+from timm_dd.storage.merge_files import write_merged
+from timm_dd.surgery.merge import merge
+from timm_dd.train import data, options, schedule, stages
 from timm_dd.train.learner import Learner
 
 
@@ -104,7 +112,7 @@ def test_a_box_roams_while_its_part_trains(tmp_path):
         assert seen[-1] == (16 * 32, 16 * 32 + 15, False)
 
 
-def test_statistics_are_taken_anew(one, tmp_path):
+def test_statistics_are_re_estimated(one, tmp_path):
     """Before fine-tuning: those of torch's update_bn on 1,024 whole images; the composed files stay as merged."""
     arguments = [*RUN, "--parts", "4", "--epochs", "0", "--no-aug", "--shift", "0", "--drop-path", "0"]
     assert main(["train", *arguments, "--output", str(tmp_path), "--experiment", "run"]) == 0
@@ -121,6 +129,48 @@ def test_statistics_are_taken_anew(one, tmp_path):
         found["bn1.running_mean"], load_file(run / "composed" / "model.safetensors")["bn1.running_mean"]
     )
     assert "updated" in json.loads((run / "summary.json").read_text())
+
+
+def count_calls(monkeypatch, *functions):
+    """How often each function is called from now on, by whatever name a module of the package has it."""
+    calls = Counter()
+    for function in functions:
+
+        def counting(*args, _function=function, **kwargs):
+            calls[_function.__name__] += 1
+            return _function(*args, **kwargs)
+
+        for module in [m for name, m in sys.modules.items() if name.partition(".")[0] in ("timm_dd", "timm")]:
+            for name in [name for name, value in vars(module).items() if value is function]:
+                monkeypatch.setattr(module, name, counting)
+    return calls
+
+
+def test_a_run_makes_each_thing_once(tmp_path, monkeypatch):
+    """One trace and one merge; timm's models are the one whose data are asked for, the one that is split, and the one
+    that is fine-tuned."""
+    calls = count_calls(monkeypatch, timm.create_model, trace, merge, write_merged)
+    arguments = [*RUN, "--parts", "2", "--part-epochs", "1", "--output", str(tmp_path), "--experiment", "run"]
+    assert main(["train", *arguments]) == 0
+    assert calls == {"create_model": 3, "trace": 1, "write_merged": 1}
+
+
+def test_the_second_stage_takes_every_part_as_it_was_trained(one, tmp_path, monkeypatch):
+    """Also those that other ranks, or an earlier process, have trained: here all of them."""
+    seen = {}
+
+    def look(run, learner, *_):
+        seen.update({k: part.state_dict() for k, part in enumerate(run.parts)}, composed=learner.net.state_dict())
+        raise TrainError("enough")
+
+    shutil.copytree(one, tmp_path / "one")
+    monkeypatch.setattr(stages, "_prepare", look)
+    assert main(["train", *RUN, "--parts", "4", "--resume", str(tmp_path / "one")]) == 1
+    for k in range(4):
+        trained = load_file(one / "parts" / str(k) / part_name(k, 4))
+        assert trained.keys() == seen[k].keys() and all(torch.equal(t, seen[k][name]) for name, t in trained.items())
+    merged = timm_dd.merge(one / "parts").state_dict()
+    assert all(torch.equal(t, merged[name]) for name, t in seen["composed"].items())
 
 
 def test_ranks_count_every_image_once(one, tmp_path):
@@ -203,11 +253,11 @@ def test_the_papers_schedule():
         "baseline": {0: 1e-3, 80: 1e-4, 140: 1e-5, 160: 1e-6, 180: 5e-7, 199: 5e-7},
     }
     for stage, rates in expected.items():
-        own = options.stage_options(args, stage)
-        assert own.epochs == max(rates) + 1
-        optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=own.lr)
-        steps = schedule.create(own, optimizer, 100)
-        for epoch in range(own.epochs):
+        staged = options.stage_options(args, stage)
+        assert staged.epochs == max(rates) + 1
+        optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=staged.lr)
+        steps = schedule.create(staged, optimizer, 100)
+        for epoch in range(staged.epochs):
             if epoch in rates:
                 assert math.isclose(optimizer.param_groups[0]["lr"], rates[epoch], rel_tol=1e-9), (stage, epoch)
             steps.step(epoch + 1, epoch)  # the accuracy rises all the time
@@ -292,6 +342,18 @@ def test_bad_input(make, status, message, tmp_path, folder, capsys):
 def test_a_run_does_not_overwrite_another(one, capsys):
     assert main(["train", *RUN, "--output", str(one.parent), "--experiment", "one"]) == 1
     assert "holds a run already" in capsys.readouterr().err
+
+
+def test_strings_in_a_config_are_read_as_on_the_command_line(tmp_path, capsys):
+    def parse(text):
+        (tmp_path / "c.yaml").write_text(text)
+        return options.parse([*RUN, "-c", str(tmp_path / "c.yaml")])
+
+    given = parse("grid: 1x2\npart_lr: '0.1'\nmin_lr: 1e-3\naa: rand-m9\n")  # a string, for YAML, is 1e-3
+    assert (given.grid, given.part_lr, given.min_lr, given.aa) == ((1, 2), [0.1], 0.001, "rand-m9")
+    with pytest.raises(SystemExit, match="2"):
+        parse("grid: two\n")
+    assert "argument --grid: expected rows x columns" in capsys.readouterr().err
 
 
 def test_unknown_options_in_a_config(tmp_path, capsys):

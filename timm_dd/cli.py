@@ -17,72 +17,92 @@ from .version import __version__
 
 
 def parser(whole: bool = False) -> argparse.ArgumentParser:
-    """Of all commands; the options of `train`, which has a parser of its own, are in it if it shall be `whole`."""
+    """Of all commands; with the options of `train`, which parses its arguments itself, if it shall be `whole`."""
     p = argparse.ArgumentParser(
-        prog="timm-dd", description="Split a timm model's width into K parts, train them apart, merge them back."
+        prog="timm-dd",
+        description="Split a timm model's width into K parts, train each alone, merge them back.",
     )
     p.add_argument("--version", action="version", version=f"timm-dd {__version__}")
     shtab.add_argument_to(p, help="print the completion for a shell")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    demo = _command(commands, "demo", _demo, "the whole pipeline on scikit-learn's digits", "demo --output runs/")
-    demo.add_argument("--output", default="runs", metavar="DIR", help="for the run's folder")
-    demo.add_argument("--seed", type=int, default=42)
-
-    plan = _command(commands, "plan", _plan, "what each part of a model would be", "plan resnet50 4 --grid 2x2")
-    _split_options(plan)
-    plan.add_argument("--json", action="store_true", help="for machines")
-    plan.add_argument("--domain-png", metavar="FILE", help="draw the boxes instead, on a chessboard or on --image")
-    plan.add_argument("--image", metavar="FILE", help="an image for --domain-png")
-
-    profile = _command(
-        commands, "profile", _profile, "parameters, FLOPs, activations: global, part", "profile resnet50 4 --overlap 28"
-    )
-    _split_options(profile)
-    profile.add_argument("--json", action="store_true", help="for machines")
-
-    split = _command(commands, "split", _split, "write the parts of a model", "split resnet18 4 -o parts/ --pretrained")
-    _split_options(split)
-    split.add_argument("-o", "--output", required=True, metavar="PARTS", help="folder for the parts")
-    split.add_argument("--pretrained", action="store_true", help="slice timm's pretrained weights")
-    split.add_argument("--seed", type=int, default=42, help="of fresh weights")
-
-    train = [_train_parser()] if whole else []
-    commands.add_parser("train", parents=train, help="train the parts, then the composed model", add_help=False)
-
-    merge = _command(commands, "merge", _merge, "compose parts into timm's own form", "merge parts/ -o composed/")
-    merge.add_argument("parts", metavar="PARTS", help="a folder, or hf-hub:USER/REPO[@REVISION]")
-    merge.add_argument("-o", "--output", required=True, metavar="COMPOSED", help="folder for the model")
-    merge.add_argument("--head", choices=["sum", "mean"], default="sum", help="mean for regression")
-
-    verify = _command(
-        commands, "verify", _verify, "theorems 2.1 and 2.2 in numbers; 1 where one fails", "verify composed/ parts/"
-    )
-    verify.add_argument("composed", metavar="COMPOSED", help="folder from merge")
-    verify.add_argument("parts", metavar="PARTS", help="folder of the parts that were merged")
-    verify.add_argument("--head", choices=["sum", "mean"], default="sum", help="as given to merge")
-    verify.add_argument("--data-dir", metavar="DIR", help="validation images: losses, accuracies and the bound (2.19)")
-    verify.add_argument("--dataset", default="", metavar="NAME", help="digits, or a timm dataset, instead of a folder")
-    verify.add_argument("--val-split", default="validation", metavar="NAME")
-
-    push = _command(
-        commands, "push", _push, "a composed model, or parts, to the Hugging Face Hub", "push composed/ USER/REPO"
-    )
-    push.add_argument("folder", metavar="FOLDER", help="from merge, split or train")
-    push.add_argument("repo", metavar="USER/REPO", help="made if it is not there")
-    push.add_argument("--private", action="store_true", help="make it private")
-    push.add_argument("-m", "--message", metavar="TEXT", help="of the commit")
-    push.add_argument("--tag", metavar="NAME", help="for the commit, v1.0 for one")
-    push.add_argument(
-        "--dry-run", nargs="?", const="", metavar="DIR", help="write what would be pushed, by default to REPO"
-    )
+    _add_demo(commands)
+    _add_plan(commands)
+    _add_profile(commands)
+    _add_split(commands)
+    _add_train(commands, whole)
+    _add_merge(commands)
+    _add_verify(commands)
+    _add_push(commands)
     return p
 
 
-def _train_parser() -> argparse.ArgumentParser:
-    from .train import options
+def _add_demo(commands) -> None:
+    p = _command(commands, "demo", _demo, "the whole pipeline on scikit-learn's digits", "demo --output runs/")
+    p.add_argument("--output", default="runs", metavar="DIR", help="for the run's folder")
+    p.add_argument("--seed", type=int, default=42)
 
-    return options.parser(add_help=False)
+
+def _add_plan(commands) -> None:
+    p = _command(commands, "plan", _plan, "what each part of a model would be", "plan resnet50 4 --grid 2x2")
+    _split_options(p)
+    p.add_argument("--json", action="store_true", help="for machines")
+    p.add_argument("--domain-png", metavar="FILE", help="draw the boxes instead, on a chessboard or on --image")
+    p.add_argument("--image", metavar="FILE", help="an image for --domain-png")
+
+
+def _add_profile(commands) -> None:
+    what, example = "parameters, FLOPs, activations: global, part", "profile resnet50 4 --overlap 28"
+    p = _command(commands, "profile", _profile, what, example)
+    _split_options(p)
+    p.add_argument("--json", action="store_true", help="for machines")
+
+
+def _add_split(commands) -> None:
+    p = _command(commands, "split", _split, "write the parts of a model", "split resnet18 4 -o parts/ --pretrained")
+    _split_options(p)
+    p.add_argument("-o", "--output", required=True, metavar="PARTS", help="folder for the parts")
+    p.add_argument("--pretrained", action="store_true", help="slice timm's pretrained weights")
+    p.add_argument("--seed", type=int, default=42, help="of fresh weights")
+
+
+def _add_train(commands, whole: bool) -> None:
+    parents = []
+    if whole:
+        from .train import flags
+
+        parents = [flags.parser(add_help=False)]
+    commands.add_parser("train", parents=parents, help="train the parts, then the composed model", add_help=False)
+
+
+def _add_merge(commands) -> None:
+    p = _command(commands, "merge", _merge, "compose parts into timm's own form", "merge parts/ -o composed/")
+    p.add_argument("parts", metavar="PARTS", help="a folder, or hf-hub:USER/REPO[@REVISION]")
+    p.add_argument("-o", "--output", required=True, metavar="COMPOSED", help="folder for the model")
+    p.add_argument("--head", choices=["sum", "mean"], default="sum", help="mean for regression")
+
+
+def _add_verify(commands) -> None:
+    what, example = "theorems 2.1 and 2.2 in numbers; 1 where one fails", "verify composed/ parts/"
+    p = _command(commands, "verify", _verify, what, example)
+    p.add_argument("composed", metavar="COMPOSED", help="folder from merge")
+    p.add_argument("parts", metavar="PARTS", help="folder of the parts that were merged")
+    p.add_argument("--head", choices=["sum", "mean"], default="sum", help="as given to merge")
+    p.add_argument("--data-dir", metavar="DIR", help="validation images: losses, accuracies and the bound (2.19)")
+    p.add_argument("--dataset", default="", metavar="NAME", help="digits, or a timm dataset, instead of a folder")
+    p.add_argument("--val-split", default="validation", metavar="NAME")
+
+
+def _add_push(commands) -> None:
+    what, example = "a composed model, or parts, to the Hugging Face Hub", "push composed/ USER/REPO"
+    p = _command(commands, "push", _push, what, example)
+    p.add_argument("folder", metavar="FOLDER", help="from merge, split or train")
+    p.add_argument("repo", metavar="USER/REPO", help="made if it is not there")
+    p.add_argument("--private", action="store_true", help="make it private")
+    p.add_argument("-m", "--message", metavar="TEXT", help="of the commit")
+    p.add_argument("--tag", metavar="NAME", help="for the commit, v1.0 for one")
+    p.add_argument(
+        "--dry-run", nargs="?", const="", metavar="DIR", help="write what would be pushed, by default to REPO"
+    )
 
 
 def _command(commands, name: str, run: Callable, help: str, example: str) -> argparse.ArgumentParser:
@@ -97,15 +117,7 @@ def _command(commands, name: str, run: Callable, help: str, example: str) -> arg
 def _split_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help="a timm name")
     p.add_argument("parts", type=int, metavar="K", help="the number of parts")
-    p.add_argument(
-        "--grid",
-        type=console.grid,
-        metavar="RxC",
-        help="boxes, by default the most square grid; full: the whole image; centered8; type-b",
-    )
-    p.add_argument("--overlap", type=int, default=0, metavar="PX", help="by how much a box is longer than its cell")
-    p.add_argument("--margin", type=int, default=0, metavar="PX", help="pixels cropped from the borders beforehand")
-    p.add_argument("--narrow", choices=["replicate"], help="keep what is narrower than K whole in every part")
+    console.domain_options(p)
     p.add_argument("--width-divisor", type=int, metavar="D", help="divide widths by D instead of K; not to be merged")
     p.add_argument("--img-size", type=console.sizes, metavar="PX", help="pixels, or 192x168")
     p.add_argument("--num-classes", type=int, metavar="N", help="by default the model's")
@@ -113,11 +125,9 @@ def _split_options(p: argparse.ArgumentParser) -> None:
 
 def _source(args: argparse.Namespace) -> dict:
     """The keyword arguments of `split` and `plan` from the options."""
-    from .train.options import domain
-
     size = args.img_size[0] if args.img_size is not None and len(args.img_size) == 1 else args.img_size
     given = {
-        "domain": domain(args),
+        "domain": console.domain(args),
         "narrow": args.narrow,
         "width_divisor": args.width_divisor,
         "img_size": size,
@@ -152,8 +162,8 @@ def _split(args: argparse.Namespace) -> None:
 
     parts = split(args.model, args.parts, pretrained=args.pretrained, seed=args.seed, **_source(args))
     parts.save(args.output)
-    own, whole = parts.plan.params(0), parts.plan.params()
-    print(f"{args.output}: {len(parts)} parts of {args.model}, {own:,} of {whole:,} parameters in part 0")
+    in_part, whole = parts.plan.params(0), parts.plan.params()
+    print(f"{args.output}: {len(parts)} parts of {args.model}, {in_part:,} of {whole:,} parameters in part 0")
 
 
 def _merge(args: argparse.Namespace) -> None:

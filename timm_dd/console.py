@@ -1,16 +1,21 @@
-"""What the commands share: types of arguments, ``--quiet`` and ``--verbose``, how they fail."""
+"""What the commands share: the options of boxes, ``--quiet`` and ``--verbose``, types of arguments, how they fail."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from .errors import TimmDDError
+from .errors import SplitError, TimmDDError
+
+if TYPE_CHECKING:
+    from .algebra.domain import Domain
 
 LAYOUTS = ("full", "centered8", "type-b")
 FAILURES = (TimmDDError, OSError)
@@ -44,6 +49,39 @@ def run(name: str, function: Callable[[argparse.Namespace], int | None], args: a
             traceback.print_exc()
         print(f"timm-dd {name}: {e}", file=sys.stderr)
         return 1
+
+
+def domain_options(p) -> None:
+    """What `domain` reads, and ``--narrow``."""
+    p.add_argument(
+        "--grid",
+        type=grid,
+        metavar="RxC",
+        help="boxes of the parts, by default the most square grid; full: the whole image; centered8; type-b",
+    )
+    p.add_argument("--overlap", type=int, default=0, metavar="PX", help="by how much a box is longer than its cell")
+    p.add_argument("--margin", type=int, default=0, metavar="PX", help="pixels cropped from the borders beforehand")
+    p.add_argument("--narrow", choices=["replicate"], help="keep what is narrower than K whole in every part")
+
+
+def domain(args: argparse.Namespace) -> Domain:
+    """The boxes of ``--grid``, ``--overlap`` and ``--margin``."""
+    from . import models
+    from .algebra.domain import Domain, default_domain
+
+    extra = {"overlap": args.overlap, "margin": args.margin}
+    if args.grid == "centered8":
+        return Domain.centered8(**extra)
+    if args.grid == "full":
+        return Domain.full(args.parts)
+    axes = models.axes(args.model)
+    if args.grid == "type-b":
+        if any(extra.values()):
+            raise SplitError("--grid type-b takes neither --overlap nor --margin")
+        layouts = (Domain.type_b(p, axes) for p in itertools.count(1))
+        return next(d for d in layouts if d.parts >= args.parts)  # split says if they are more
+    shape = args.grid or default_domain(args.parts, axes).grid_shape
+    return Domain.grid(*shape, **extra)
 
 
 def grid(text: str) -> str | tuple[int, ...]:

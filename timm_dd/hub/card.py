@@ -1,13 +1,15 @@
 """Model cards: what a repository on the Hub says of itself, rendered from the templates in ``hub_cards/``.
 
 Everything in a card is read from what is pushed: the metadata of ``model.safetensors``, ``config.json``, and the
-``summary.json`` of the training run in whose folder the model lies.
+``summary.json`` of the training run that made the model. The metadata name that run; it is looked for in all folders
+above the model's. A model that no run made, or that lies elsewhere, has a card without results.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 
 import timm
@@ -19,7 +21,7 @@ from ..storage.tensorfile import READ_ERRORS, TensorFile
 
 TEMPLATES = Path(__file__).parent / "templates"  # links to hub_cards/
 TAGS = ["timm_dd", "domain-decomposition"]
-STAGES = {"composed": "composed", "last": "tuned", "best": "best"}  # a model's folder in a run: its name in the summary
+STAGES = ("composed", "tuned", "best")  # the models of a run: what its summary calls them, and their metadata
 
 
 def of_model(repo: str, folder: Path) -> str:
@@ -29,19 +31,18 @@ def of_model(repo: str, folder: Path) -> str:
         MergeError: there is none in `folder`, or none of ours, or timm could not load it from the Hub.
     """
     about, config = _metadata(folder / files.MODEL), _config(folder / "config.json")
-    run = _run(folder, about["plan"])
+    run = _run(folder, about)
     architecture = config["architecture"]
     data = ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", *TAGS],
         metrics=["accuracy"] if run else None,
-        **({"model_name": repo.split("/")[-1], "eval_results": [_result(run, folder)]} if run else {}),
+        **({"model_name": repo.split("/")[-1], "eval_results": [_result(run, about["stage"])]} if run else {}),
     )
     ours = timm.is_model(architecture) and timm.model_entrypoint(architecture).__module__.startswith("timm_dd")
-    return _render(
-        data, "composed.md.jinja", repo=repo, about=about, config=config, run=run, stage=_stage_of(folder), ours=ours
-    )
+    stage = about.get("stage")
+    return _render(data, "composed.md.jinja", repo=repo, about=about, config=config, run=run, stage=stage, ours=ours)
 
 
 def of_parts(repo: str, parts: files.PartsFolder) -> str:
@@ -85,29 +86,29 @@ def _config(path: Path) -> dict:
         raise MergeError(f"{path} is damaged ({headline(e)}); compose the parts again") from e
 
 
-def _stage_of(folder: Path) -> str | None:
-    return STAGES.get(folder.resolve().name)
-
-
-def _run(folder: Path, plan: str) -> dict | None:
-    """The summary of the run in whose folder a model lies; None if it lies elsewhere, or the run is not done."""
-    for above in list(folder.resolve().parents)[:2]:
+def _run(folder: Path, about: Mapping[str, str]) -> dict | None:
+    """The summary of the run that made a model; None if there is none above `folder`, or the run is not done."""
+    if "run" not in about or about.get("stage") not in STAGES:
+        return None
+    for above in folder.resolve().parents:
         described, summary = above / files.PLAN, above / "summary.json"
-        if summary.is_file() and described.is_file() and _stage_of(folder) is not None:
-            if hashlib.sha256(described.read_bytes()).hexdigest() == plan:
-                return _summary(summary)
+        if summary.is_file() and described.is_file() and sha256(described.read_bytes()).hexdigest() == about["plan"]:
+            found = _summary(summary)
+            if found["run"] == about["run"]:  # not another cycle, or another run, of the same plan
+                return found
     return None
 
 
 def _summary(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {**found, "results": {stage: float(found[stage]) for stage in STAGES.values()}, "split": found["split"]}
+        results = {stage: float(found[stage]) for stage in STAGES}
+        return {**found, "results": results, "split": found["split"], "run": found["run"]}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise MergeError(f"{path} is damaged ({type(e).__name__}: {headline(e)}); let the run write it again") from e
 
 
-def _result(run: dict, folder: Path) -> EvalResult:
+def _result(run: dict, stage: str) -> EvalResult:
     return EvalResult(
         task_type="image-classification",
         dataset_type=run["dataset"].lower(),
@@ -115,5 +116,5 @@ def _result(run: dict, folder: Path) -> EvalResult:
         dataset_split=run["split"],
         metric_type="accuracy",
         metric_name="top-1 accuracy, %",
-        metric_value=round(run["results"][_stage_of(folder)], 2),
+        metric_value=round(run["results"][stage], 2),
     )

@@ -131,7 +131,9 @@ def load_composed(folder: str | Path, model: nn.Module) -> None:
     with _reading(path, "compose the parts again"):
         state = load_file(path)
     try:
-        model.load_state_dict(state, assign=True)
+        for name, t in model.state_dict(keep_vars=True).items():
+            t.data = t.data.to(state[name].dtype if name in state else t.dtype)
+        model.load_state_dict(state)  # copied: a model is not to be trained in the pages of a mapped file
     except RuntimeError as e:
         raise MergeError(f"{path} is of another model ({headline(e)}); use the one composed of these parts") from e
 

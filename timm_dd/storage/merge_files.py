@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -141,6 +141,11 @@ def merge_files(folder: str | Path, output: str | Path, *, head: str = "sum") ->
     Raises:
         MergeError: as `merge`; the output folder is left as it was.
     """
+    write_merged(folder, output, head, {})
+
+
+def write_merged(folder: str | Path, output: str | Path, head: str, about: Mapping[str, str]) -> None:
+    """As `merge_files`, with what else is said `about` the model in its metadata."""
     with PartsFolder(folder) as parts:
         plan = parts.plan
         check_mergeable(plan, head)
@@ -150,7 +155,7 @@ def merge_files(folder: str | Path, output: str | Path, *, head: str = "sum") ->
         merged = (p for name, (_, dtype) in specs.items() for p in row_blocks(plan, name, dtype, parts.rows, head))
         with output_folder(output, sync=False) as aside, ThreadPoolExecutor(os.cpu_count()) as pool:
             checks = [pool.submit(parts.check, k) for k in range(plan.parts)]
-            tensorfile.write(aside(MODEL), specs, merged, summary(plan, parts.digest, head))
+            tensorfile.write(aside(MODEL), specs, merged, {**summary(plan, parts.digest, head), **about})
             write_config(aside, plan.config)
             for check in checks:
                 check.result()

@@ -1,5 +1,5 @@
-"""Checkpoints: each network in training has its own, one safetensors file with weights and optimizer, its numbers as
-JSON in the header. Written aside, synced, renamed; the last two are kept, so that one is whole whatever happens.
+"""Checkpoints: of each network in training, one safetensors file with weights and optimizer, its numbers as JSON in the
+header. Written aside, synced, renamed; the last two are kept, so that one is whole whatever happens.
 
 Random numbers need no place in it: those of an update follow from the seed, the network and the update's number, those
 of the data from the seed and the epoch.
@@ -62,7 +62,7 @@ def restore(learner: Learner) -> bool:
         except (RuntimeError, ValueError, KeyError) as e:
             raise TrainError(
                 f"{path} does not fit ({headline(e)}); resume with the options it was trained with, "
-                f"or remove {learner.folder} to train this network anew"
+                f"or remove {learner.folder} to train this network again"
             ) from e
         return True
     return False

@@ -32,7 +32,7 @@ def calibrate(model: nn.Module, plan: Plan, how: str, loader, device: torch.devi
     K, ``temperature`` takes the factor of the smallest cross entropy on training images (Guo et al. 2017).
 
     Raises:
-        TrainError: the logits have no weights of their own to scale.
+        TrainError: the logits come from no layer whose weights could be scaled.
     """
     if how == "sum":
         return 1.0
@@ -99,7 +99,7 @@ def add_noise(weights: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float
 
 
 @contextmanager
-def own_rate(weights: Sequence[tuple[torch.Tensor, torch.Tensor]], factor: float) -> Iterator[None]:
+def rate_between(weights: Sequence[tuple[torch.Tensor, torch.Tensor]], factor: float) -> Iterator[None]:
     """Around an optimizer's step: the weights between the blocks change by `factor` times what it says."""
     before = [p.detach().clone() for p, _ in weights]
     yield

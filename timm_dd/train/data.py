@@ -224,7 +224,7 @@ def _common(args: argparse.Namespace, config: dict, device: torch.device, distri
         distributed=distributed,
         pin_memory=args.pin_mem,
         device=device,
-        persistent_workers=False,  # workers are seeded anew every epoch, see seed_epoch
+        persistent_workers=False,  # new workers are seeded every epoch, see seed_epoch
     )
 
 

@@ -80,8 +80,8 @@ def _decode(dataset: Dataset, workers: int) -> list[tuple[np.ndarray, tuple[int,
     dataset.transform = None
     images: list = []
     held, limit = 0, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // SHARE
-    own = torch.Generator()  # not the one that augmentation draws from
-    loader = DataLoader(dataset, BATCH, num_workers=workers, collate_fn=_pixels, generator=own)
+    generator = torch.Generator()  # not the one that augmentation draws from
+    loader = DataLoader(dataset, BATCH, num_workers=workers, collate_fn=_pixels, generator=generator)
     for batch in tqdm(loader, desc="decoding", leave=False, disable=None):  # for terminals
         if batch is None:
             return None

@@ -58,8 +58,8 @@ class Threads(Engine):
 
 
 class Packed(Engine):
-    """One forward and one backward pass for all, see `timm_dd.packed`; the losses are summed, so that gradients stay
-    each learner's own, which clips, scales and steps for itself.
+    """One forward and one backward pass for all, see `surgery.packed`; the losses are summed, so that each learner has
+    the gradients of its loss alone, and clips, scales and steps for itself.
 
     Args:
         instead: who goes on if that fails; without it the learners fail.
@@ -89,7 +89,7 @@ class Packed(Engine):
             n.guard(partial(n.update, loss, len(y)), isolate_failures)
 
     def _gradients(self, learners: list[Learner], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The losses of a batch, (K,), its gradients added up over the learners' pieces."""
+        """The losses of a batch, (K,), its gradients added up over the micro-batches."""
         first = learners[0]
         if learners != self.learners:
             self.learners, self.packed = learners, pack([n.net for n in learners])
@@ -99,9 +99,9 @@ class Packed(Engine):
         self.packed.zero_grad()
         total = torch.zeros(len(learners), device=first.device)
         for i, (x_i, y_i) in enumerate(zip(x.chunk(first.micro_batches), y.chunk(first.micro_batches))):
-            with first.own_random(i), first.autocast():
+            with first.random(first.updates, i), first.autocast():
                 logits = self.forward(torch.stack([n.view(x_i) for n in learners]))
-                losses = [n.criterion(own, y_i) * (len(y_i) / len(y)) for n, own in zip(learners, logits)]
+                losses = [n.criterion(z, y_i) * (len(y_i) / len(y)) for n, z in zip(learners, logits)]
             sum(n.scaler.scale(loss) for n, loss in zip(learners, losses)).backward()
             total += torch.stack(losses).detach()
         self.packed.scatter_gradients(n.net for n in learners)
@@ -153,12 +153,12 @@ def engine(name: str, learners: Sequence[Learner], device: torch.device, cores: 
     Raises:
         TrainError: not on this device.
     """
-    own, on_cpu = torch.get_num_threads(), device.type == "cpu"
+    threads, on_cpu = torch.get_num_threads(), device.type == "cpu"
     if name == "threads" and not on_cpu:
         raise TrainError("--engine threads is for CPUs; use auto")
     if name == "packed":
         return Packed()
-    workers = min(len(learners), cores // own) if on_cpu and name != "sequential" else 1
+    workers = min(len(learners), cores // threads) if on_cpu and name != "sequential" else 1
     if name == "threads":
         return Threads(workers)
     candidates: list[Engine] = [Engine()]

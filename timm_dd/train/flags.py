@@ -88,15 +88,7 @@ def _model(g) -> None:
     g.add_argument("--drop-path", type=float, metavar="P")
     g.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
     g.add_argument("--parts", type=int, default=4, metavar="K")
-    g.add_argument(
-        "--grid",
-        type=console.grid,
-        metavar="RxC",
-        help="boxes of the parts, by default the most square grid; full: the whole image; centered8; type-b",
-    )
-    g.add_argument("--narrow", choices=["replicate"], help="keep what is narrower than K whole in every part")
-    g.add_argument("--overlap", type=int, default=0, metavar="PX", help="by how much a box is longer than its cell")
-    g.add_argument("--margin", type=int, default=0, metavar="PX", help="pixels cropped from the borders beforehand")
+    console.domain_options(g)
 
 
 def _optimizer(g) -> None:
@@ -134,19 +126,40 @@ def _optimizer(g) -> None:
 def _stages(g) -> None:
     defaults = {"epochs": 300, "warmup_epochs": 5, "shift": 0}
     for name, kind in STAGED.items():
-        g.add_argument(_flag(name), default=defaults.get(name), **kind)
+        g.add_argument(flag_of(name), default=defaults.get(name), **kind)
     g.add_argument(
         "--roam",
         type=float,
         default=0.0,
         metavar="P",
-        help="with probability P a part trains on a box anywhere in the images instead of its own, update by update",
+        help="with probability P a part trains on a box anywhere in the images instead of on its box, update by update",
     )
+    _composed(g)
+    g.add_argument(
+        "--cycles",
+        type=int,
+        default=1,
+        metavar="N",
+        help="split the fine-tuned model again and go on, N times in all, in cycle-2 … of the run's folder",
+    )
+    g.add_argument(
+        "--reassign", action="store_true", help="in the next cycle each part gets channels of all parts of the last"
+    )
+    for stage in ("part", "baseline"):
+        for name, kind in STAGED.items():
+            given = {"help": argparse.SUPPRESS if name != "epochs" else f"{stage}: {kind['help']}"}
+            if (stage, name) == ("part", "lr"):
+                given = {"nargs": "+", "help": "parts: learning rate, one for all or one for each"}
+            g.add_argument(flag_of(f"{stage}_{name}"), **{**kind, **given})
+
+
+def _composed(g) -> None:
+    """What is done to the composed model before it is fine-tuned."""
     g.add_argument(
         "--update-bn",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="before fine-tuning, take the composed model's BatchNorm statistics anew from 1,024 whole images",
+        help="before fine-tuning, re-estimate the composed model's BatchNorm statistics from 1,024 whole images",
     )
     g.add_argument(
         "--calibrate",
@@ -168,22 +181,6 @@ def _stages(g) -> None:
         metavar="FACTOR",
         help="of the learning rate, for the weights between the blocks while the composed model is fine-tuned",
     )
-    g.add_argument(
-        "--cycles",
-        type=int,
-        default=1,
-        metavar="N",
-        help="split the fine-tuned model again and go on, N times in all, in cycle-2 … of the run's folder",
-    )
-    g.add_argument(
-        "--reassign", action="store_true", help="in the next cycle each part gets channels of all parts of the last"
-    )
-    for stage in ("part", "baseline"):
-        for name, kind in STAGED.items():
-            own = {"help": argparse.SUPPRESS if name != "epochs" else f"{stage}: {kind['help']}"}
-            if (stage, name) == ("part", "lr"):
-                own = {"nargs": "+", "help": "parts: learning rate, one for all or one for each"}
-            g.add_argument(_flag(f"{stage}_{name}"), **{**kind, **own})
 
 
 def _run(g) -> None:
@@ -224,5 +221,6 @@ def _run(g) -> None:
     g.add_argument("--device", metavar="NAME", help="cuda or cpu, by default cuda where there is one")
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """``batch_size`` as ``--batch-size``."""
     return "--" + name.replace("_", "-")

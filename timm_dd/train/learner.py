@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,15 +22,39 @@ from tqdm import tqdm
 
 from ..algebra.domain import Box
 from ..errors import TrainError, headline
-from . import options, schedule
+from . import optimizers, options, schedule
 
-RANDOM = threading.Lock()  # torch has one random state for all threads
+_RANDOM = threading.Lock()  # torch has one random state for all threads
+
+
+class SeededRandom:
+    """Random numbers that follow from a seed and the update's number alone, whoever else draws some."""
+
+    def __init__(self, seed: int, device: torch.device):
+        self.seed, self.generator = seed, torch.cuda if device.type == "cuda" else torch
+        self.drawn = True  # whether the network draws any; if it does not in a step, seeding is not worth its time
+
+    @contextmanager
+    def __call__(self, update: int, micro_batch: int) -> Iterator[None]:
+        """Seed torch's generator for a forward pass, while no other thread draws, then put it back as it was."""
+        if not self.drawn:
+            yield
+            return
+        with _RANDOM:
+            before = self.generator.get_rng_state()
+            self.generator.manual_seed((micro_batch << 52) + (self.seed << 32) + update)
+            seeded = self.generator.get_rng_state()
+            try:
+                yield
+                self.drawn = not torch.equal(seeded, self.generator.get_rng_state())
+            finally:
+                self.generator.set_rng_state(before)
 
 
 class Learner:
     """One network in training. The dropout of an update follows from `seed` and the update's number, so that learners
     that share a process do not disturb each other, and one that was interrupted goes on as if it had not been; packed
-    ones (`engines.Packed`) draw together.
+    ones (`engines.Packed`) draw together, by the first one's seed.
 
     Args:
         box: what the network sees of a batch; None for all of it. While it trains, ``--roam`` moves the box.
@@ -66,7 +89,7 @@ class Learner:
             "images": global_batch,
         }
         lr = args.lr if args.lr is not None else args.lr_base * global_batch / 256
-        self.optimizer = create_optimizer(model, args, lr)
+        self.optimizer = optimizers.create(model, args, lr)
         self.schedule = schedule.create(args, self.optimizer, updates_per_epoch)
         self.forward = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
         self.ema = ModelEmaV3(self.net, decay=args.model_ema_decay) if args.model_ema else None
@@ -75,7 +98,7 @@ class Learner:
         self.around_step: Callable[[], AbstractContextManager] = nullcontext  # of the optimizer
         self.dtype = getattr(torch, args.amp_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp and self.dtype is torch.float16)
-        self._draws = True
+        self.random = SeededRandom(seed, device)
         self.updates, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []
         self.failure: str | None = None
@@ -105,14 +128,14 @@ class Learner:
         self.update(within_memory([self], partial(self._gradients, x, y), len(y)), len(y))
 
     def _gradients(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The loss of a batch, its gradients added up over `pieces`."""
+        """The loss of a batch, its gradients added up over the micro-batches."""
         self.optimizer.zero_grad()
         total = torch.zeros_like(self._total)
-        pieces = list(zip(x.chunk(self.micro_batches), y.chunk(self.micro_batches)))
-        for i, (x_i, y_i) in enumerate(pieces):
-            later = self.model.no_sync() if self.distributed and i + 1 < len(pieces) else nullcontext()
+        batches = list(zip(x.chunk(self.micro_batches), y.chunk(self.micro_batches)))
+        for i, (x_i, y_i) in enumerate(batches):
+            later = self.model.no_sync() if self.distributed and i + 1 < len(batches) else nullcontext()
             with later:
-                with self.own_random(i), self.autocast():
+                with self.random(self.updates, i), self.autocast():
                     loss = self.criterion(self.forward(self.view(x_i)), y_i) * (len(y_i) / len(y))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -134,8 +157,8 @@ class Learner:
         self._images += images
 
     def sync_ema_buffers(self) -> None:
-        """Under DistributedDataParallel ranks have BatchNorm statistics of their own; it takes those of the first for
-        all, and so do the averages."""
+        """Under DistributedDataParallel each rank has other BatchNorm statistics; it takes those of the first for all,
+        and so do the averages."""
         if self.ema is not None and self.distributed:
             for statistics in self.ema.module.buffers():
                 dist.broadcast(statistics, 0)
@@ -175,12 +198,12 @@ class Learner:
 
     @torch.no_grad()
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Of the result, on the network's own box."""
+        """Of the result, on the network's box."""
         with self.autocast():
             return (self.forward if self.ema is None else self.result)(self._format(x, self.box)).float()
 
     def view(self, x: torch.Tensor) -> torch.Tensor:
-        """What the network sees of a batch in this update: its own box, or with the probability --roam one anywhere."""
+        """What the network sees of a batch in this update: its box, or with the probability --roam one anywhere."""
         random = Random((self.seed << 32) + self.updates)
         if self.box is None or random.random() >= self.args.roam:
             return self._format(x, self.box)
@@ -190,23 +213,6 @@ class Learner:
         x = x if box is None else box.crop(x)
         return x.contiguous(memory_format=torch.channels_last) if self.args.channels_last else x
 
-    @contextmanager
-    def own_random(self, piece: int) -> Iterator[None]:
-        """Random numbers of its own, while no other learner draws any; nothing of that once it drew none in a step."""
-        if not self._draws:
-            yield
-            return
-        module = torch.cuda if self.device.type == "cuda" else torch
-        with RANDOM:
-            before = module.get_rng_state()
-            module.manual_seed((piece << 52) + (self.seed << 32) + self.updates)
-            seeded = module.get_rng_state()
-            try:
-                yield
-                self._draws = not torch.equal(seeded, module.get_rng_state())
-            finally:
-                module.set_rng_state(before)
-
     # ---- what a checkpoint holds
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -214,28 +220,20 @@ class Learner:
         tensors = {f"model.{name}": t for name, t in self.net.state_dict().items()} | {"total": self._total}
         if self.ema is not None:
             tensors |= {f"ema.{name}": t for name, t in self.result.state_dict().items()}
-        optimizer, numbers = self.optimizer.state_dict(), {"state": {}, "group": {}}
-        for kind, entries in (("state", optimizer["state"]), ("group", dict(enumerate(optimizer["param_groups"])))):
-            for i, values in entries.items():
-                found = {name: v for name, v in values.items() if isinstance(v, torch.Tensor)}
-                tensors |= {f"{kind}.{i}.{name}": t for name, t in found.items()}
-                numbers[kind][str(i)] = {name: v for name, v in values.items() if name not in found}
+        optimizer_tensors, optimizer_numbers = optimizers.state(self.optimizer)
+        tensors |= optimizer_tensors
         return tensors, {
             "options": self.options,
             "updates": self.updates,
             "images": self._images,
             "seconds": self.seconds,
             "history": self.history,
-            "optimizer": numbers,
+            "optimizer": optimizer_numbers,
             "scaler": self.scaler.state_dict(),
         }
 
     def restore(self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
         """Go back to a `state`; RuntimeError, ValueError or KeyError if it is of another network or optimizer."""
-        optimizer = {k: {int(i): dict(v) for i, v in e.items()} for k, e in numbers["optimizer"].items()}
-        for key in (k for k in tensors if k.startswith(("state.", "group."))):
-            kind, i, name = key.split(".", 2)
-            optimizer[kind][int(i)][name] = tensors[key]
         options.check_same(numbers["options"], self.options)
         for prefix, net in (("model.", self.net), ("ema.", self.result))[: 1 if self.ema is None else 2]:
             net.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
@@ -243,11 +241,7 @@ class Learner:
         for epoch, row in enumerate(self.history, start=1):
             self.schedule.step(epoch, row["top1"])
         self.schedule.step_update(self.updates)
-        groups = [optimizer["group"][i] for i in sorted(optimizer["group"])]
-        self.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": groups})
-        for p, state in self.optimizer.state.items():  # a fused update goes through memory, whatever the strides
-            alike = {k: t for k, t in state.items() if isinstance(t, torch.Tensor) and t.shape == p.shape}
-            state.update((k, torch.empty_like(p, dtype=t.dtype).copy_(t)) for k, t in alike.items())
+        optimizers.restore(self.optimizer, tensors, numbers["optimizer"])
         self.scaler.load_state_dict(numbers["scaler"])
         self.seconds, self._images = numbers["seconds"], numbers["images"]
         self._total = tensors["total"].to(self.device)
@@ -276,18 +270,11 @@ def within_memory(learners: Sequence[Learner], gradients: Callable[[], Any], ima
         raise _too_large(names, images, first.micro_batches) from e
 
 
-def _too_large(names: str, images: int, pieces: int) -> TrainError:
+def _too_large(names: str, images: int, micro_batches: int) -> TrainError:
     return TrainError(
-        f"{names}: out of memory with {-(-images // pieces)} images at a time; use a smaller --batch-size, with "
+        f"{names}: out of memory with {-(-images // micro_batches)} images at a time; use a smaller --batch-size, with "
         "--grad-accum-steps for as many images an update"
     )
-
-
-def create_optimizer(model: nn.Module, args: argparse.Namespace, lr: float) -> torch.optim.Optimizer:
-    """timm's, in torch's fused form where there is one: an update is one call for all tensors."""
-    given = {**optimizer_kwargs(args), "lr": lr}
-    plain = create_optimizer_v2(model, **given)
-    return create_optimizer_v2(model, **given, fused=True) if "fused" in plain.defaults else plain
 
 
 def criterion(args: argparse.Namespace) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Epochs: one decoded batch goes to every learner, each takes its own view of it.
+"""Epochs: one decoded batch goes to every learner, each takes its view of it.
 
 Learners that go on from checkpoints may stand at different updates: a batch goes to those whose next it is.
 """
@@ -134,7 +134,7 @@ def evaluate(
     timer: CheckpointTimer | None = None,
     shared: bool = True,
 ) -> list[float]:
-    """Top-1 accuracies in %, each learner on its own view; with `together` also of the sum of their logits, last.
+    """Top-1 accuracies in %, each learner on its view; with `together` also of the sum of their logits, last.
 
     What is `shared` by the ranks of a process group, each of them counts its share of, each image once.
     """

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import shlex
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from .. import models
-from ..algebra.domain import Domain, default_domain
-from ..errors import SplitError, TrainError, headline
-from .flags import STAGED, _flag, parser
+from ..console import domain as domain  # of the boxes, for who trains parts without a run
+from ..errors import TrainError, headline
+from .flags import STAGED, flag_of, parser
 
-MAY_CHANGE_ON_RESUME = {  # may change when a run goes on
+MAY_CHANGE_ON_RESUME = {  # no weight depends on them
     "checkpoint_every", "config", "cycles", "device", "engine", "experiment", "log_tensorboard", "log_wandb", "output",
     "pin_mem", "quiet", "resume", "validation_batch_size", "verbose", "wandb_project", "workers",
 }  # fmt: skip
@@ -31,15 +30,15 @@ COMPOSED = ("calibrate", "off_diagonal_lr", "off_diagonal_noise", "update_bn")  
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options from YAML (``-c``), then the command line. Errors exit with status 2."""
     p = parser()
-    known, _ = p.parse_known_args(argv) if _asks_for_config(argv) else (None, None)
-    if known is not None:
-        p.set_defaults(**_config(p, known.config))
+    given, _ = p.parse_known_args(argv)
+    if given.config is not None:
+        p.set_defaults(**_config(p, given))
     args = p.parse_args(argv)
     if not 0 <= args.roam <= 1:
         p.error(f"--roam is a probability from 0 to 1, got {args.roam}")
     for name in ("parts", "grad_accum_steps", "cycles"):
         if getattr(args, name) < 1:
-            p.error(f"{_flag(name)} is a whole number from 1 up, got {getattr(args, name)}")
+            p.error(f"{flag_of(name)} is a whole number from 1 up, got {getattr(args, name)}")
     if args.parts == 1 and args.calibrate != "sum":
         p.error("--calibrate is for two parts or more")
     if isinstance(args.part_lr, (int, float)):  # from YAML
@@ -57,73 +56,70 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _asks_for_config(argv) -> bool:
-    import sys
-
-    return any(a in ("-c", "--config") or a.startswith("--config=") for a in (sys.argv[1:] if argv is None else argv))
-
-
-def _config(p: argparse.ArgumentParser, name: str) -> dict:
-    path = Path(name)
-    if not path.is_file():
-        path = resources.files(__package__) / "configs" / name
-    if not path.is_file():
-        have = ", ".join(
-            sorted(f.name for f in (resources.files(__package__) / "configs").iterdir() if f.name.endswith(".yaml"))
-        )
-        p.error(f"no config {name!r}; expected a YAML file, or one of {have}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as e:
-        p.error(f"{name} is not YAML: {headline(e)}")
+def _config(p: argparse.ArgumentParser, given: argparse.Namespace) -> dict:
+    """What the file of ``--config`` says; argparse reads strings in it as it reads the command line."""
+    name = given.config
+    values = _read_config(p, name)
     if not isinstance(values, dict):
         p.error(f"{name}: expected options and values, got {type(values).__name__}")
-    options = {a.dest: a for a in p._actions}
-    unknown = sorted(set(values) - options.keys())
+    unknown = sorted(set(values) - vars(given).keys())
     if unknown:
         p.error(f"{name} has options that do not exist: {', '.join(unknown)}")
-    return {k: options[k].type(v) if isinstance(v, str) and options[k].type else v for k, v in values.items()}
+    return values
+
+
+def _read_config(p: argparse.ArgumentParser, name: str) -> Any:
+    path, ours = Path(name), resources.files(__package__) / "configs"
+    if not path.is_file():
+        path = ours / name
+    if not path.is_file():
+        have = ", ".join(sorted(f.name for f in ours.iterdir() if f.name.endswith(".yaml")))
+        p.error(f"no config {name!r}; expected a YAML file, or one of {have}")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as e:
+        p.error(f"{name} is not YAML: {headline(e)}")
 
 
 def stage_options(args: argparse.Namespace, name: str | None, part: int = 0) -> argparse.Namespace:
-    """The options as a stage sees them: ``part``, which may have a learning rate of its own, ``baseline``, or None for
-    the composed model. By default the parts train as many epochs as the composed model, and the baseline as many as
+    """The options as a stage sees them: ``part``, of which each may have another learning rate, ``baseline``, or None
+    for the composed model. By default the parts train as many epochs as the composed model, and the baseline as many as
     both."""
-    own = copy.copy(args)
+    staged = copy.copy(args)
     if name is None:
-        return own
+        return staged
     for option in STAGED:
         value = getattr(args, f"{name}_{option}")
         if value is not None:
-            setattr(own, option, value)
+            setattr(staged, option, value)
     for option in COMPOSED:
-        setattr(own, option, None)
+        setattr(staged, option, None)
     if name == "part" and args.part_lr is not None:
-        own.lr = args.part_lr[part % len(args.part_lr)]
+        staged.lr = args.part_lr[part % len(args.part_lr)]
     if name == "baseline" and args.baseline_epochs is None:
-        own.epochs = stage_options(args, "part").epochs + args.epochs
-    return own
+        staged.epochs = stage_options(args, "part").epochs + args.epochs
+    return staged
 
 
 def training_identity(args: argparse.Namespace) -> dict:
     """The options, as a stage sees them, on which a network's weights depend; as JSON."""
-    own = {
+    relevant = {
         k: v for k, v in vars(args).items() if k not in MAY_CHANGE_ON_RESUME and not k.startswith(("part_", "baseline"))
     }
-    return json.loads(json.dumps(own))
+    return json.loads(json.dumps(relevant))
 
 
 def command(args: argparse.Namespace) -> str:
     """The command line that gives the same weights; of the data's folder, which is the reader's affair, the name."""
     words = ["timm-dd", "train"]
-    for action in parser(add_help=False)._actions:
-        value = getattr(args, action.dest)
-        if value == action.default or action.dest in MAY_CHANGE_ON_RESUME:
+    for name, default in vars(parser(add_help=False).parse_args([])).items():
+        value = getattr(args, name)
+        if value == default or name in MAY_CHANGE_ON_RESUME:
             continue
-        flag = _flag(action.dest)
-        if action.dest == "data_dir":
+        flag = flag_of(name)
+        if name == "data_dir":
             words += [flag, Path(value).name]
-        elif action.dest == "grid" and not isinstance(value, str):
+        elif name == "grid" and not isinstance(value, str):
             words += [flag, "x".join(map(str, value))]
         elif isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
@@ -138,27 +134,7 @@ def check_same(before: dict, now: dict) -> None:
     """Raise ValueError unless a network goes on with the options that it began with."""
     other = [k for k in {**before, **now} if before.get(k) != now.get(k)]
     if other:
-        raise ValueError(", ".join(f"{_flag(k)} was {before.get(k)}, not {now.get(k)}" for k in sorted(other)))
-
-
-def domain(args: argparse.Namespace) -> Domain:
-    """The boxes of ``--grid``, ``--overlap`` and ``--margin``."""
-    extra = {"overlap": args.overlap, "margin": args.margin}
-    if args.grid == "centered8":
-        return Domain.centered8(**extra)
-    if args.grid == "full":
-        return Domain.full(args.parts)
-    if args.grid == "type-b":
-        if any(extra.values()):
-            raise SplitError("--grid type-b takes neither --overlap nor --margin")
-        return _type_b(args.parts, models.axes(args.model))
-    shape = args.grid or default_domain(args.parts, models.axes(args.model)).grid_shape
-    return Domain.grid(*shape, **extra)
-
-
-def _type_b(parts: int, axes: int) -> Domain:
-    """The smallest with at least K boxes; split says if they are more."""
-    return next(d for d in (Domain.type_b(p, axes) for p in itertools.count(1)) if d.parts >= parts)
+        raise ValueError(", ".join(f"{flag_of(k)} was {before.get(k)}, not {now.get(k)}" for k in sorted(other)))
 
 
 def model_arguments(args: argparse.Namespace, classes: int | None) -> dict:
@@ -166,5 +142,5 @@ def model_arguments(args: argparse.Namespace, classes: int | None) -> dict:
     classes = args.num_classes or classes
     if classes is None:
         raise TrainError("the number of classes is not known from the data; give --num-classes")
-    own = {"num_classes": classes, "drop_rate": args.drop, "drop_path_rate": args.drop_path, **args.model_kwargs}
-    return {k: v for k, v in own.items() if v is not None}
+    given = {"num_classes": classes, "drop_rate": args.drop, "drop_path_rate": args.drop_path, **args.model_kwargs}
+    return {k: v for k, v in given.items() if v is not None}

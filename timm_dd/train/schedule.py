@@ -1,4 +1,4 @@
-"""The learning rate: timm's schedules, and gu2022's, whose steps have rates of their own (section 3.1.1)."""
+"""The learning rate: timm's schedules, and gu2022's, with a rate for each of its steps (section 3.1.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run's figures are shown beside its own files: TensorBoard and Weights & Biases, each if asked for."""
+"""Where a run's figures are shown besides its files: TensorBoard and Weights & Biases, each if asked for."""
 
 from __future__ import annotations
 
@@ -58,5 +58,5 @@ def _wandb(args: argparse.Namespace, folder: Path, rank: int):
         import wandb
     except ImportError as e:
         raise TrainError("--log-wandb needs the package: pip install 'timm_dd[wandb]'") from e
-    name = f"{folder.name}-{rank}" if rank else folder.name  # a part's figures come from its own rank
+    name = f"{folder.name}-{rank}" if rank else folder.name  # a part's figures come from the rank that trains it
     return wandb.init(project=args.wandb_project, group=folder.name, name=name, dir=folder, config=vars(args))

@@ -1,0 +1,215 @@
+"""The folder of a run: how it is named, what lies where, whether a run may begin or go on there, and what is done."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+import yaml
+
+from ..errors import TrainError
+from ..planning.plan import Plan
+from ..storage import files
+from ..storage.atomic import output_folder, remove_temporaries, replace_json
+from ..text import json_text
+from . import options
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among those that torchrun started."""
+
+    rank: int
+    local_rank: int
+    world: int
+    local_world: int
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        names = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
+        return cls(*(int(os.environ.get(name, default)) for name, default in names))
+
+    @property
+    def primary(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def launch(self) -> str | None:
+        """What all ranks of one torchrun have in common, and its restarts: its run id, or if it was given none its
+        process on this node; None for ranks on several nodes, or without torchrun."""
+        given = os.environ.get("TORCHELASTIC_RUN_ID")
+        if given == "none":
+            return f"pid{os.getppid()}" if self.world == self.local_world else None
+        return given
+
+    def device(self, name: str | None) -> torch.device:
+        if name == "cpu" or (name is None and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        index = self.local_rank % max(torch.cuda.device_count(), 1)
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run, or one of its cycles, keeps what it makes.
+
+    Attributes:
+        root: of the whole run.
+        path: of this cycle; of the first one it is the root.
+        resuming: whether the run goes on with what lies there.
+    """
+
+    root: Path
+    path: Path
+    cycle: int
+    args: argparse.Namespace
+    ranks: Ranks
+    resuming: bool
+
+    @classmethod
+    def of_run(cls, args: argparse.Namespace, ranks: Ranks) -> RunFolder:
+        """The first cycle's folder, which need not be there.
+
+        Raises:
+            TrainError: there is nothing to resume, or the ranks would not find the same name.
+        """
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        root = _choose(args, ranks)
+        return cls(root, root, 1, args, ranks, args.resume is not None or restarted)
+
+    def next_cycle(self) -> RunFolder:
+        return replace(self, path=self.root / f"cycle-{self.cycle + 1}", cycle=self.cycle + 1)
+
+    # ---- what lies where
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def parts(self) -> Path:
+        return self.path / "parts"
+
+    @property
+    def composed(self) -> Path:
+        return self.path / "composed"
+
+    @property
+    def tuned(self) -> Path:
+        return self.path / "global"
+
+    @property
+    def baseline(self) -> Path:
+        return self.path / "baseline"
+
+    @property
+    def decoded(self) -> Path:
+        return self.root / "decoded"
+
+    def part(self, k: int) -> Path:
+        return self.parts / str(k)
+
+    # ---- a run begins, or goes on
+
+    def open(self, plan: Plan, begun: float) -> None:
+        """Write ``plan.json`` and ``args.yaml``, and remove what processes that were killed before `begun` left.
+
+        Raises:
+            TrainError: the folder holds another run, or one that is not to be resumed.
+        """
+        if (self.path / "args.yaml").exists():
+            self._check_run(plan)
+        described = json_text(plan.to_json())
+        given = yaml.safe_dump(vars(self.args), default_flow_style=None)
+        with output_folder(self.path) as aside, output_folder(self.parts) as beside_parts:
+            beside_parts(files.PLAN).write_text(described, encoding="utf-8")
+            aside(files.PLAN).write_text(described, encoding="utf-8")
+            aside("args.yaml").write_text(f"{self._signature}\n{given}")  # the last to land: with it there is a run
+        remove_temporaries(self.path, begun)
+
+    def _check_run(self, plan: Plan) -> None:
+        signature = (self.path / "args.yaml").read_text().split("\n", 1)[0]
+        restarted = self.resuming and self.ranks.launch is not None and signature == self._signature
+        if self.args.resume is None and not restarted:
+            raise TrainError(f"{self.path} holds a run already; go on with --resume, or choose another --experiment")
+        if files.PartsFolder(self.path).digest != plan.digest():
+            raise TrainError(f"{self.path} holds a run of another model or split; choose another --experiment")
+
+    @property
+    def _signature(self) -> str:
+        """The first line of args.yaml: by it torchrun's second start knows the run of its first."""
+        return f"# torchrun {self.ranks.launch}"
+
+    def digest(self, plan: Plan) -> str:
+        """Names the run in its models and in its summary: of the plan, the cycle, and all options on which the models'
+        weights depend. Whoever repeats the run, on however many ranks, gets the same."""
+        stages = [options.stage_options(self.args, None)]
+        stages += [options.stage_options(self.args, "part", k) for k in range(self.args.parts)]
+        made_of = [plan.digest(), self.cycle, *map(options.training_identity, stages)]
+        return sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+    # ---- what is done
+
+    @property
+    def done(self) -> bool:
+        return self.summary.exists()
+
+    def part_is_done(self, k: int) -> bool:
+        return (self.part(k) / "summary.json").exists()
+
+    def part_summary(self, k: int) -> dict:
+        return json.loads((self.part(k) / "summary.json").read_text())
+
+    def finish_part(self, k: int, summary: dict) -> None:
+        replace_json(self.part(k) / "summary.json", summary)
+
+    def check_part(self, k: int) -> None:
+        """Raise TrainError if part k, which is done, was trained with other options."""
+        before = self.part_summary(k)["options"]
+        now = options.training_identity(options.stage_options(self.args, "part", k))
+        try:
+            options.check_same({name: value for name, value in before.items() if name in now}, now)
+        except ValueError as e:
+            raise TrainError(
+                f"part {k} is done, with other options (for the parts, {e}); use those, "
+                f"or remove {self.part(k)} to train it again"
+            ) from e
+
+    def fail_part(self, k: int, reason: str) -> None:
+        replace_json(self.part(k) / "failure.json", reason)
+
+    def failure(self, k: int) -> str:
+        return json.loads((self.part(k) / "failure.json").read_text())
+
+    def forget_failure(self, k: int) -> None:
+        (self.part(k) / "failure.json").unlink(missing_ok=True)
+
+
+def _choose(args: argparse.Namespace, ranks: Ranks) -> Path:
+    """``--experiment`` in ``--output``; by default a new name, which all ranks find without communication, or the last
+    run that is not done if one is to go on."""
+    base, name = Path(args.output), f"{args.model}-{args.parts}"
+    if args.resume not in (None, "auto"):
+        if not (Path(args.resume) / "args.yaml").exists():
+            raise TrainError(f"--resume {args.resume}: no run there; give a run's folder, or auto")
+        return Path(args.resume)
+    if args.experiment:
+        return base / args.experiment
+    if args.resume is not None:
+        begun = [p.parent for pattern in (name, f"{name}-*") for p in base.glob(f"{pattern}/args.yaml")]
+        last = "." if args.cycles == 1 else f"cycle-{args.cycles}"
+        begun = [p for p in begun if not (p / last / "summary.json").exists()]
+        if begun:
+            return max(begun, key=lambda p: p.stat().st_mtime)
+    if ranks.launch is not None:
+        return base / f"{name}-{ranks.launch[:8]}"
+    if ranks.world > 1:
+        raise TrainError("ranks on several nodes need one name for the run: --experiment, or torchrun --rdzv-id")
+    return next(p for i in itertools.count() if not (p := base / (f"{name}-{i}" if i else name)).exists())
