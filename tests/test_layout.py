@@ -30,7 +30,7 @@ LAYERS = [
 ]
 # Inside a room, in the order of its story.
 ROOMS = {
-    "algebra": ["axes", "widths", "domain"],
+    "algebra": ["axes", "journal", "widths", "domain"],
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
     "surgery": ["emit", "packed", "parts", "split", "merge"],
 }
