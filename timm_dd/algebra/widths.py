@@ -170,9 +170,7 @@ def unify(a: Axis, b: Axis) -> Axis:
     Raises:
         WidthError: their sizes differ, or no sum of products covers both.
     """
-    b.resolve()
-    a.resolve()
-    b.resolve()  # the normal form of one may make Widths of the other whole
+    a, b = a.resolve(), b.resolve()
     if a.size != b.size:
         raise WidthError(f"axes of {a.size} and {b.size} channels meet")
     if a == b:
