@@ -127,6 +127,11 @@ def shuffle(x, groups=2):
     return x.view(b, groups, c // groups, h, w).transpose(1, 2).flatten(1, 2)
 
 
+def multiples(x, a, b):
+    """The first 15 channels times 3 and the others times 6."""
+    return torch.cat([a(x[:, :15]), b(x[:, 15:])], 1)
+
+
 def attention_map(x, conv):
     return x * torch.sigmoid(conv(x))
 
@@ -262,6 +267,14 @@ ROWS = {
     "chunk": row(lambda: net(fn(lambda x: x.chunk(2, 1)[0] * torch.chunk(x, 2, dim=1)[1]), out=6)),
     "chunk through a shuffle": row(
         lambda: net(fn(lambda x: shuffle(torch.cat([x, x.tanh()], 1)).chunk(2, 1)[0]), width=7),
+        "cuts through channels that belong together",
+    ),
+    "chunk of two multiples": row(
+        lambda: net(
+            fn(lambda x, a, b: multiples(x, a, b).chunk(3, 1)[1], conv(15, 45, 1, groups=15), conv(12, 72, 1, groups=12)),
+            width=27,
+            out=39,
+        ),
         "cuts through channels that belong together",
     ),
     "split": row(

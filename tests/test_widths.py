@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from timm_dd.algebra.axes import Cut, FrozenAxis, Window
+from timm_dd.algebra.journal import transaction
 from timm_dd.algebra.widths import Axis, Width, freeze, make_whole, split_axis, unify
 from timm_dd.errors import WidthError
 
@@ -79,6 +80,51 @@ def test_passive_widths_stay_whole_until_they_meet_channels():
 def test_what_no_sum_of_products_covers_is_an_error(a, b):
     with pytest.raises(WidthError):
         unify(a, b)
+
+
+def test_a_width_that_stands_twice_in_a_product():
+    a, b = Width(4), Width(4)
+    x, y = Axis.of(a, b), Axis.of(b, a)
+    unify(x, y)
+    assert freeze(x) == freeze(y) == FrozenAxis(((Cut(4), Cut(4)),))
+    unify(x, Axis.of(8, 2))
+    assert freeze(x) == freeze(Axis.of(a, b))
+
+
+def test_a_width_in_front_of_a_concatenation_is_whole():
+    """A product holds no sum, so outer · (a + b) is written out as copies, of which a part has all."""
+    outer, inner = Width(2), Width(5)
+    x = Axis((outer,), (outer, inner))
+    split_axis(Axis.of(inner), 3)
+    assert freeze(x).terms == ((2,), (Cut(3),), (Cut(2),), (Cut(3),), (Cut(2),))
+    assert freeze(Axis.of(outer)).is_whole
+
+
+@pytest.mark.parametrize("at", [-1, 0, 12, 13])
+def test_a_cut_is_inside(at):
+    with pytest.raises(WidthError, match=f"cannot cut an axis of 12 channels at {at}"):
+        split_axis(Axis.of(Width(12)), at)
+
+
+def test_what_fails_leaves_nothing_behind():
+    """Fifteen channels times 3 beside twelve times 6, in three: the first cut is between channels, the second is not."""
+    x = Axis((Width(15), 3), (Width(12), 6))
+    before = [w.bound for w in x.widths()], x.terms
+    with pytest.raises(WidthError, match="cannot cut"), transaction():
+        _, rest = split_axis(x, 39)
+        assert len(x.resolve().terms) == 3
+        split_axis(rest, 39)
+    assert ([w.bound for w in x.widths()], x.terms) == before
+
+
+def test_inside_a_transaction_a_refusal_is_undone_alone():
+    a, b, head = Axis.of(Width(6)), Axis.of(Width(6)), Width(4)
+    with transaction():
+        unify(a, b)
+        with pytest.raises(WidthError, match="share no factor"):  # the heads were equal
+            unify(Axis((head,), (4, Width(6))), Axis((Width(4),), (Width(3), 8)))
+        assert head.bound is None
+    assert a.resolve() == b.resolve()
 
 
 def test_split_axis_inside_repeated_copies():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -26,27 +26,33 @@ class Window:
         return f"window({self.size})"
 
 
-Term = tuple  # of atoms
-
-
-def atom_size(atom: Any) -> int:
-    return atom if isinstance(atom, int) else atom.size
-
-
-def term_size(term: Term) -> int:
-    return math.prod(map(atom_size, term))
-
-
 class Cut(NamedTuple):
     """A Width after cutting: part k owns the k-th of K runs of its channels, the first ``size % K`` one longer."""
 
     size: int
 
 
+FrozenAtom = int | Cut | Window
+FrozenTerm = tuple[FrozenAtom, ...]
+
+
+class Sized(Protocol):
+    @property
+    def size(self) -> int: ...
+
+
+def atom_size(atom: int | Sized) -> int:
+    return atom if isinstance(atom, int) else atom.size
+
+
+def term_size(term: Iterable[int | Sized]) -> int:
+    return math.prod(map(atom_size, term))
+
+
 class FrozenAxis(NamedTuple):  # a tuple, as it is looked up for every tensor, and a tuple is hashed fast
     """An axis as plain data: terms of ints, `Cut` and `Window`; part k's indices follow from K alone."""
 
-    terms: tuple[tuple[int | Cut | Window, ...], ...]
+    terms: tuple[FrozenTerm, ...]
 
     @property
     def size(self) -> int:
@@ -75,15 +81,16 @@ class FrozenAxis(NamedTuple):  # a tuple, as it is looked up for every tensor, a
     def check(self, parts: int) -> None:
         """Raise ValueError or TypeError unless its atoms have a size and its windows are inside it."""
         for atom in (a for t in self.terms for a in t):
+            size = atom_size(atom)
             runs = zip(atom.start, atom.extent, strict=True) if isinstance(atom, Window) else ()
-            inside = [start >= 0 and n > 0 and start + n <= atom.size for start, n in runs]
-            if atom_size(atom) < 1 or not all(inside) or (isinstance(atom, Window) and len(inside) != parts):
+            inside = [start >= 0 and n > 0 and start + n <= size for start, n in runs]
+            if size < 1 or not all(inside) or (isinstance(atom, Window) and len(inside) != parts):
                 raise ValueError(f"unexpected {shown(atom)} in an axis")
 
     def part_size(self, k: int, divisor: int) -> int:
         return _part_size(self, k, divisor)
 
-    def index(self, k: int, divisor: int) -> torch.Tensor:
+    def index(self, k: int, divisor: int) -> torch.Tensor:  # type: ignore[override]  # of a tuple, which nobody asks
         """Part k's indices into the axis, ascending within each term: int64 of shape (part_size,)."""
         return _index(self, k, divisor)
 
@@ -114,14 +121,14 @@ def _part_size(axis: FrozenAxis, k: int, divisor: int) -> int:
 
 @functools.lru_cache(maxsize=64)  # layers in a row share axes
 def _index(axis: FrozenAxis, k: int, divisor: int) -> torch.Tensor:
-    def run(atom: int | Cut | Window) -> torch.Tensor:
+    def run(atom: FrozenAtom) -> torch.Tensor:
         start, length = _run(atom, k, divisor)
         return torch.arange(start, start + length)
 
     return _indices(axis, run)
 
 
-def _indices(axis: FrozenAxis, chosen: Callable[[int | Cut | Window], torch.Tensor]) -> torch.Tensor:
+def _indices(axis: FrozenAxis, chosen: Callable[[FrozenAtom], torch.Tensor]) -> torch.Tensor:
     """The indices into an axis of those that are `chosen` of each of its atoms."""
     pieces, offset = [], 0
     for term in axis.terms:
@@ -133,13 +140,13 @@ def _indices(axis: FrozenAxis, chosen: Callable[[int | Cut | Window], torch.Tens
     return torch.cat(pieces)
 
 
-def _round_robin(atom: int | Cut | Window, divisor: int) -> torch.Tensor:
+def _round_robin(atom: FrozenAtom, divisor: int) -> torch.Tensor:
     if not isinstance(atom, Cut):
         return torch.arange(atom_size(atom))
     return torch.cat([torch.arange(k, atom.size, divisor) for k in range(divisor)])
 
 
-def _run(atom: int | Cut | Window, k: int, divisor: int) -> tuple[int, int]:
+def _run(atom: FrozenAtom, k: int, divisor: int) -> tuple[int, int]:
     """(start, length) of part k's run inside one atom."""
     if isinstance(atom, int):
         return 0, atom
@@ -150,7 +157,7 @@ def _run(atom: int | Cut | Window, k: int, divisor: int) -> tuple[int, int]:
     return k * q + min(k, r), q + (k < r)
 
 
-def _atom_to_json(atom):
+def _atom_to_json(atom: FrozenAtom) -> int | dict:
     if isinstance(atom, Cut):
         return {"width": atom.size}
     if isinstance(atom, Window):
@@ -158,7 +165,7 @@ def _atom_to_json(atom):
     return atom
 
 
-def _atom_from_json(atom):
+def _atom_from_json(atom: int | dict) -> FrozenAtom:
     if isinstance(atom, int):
         return atom
     if "width" in atom:

@@ -10,17 +10,17 @@ from __future__ import annotations
 import abc
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import SplitError
 
 # The places of eight boxes by the number of axes, as fractions of the way from the first possible place to the last.
-AROUND_CENTRE = {
+AROUND_CENTRE: dict[int, list[tuple[float, ...]]] = {
     1: [(i / 7,) for i in range(8)],
     2: [place for place in itertools.product((0, 0.5, 1), repeat=2) if place != (0.5, 0.5)],
     3: list(itertools.product((0, 1), repeat=3)),
@@ -53,6 +53,7 @@ def spatial(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[1:] if len(shape) > 1 else shape)
 
 
+@dataclass(frozen=True)
 class Domain(abc.ABC):
     """K boxes over an image; make one with `full`, `grid`, `centered8`, `type_b` or `custom`.
 
@@ -60,7 +61,10 @@ class Domain(abc.ABC):
         parts: K, the number of boxes.
     """
 
-    parts: int
+    if TYPE_CHECKING:  # a field of some, computed by others
+
+        @property
+        def parts(self) -> int: ...
 
     @abc.abstractmethod
     def boxes(self, size: Sequence[int]) -> tuple[Box, ...]:
@@ -122,7 +126,7 @@ class Domain(abc.ABC):
 
     @staticmethod
     def custom(boxes: Sequence[Box]) -> Domain:
-        """Boxes of one's own, of any size, in the coordinates of the image.
+        """Your own boxes, of any size, in the coordinates of the image.
 
         Raises:
             SplitError: no box, an empty one, a negative start, or boxes with other numbers of axes.
@@ -144,9 +148,10 @@ class Domain(abc.ABC):
     def from_json(d: dict) -> Domain:
         """The domain that `to_json` described; ValueError, KeyError or TypeError if none was."""
         values = {k: v for k, v in d.items() if k != "kind"}
-        make = {"Full": Domain.full, "Centered8": Domain.centered8, "TypeB": Domain.type_b}.get(d["kind"])
-        if make is not None:
-            return make(**values)
+        makers: dict[str, Callable[..., Domain]]
+        makers = {"Full": Domain.full, "Centered8": Domain.centered8, "TypeB": Domain.type_b}
+        if d["kind"] in makers:
+            return makers[d["kind"]](**values)
         if d["kind"] == "Custom":
             return Domain.custom([Box(**b) for b in values["own"]])
         if d["kind"] == "Grid":
@@ -243,7 +248,7 @@ class TypeB(Domain):
 
 @dataclass(frozen=True)
 class Custom(Domain):
-    own: tuple[Box, ...]
+    own: tuple[Box, ...]  # a key of plan.json
 
     @property
     def parts(self) -> int:
@@ -257,7 +262,7 @@ class Custom(Domain):
         return self.own
 
     def __str__(self) -> str:
-        return f"{self.parts} boxes of one's own"
+        return f"{self.parts} custom boxes"
 
 
 def _cells(n: int, count: int) -> list[tuple[int, int]]:

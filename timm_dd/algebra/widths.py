@@ -1,6 +1,6 @@
-"""The algebra of widths: what a channel axis is made of, and which of its indices part k owns.
+"""The algebra of widths: what a channel axis is made of, and what operations make equal.
 
-A channel axis is a sum of products (DESIGN: ``Axis = Term + Term + ...``)::
+A channel axis is a sum of products::
 
     Axis = (Term, ...)      concatenation
     Term = (atom, ...)      row-major product, outermost first; the index runs fastest in the last atom
@@ -11,19 +11,23 @@ into K parts once the whole graph was read) or a `Window` (a spatial extent of w
 While the graph is read, rules **unify** axes. A `Width` lives in a union-find: it is bound to another
 Width, **refined** into a sum (128 becomes 64 + 64), **factored** into a product (256 becomes 32 · 8), or
 made **whole** (bound to an int). When all is read, `freeze` turns an axis into plain data, `FrozenAxis`,
-that knows K and gives the indices of every part.
+that gives the indices of every part once K is known.
+
+Each function here succeeds whole, or every Width and Axis is as it was; `transaction` does the same for several.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TypeVar
 
 from ..errors import WidthError
-from .axes import Cut, FrozenAxis, Term, Window, atom_size, term_size
+from .axes import Cut, FrozenAtom, FrozenAxis, Window, atom_size, term_size
+from .journal import Journaled, transaction
 
 
-class Width:
+class Width(Journaled):
     """An unknown number of channels of known total `size`.
 
     `active` widths are channels that a layer produces: they are cut. Passive ones (an axis of a
@@ -48,15 +52,17 @@ class Width:
 
 
 Atom = int | Width | Window
+Term = tuple[Atom, ...]
+_Atom = TypeVar("_Atom", Atom, FrozenAtom)
 
 
-class Axis:
+class Axis(Journaled):
     """A sum of products of atoms; immutable, but its Widths may be bound later (see `resolve`)."""
 
     __slots__ = ("terms",)
 
     def __init__(self, *terms: Term):
-        self.terms = terms
+        self.terms: tuple[Term, ...] = terms
 
     @classmethod
     def of(cls, *atoms: Atom) -> Axis:
@@ -70,10 +76,8 @@ class Axis:
     def __repr__(self) -> str:
         return " + ".join("·".join(map(repr, t)) for t in self.terms)
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Axis) and self.terms == other.terms
-
-    __hash__ = None
 
     def __add__(self, other: Axis) -> Axis:
         return Axis(*self.terms, *other.terms)
@@ -82,16 +86,14 @@ class Axis:
         """Every channel repeated over `inner`, as flatten does with the positions of a channel."""
         return Axis(*(t + inner for t in self.terms))
 
+    @transaction()
     def resolve(self) -> Axis:
         """The axis in normal form: bound Widths replaced, ones dropped, neighbouring ints joined."""
-        terms: list[Term] = []
-        for term in self.terms:
-            for t in _expand(term):
-                t = _normal(t)
-                if terms and _is_int(t) and _is_int(terms[-1]):
-                    t = (terms.pop()[0] + t[0],)
-                terms.append(t)
-        self.terms = tuple(terms)
+        terms = _normal_form(self.terms)
+        while any(isinstance(a, Width) and a.bound is not None for t in terms for a in t):
+            terms = _normal_form(terms)  # a later term made a Width of an earlier one whole
+        if terms != self.terms:
+            self.terms = terms
         return self
 
     def widths(self) -> Iterator[Width]:
@@ -108,8 +110,17 @@ def _is_int(term: Term) -> bool:
     return len(term) == 1 and isinstance(term[0], int)
 
 
-def _normal(term: Term) -> Term:
-    out: list[Atom] = []
+def _normal_form(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    out: list[Term] = []
+    for term in (_normal(t) for term in terms for t in _expand(term)):
+        if out and _is_int(out[-1]) and _is_int(term):
+            term = (term_size(out.pop()) + term_size(term),)
+        out.append(term)
+    return tuple(out)
+
+
+def _normal(term: tuple[_Atom, ...]) -> tuple[_Atom, ...]:
+    out: list[_Atom] = []
     for a in term:
         if isinstance(a, int):
             if a == 1:
@@ -122,20 +133,21 @@ def _normal(term: Term) -> Term:
 
 
 def _expand(term: Term) -> list[Term]:
-    """`term` with its first bound Width replaced by what it is bound to, until none is left."""
+    """`term` with every bound Width replaced by what it is bound to."""
     for i, a in enumerate(term):
         if isinstance(a, Width) and a.bound is not None:
             outer, inner = term[:i], term[i + 1 :]
             inside = a.bound.resolve().terms
-            if len(inside) > 1:  # outer · (a + b): written out, as a product holds no sum
-                if any(isinstance(o, Window) for o in outer):
-                    raise WidthError("a concatenation inside a product with a spatial extent")
-                outer_size = term_size(outer)
-                return [t for _ in range(outer_size) for s in inside for t in _expand(s + inner)]
-            return _expand(outer + inside[0] + inner)
+            if len(inside) == 1:
+                return _expand(outer + inside[0] + inner)
+            if any(isinstance(o, Window) for o in outer):
+                raise WidthError("a concatenation inside a product with a spatial extent")
+            make_whole(Axis(outer))  # outer · (a + b) is written out, as a product holds no sum: no copy can be cut off
+            return [t for _ in range(term_size(outer)) for s in inside for t in _expand(s + inner)]
     return [term]
 
 
+@transaction()
 def make_whole(axis: Axis) -> None:
     """Bind every Width of `axis` to its size: every part has all of it."""
     for w in list(axis.widths()):
@@ -151,6 +163,7 @@ def _bind(w: Width, axis: Axis) -> None:
     w.bound = axis
 
 
+@transaction()
 def unify(a: Axis, b: Axis) -> Axis:
     """Make two axes equal, index by index, and return the result.
 
@@ -169,40 +182,30 @@ def unify(a: Axis, b: Axis) -> Axis:
     if len(a.terms) == len(b.terms) == 1:
         _unify_products(a.terms[0], b.terms[0])
     else:
-        head_a, tail_a, head_b, tail_b = *_pop(a), *_pop(b)
-        if head_a.size > head_b.size:
-            head_a, rest = split_axis(head_a, head_b.size)
-            tail_a = rest if tail_a is None else rest + tail_a
-        elif head_a.size < head_b.size:
-            head_b, rest = split_axis(head_b, head_a.size)
-            tail_b = rest if tail_b is None else rest + tail_b
+        at = min(term_size(a.terms[0]), term_size(b.terms[0]))
+        (head_a, tail_a), (head_b, tail_b) = split_axis(a, at), split_axis(b, at)
         unify(head_a, head_b)
-        if tail_a is not None:
-            unify(tail_a, tail_b)
+        unify(tail_a, tail_b)
     return a.resolve()
 
 
-def _pop(axis: Axis) -> tuple[Axis, Axis | None]:
-    head, *tail = axis.terms
-    return Axis(head), Axis(*tail) if tail else None
-
-
+@transaction()
 def split_axis(axis: Axis, at: int) -> tuple[Axis, Axis]:
     """Cut `axis` in two at index `at` (0 < at < size), refining Widths where needed.
 
     Raises:
         WidthError: `at` falls inside a product in a way that no sum of products expresses.
     """
-    terms, seen = axis.resolve().terms, 0
-    for i, term in enumerate(terms):
-        size = term_size(term)
-        if at == seen + size:
-            return Axis(*terms[: i + 1]), Axis(*terms[i + 1 :])
-        if at < seen + size:
-            head, tail = _split_term(term, at - seen)
-            return Axis(*terms[:i], *head.terms), Axis(*tail.terms, *terms[i + 1 :])
-        seen += size
-    raise WidthError(f"cannot cut an axis of {seen} channels at {at}")
+    terms, i, left = axis.resolve().terms, 0, at
+    if not 0 < at < axis.size:
+        raise WidthError(f"cannot cut an axis of {axis.size} channels at {at}")
+    while left >= term_size(terms[i]):
+        left -= term_size(terms[i])
+        i += 1
+    if not left:
+        return Axis(*terms[:i]), Axis(*terms[i:])
+    head, tail = _split_term(terms[i], left)
+    return Axis(*terms[:i], *head.terms), Axis(*tail.terms, *terms[i + 1 :])
 
 
 def _split_term(term: Term, at: int) -> tuple[Axis, Axis]:
@@ -227,44 +230,35 @@ def _split_term(term: Term, at: int) -> tuple[Axis, Axis]:
 
 def _unify_products(s: Term, t: Term) -> None:
     """Align two products of one size from the innermost atom outwards, factoring where sizes differ."""
-    s, t = list(s), list(t)
-    while s and t:
-        x, y = s.pop(), t.pop()
-        m, n = atom_size(x), atom_size(y)
-        if m == n:
-            _unify_atoms(x, y)
-            continue
-        common = math.gcd(m, n)
-        if common == 1:
+    while s != t:
+        x, y = s[-1], t[-1]
+        common = math.gcd(atom_size(x), atom_size(y))
+        if common == 1 and atom_size(x) != atom_size(y):
             raise WidthError(f"products {x} and {y} share no factor")
-        (inner_x, outer_x), (inner_y, outer_y) = _factor(x, y, common), _factor(y, x, common)
+        (outer_x, inner_x), (outer_y, inner_y) = _factor(x, y, common), _factor(y, x, common)
         _unify_atoms(inner_x, inner_y)
-        s += [outer_x] if atom_size(outer_x) > 1 else []
-        t += [outer_y] if atom_size(outer_y) > 1 else []
-    for left in s + t:  # what is left over has size 1
-        make_whole(Axis.of(left))
+        # In normal form again, as a Width may stand in both products, or twice in one.
+        (s,), (t,) = Axis((*s[:-1], outer_x)).resolve().terms, Axis((*t[:-1], outer_y)).resolve().terms
 
 
 def _factor(atom: Atom, other: Atom, inner: int) -> tuple[Atom, Atom]:
-    """`atom` as (its inner factor of size `inner`, its outer factor). `other` says which one is channels."""
-    size = atom_size(atom)
-    if size == inner:
-        return atom, 1
+    """`atom` as an outer factor and one of size `inner`. `other` says which of them is channels."""
+    outer = atom_size(atom) // inner
+    if outer == 1:
+        return 1, atom
     if isinstance(atom, int):
-        return inner, size // inner
+        return outer, inner
     if isinstance(atom, Window):
         raise WidthError(f"cannot factor the spatial extent {atom}")
-    if isinstance(other, Width) and other.size == inner:
-        factors = (size // inner, atom.piece(inner))
-    else:
-        factors = (atom.piece(size // inner), inner)
+    inside = isinstance(other, Width) and other.size == inner
+    factors = (outer, atom.piece(inner)) if inside else (atom.piece(outer), inner)
     atom.bound = Axis(factors)
-    return factors[1], factors[0]
+    return factors
 
 
 def _unify_atoms(x: Atom, y: Atom) -> None:
     for a, b in ((x, y), (y, x)):
-        if isinstance(a, Width) and a.bound is None and a is not b:
+        if isinstance(a, Width) and a is not b:
             _bind(a, Axis.of(b))
             return
     if x != y:
@@ -273,8 +267,8 @@ def _unify_atoms(x: Atom, y: Atom) -> None:
 
 def freeze(axis: Axis) -> FrozenAxis:
     """`axis` as plain data; Widths that are still free are cut if active and whole if not."""
-    terms = []
-    for term in axis.resolve().terms:
-        atoms = (a if not isinstance(a, Width) else Cut(a.size) if a.active else a.size for a in term)
-        terms.append(_normal(tuple(atoms)))
-    return FrozenAxis(tuple(terms))
+    return FrozenAxis(tuple(_frozen(term) for term in axis.resolve().terms))
+
+
+def _frozen(term: Term) -> tuple[FrozenAtom, ...]:
+    return _normal(tuple(a if not isinstance(a, Width) else Cut(a.size) if a.active else a.size for a in term))

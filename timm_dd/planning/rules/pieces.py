@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...algebra.journal import transaction
 from ...algebra.widths import Axis, Width, make_whole, split_axis, unify
 from ...errors import WidthError
 from ..trace import chunk_or_split
@@ -92,6 +93,7 @@ def _cut(op: Op, axis: Axis, sizes: list[int]) -> list[Axis] | None:
         raise
 
 
+@transaction()
 def split_into(axis: Axis, sizes: list[int]) -> list[Axis]:
     """The pieces of a concatenation."""
     cuts, rest = [], axis
