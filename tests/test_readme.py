@@ -18,6 +18,7 @@ import timm_dd
 ROOT = Path(__file__).parent.parent
 README, RESULTS = (ROOT / "README.md").read_text(), (ROOT / "docs" / "results.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TRAINING = {"README", "training"}  # pages with runs of both stages
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.S)
 INSTALL = re.compile(r"^pip install '\.\[(\w+)\]' && ")
 # The blocks of a page, [language, text]: Python in one namespace, bash by itself.
@@ -68,7 +69,9 @@ def test_the_second_block_installs_and_runs_these_tests():
     assert INSTALL.sub("", text).strip() == "python -m pytest"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in TRAINING else []) for p in PAGES]
+)
 def test_the_blocks_of_a_page_run(page, tmp_path):
     """All but installing, which the README's first two begin with, and ```text, which is not for this machine."""
     languages = {language for language, _ in blocks(page)}
@@ -116,9 +119,8 @@ def flat(text):
 
 def test_figures_say_where_they_come_from():
     """Command, table, commit and device, as the tables say."""
-    rows = re.findall(
-        r"^\| [^|]* \| `python benchmarks/(\w+)\.py[^|]*` \| \[[\w.]+\]\(\.\./(.*?)\) \| (\S+) \| (.*?) \|$", RESULTS, re.M
-    )
+    command, link = r"`python benchmarks/(\w+)\.py[^|]*`", r"\[[\w.]+\]\(\.\./(.*?)\)"
+    rows = re.findall(rf"^\| [^|]* \| {command} \| {link} \| (\S+) \| (.*?) \|$", RESULTS, re.M)
     assert len(rows) == 8
     for script, path, commit, device in rows:
         assert (ROOT / "benchmarks" / f"{script}.py").exists()
