@@ -5,7 +5,6 @@
 writes method.svg beside this file: a digit of scikit-learn's, cut into four boxes, and a network of four layers.
 """
 
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -115,8 +114,7 @@ def tune(ax) -> None:
     weights(ax, 11.82, filled=True)
 
 
-def main(target: Path) -> None:
-    matplotlib.rcParams.update({"svg.hashsalt": "timm_dd", "svg.fonttype": "path", "font.family": "DejaVu Sans"})
+def draw() -> Figure:
     digit = load_digits().images[3]
     figure = Figure(figsize=(12.2, 3.45), facecolor="white")
     ax = figure.add_axes((0, 0, 1, 1))
@@ -128,11 +126,14 @@ def main(target: Path) -> None:
         arrow(ax, (left + 0.05, 2.1), (left + 0.37, 2.1), 1.8)
     ax.set(xlim=(0, 15.2), ylim=(0, 4.2), aspect="equal")
     ax.axis("off")
-    if target.suffix == ".svg":
-        FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None, "Creator": None})
-    else:
-        figure.savefig(target, dpi=110)
+    return figure
+
+
+def main(target: Path) -> None:
+    """Write `target`; the same bytes again and again with one matplotlib."""
+    with matplotlib.rc_context({"svg.hashsalt": "timm_dd", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
+        FigureCanvasSVG(draw()).print_svg(target, metadata={"Date": None, "Creator": None})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "method.svg")
+    main(Path(__file__).parent / "method.svg")

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -110,3 +111,12 @@ def test_every_module_is_named():
         words = rows[room] if rest else beside
         assert f"`{(rest or [room])[0]}`" in words, path
     assert set(rows) == {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+
+
+def test_the_picture_is_drawn(tmp_path):
+    """By its script; the one in the README is small enough for a page."""
+    pytest.importorskip("matplotlib")
+    folder = Path(__file__).parent.parent / "docs"
+    runpy.run_path(str(folder / "picture.py"))["main"](tmp_path / "method.svg")
+    drawn, shown = (tmp_path / "method.svg").read_text(), (folder / "method.svg").read_text()
+    assert drawn.count('id="patch_') == shown.count('id="patch_') > 100 and len(shown) < 150_000
