@@ -3,10 +3,10 @@
     pip install '.[report]' && python benchmarks/epoch_ratio.py          # into epoch_ratio.csv and epoch_ratio.png
 
 Global network and parts take turns of four steps, in one process, on a batch that stands in memory: forward, backward
-and optimizer, without a loader. Four, as the steps of an epoch follow each other too: the first after another network's
-finds nothing of its own in the caches. A ratio is the global network's median turn over the parts'; "limit" is that of
+and optimizer, without a loader. Four, since the steps of an epoch follow each other too: the first step after another
+network's finds the caches cold. A ratio is the global network's median turn over the parts'; "limit" is that of
 their multiply-adds, all K parts together. --rounds sets how often; names of settings as arguments take only these.
-Peak memory is that of three steps in a process of their own, over what it held before it built the networks; "tensors"
+Peak memory is that of three steps in a separate process, above what it held before it built the networks; "tensors"
 is the same with MALLOC_MMAP_THRESHOLD_ set, so that glibc's malloc gives back at once what is freed.
 """
 
@@ -126,7 +126,7 @@ def peak(setting: Setting, name: str, folder: str) -> float:
     """Of three steps and their networks; what torch loads for its first step does not count."""
     step_of(Setting("dd_resnet20", 4, Domain.grid(2, 2), 32, 2), name, folder)()
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = memory("VmRSS")
     step = step_of(setting, name, folder)
     for _ in range(3):

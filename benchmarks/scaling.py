@@ -2,7 +2,7 @@
 
     pip install '.[report]' && python benchmarks/scaling.py          # into scaling.csv and scaling.png
 
-Measured: one and two ranks, each a process on a core of its own, dd_resnet32 at 32×32, a batch of 128 over all ranks
+Measured: one and two ranks, each a process on a separate core, dd_resnet32 at 32×32, a batch of 128 over all ranks
 for the global network (gloo), K = 4 parts shared out among the ranks. Simulated: K = 1 to 1,024 parts on as many ranks;
 only the first part, which is a largest one, is computed, alone on one core, and its step is taken for that of all,
 since no part waits for another; widths below K are replicated. "speed" is by how much faster a step is than the global

@@ -1,12 +1,11 @@
-"""What the second stage starts from, and what that is worth: boxes that roam, BatchNorm statistics anew, the scale of
+"""What stage 2 starts from, and what that is worth: boxes that roam, re-estimated BatchNorm statistics, the scale of
 the logits, and the weights between the blocks; on scikit-learn's digits or on an image folder.
 
     python benchmarks/stage2_start.py                                       # digits, into stage2_start.csv
     python benchmarks/stage2_start.py --data-dir DATA --seeds 1 -- --model dd_resnet32 --shift 4 …
 
-All runs are `timm_dd.train`'s, of the same options but for those of the variant and --seed; options after ``--`` go to
-it. Variants with two cycles have half the epochs in
-each.
+Each run is one of `timm_dd.train`, with the same options but for those of the variant and --seed; options after ``--``
+go to it. Variants with two cycles have half the epochs in each.
 """
 
 import argparse

@@ -6,7 +6,7 @@
 In float64 with random weights and statistics, every part seeing the whole image: an exact plan has
 |F(x) - Σ F_k(x)| <= 1e-9 |F(x)|, an approximate one has not, and splitting the composed model gives the parts back.
 Some very deep random networks lose ten digits, whatever computes them: where ten times |F(x(1 + ε)) - F(x)| / |F(x)|,
-"rounding" in the table, is above 1e-9, that is the bar.
+"rounding" in the table, is above 1e-9, that is the tolerance.
 What is narrower than K is kept whole ("replicated" in the table). Models over --max-params are split on the meta
 device, and the shapes of their parts' tensors and outputs are checked. A table that was begun is continued,
 and what failed is tried again.

@@ -1,7 +1,8 @@
-"""Every code block of the README runs, in the order in which a reader meets them, in an empty folder; its figures are
-those of the benchmarks' tables."""
+"""Every code block of the README and of docs/ runs, in the order in which a reader meets them, in an empty folder; the
+figures there are those of the benchmarks' tables."""
 
 import csv
+import json
 import math
 import os
 import re
@@ -10,33 +11,49 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+import timm_dd
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", TEXT, re.S)
+README, RESULTS = (ROOT / "README.md").read_text(), (ROOT / "docs" / "results.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TRAINING = {"README", "training"}  # pages with runs of both stages
+BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.S)
 INSTALL = re.compile(r"^pip install '\.\[(\w+)\]' && ")
+# The blocks of a page, [language, text]: Python in one namespace, bash by itself.
+RUN = """
+import json, subprocess, sys
+namespace = {"__name__": "page"}
+for language, text in json.load(sys.stdin):
+    if language == "python":
+        exec(compile(text, "<a block of the page>", "exec"), namespace)
+    else:
+        subprocess.run(["bash", "-ec", text], check=True)
+"""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("readme")
+def blocks(page):
+    return BLOCK.findall(page.read_text())
 
 
-def run(language, text, folder):
-    command = [sys.executable, "-W", "error", "-c", text] if language == "python" else ["bash", "-ec", text]
+def run(commands, folder):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=600, env={**os.environ, "PATH": path}
+        [sys.executable, "-W", "error", "-c", RUN],
+        **dict(input=json.dumps(commands), capture_output=True, text=True, timeout=600),
+        **dict(cwd=folder, env={**os.environ, "PATH": path}),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_the_first_block_installs_and_runs_the_demo(folder):
+@pytest.mark.slow
+def test_the_first_block_installs_and_runs_the_demo(tmp_path):
     """What it installs is installed; what it runs shows what Table 3.3 shows."""
-    language, text = BLOCKS[0]
+    language, text = blocks(ROOT / "README.md")[0]
     assert INSTALL.match(text).group(1) == "demo"
-    out = run(language, INSTALL.sub("", text), folder)
+    out = run([(language, INSTALL.sub("", text))], tmp_path)
     accuracy = {m[1].strip(): float(m[2]) for m in re.finditer(r"^(\S.*?)  +(\d+\.\d\d)  +\d*", out, re.M)}
     parts = [v for k, v in accuracy.items() if k.startswith("part ")]
     assert len(parts) == 4
@@ -47,18 +64,80 @@ def test_the_first_block_installs_and_runs_the_demo(folder):
 
 
 def test_the_second_block_installs_and_runs_these_tests():
-    language, text = BLOCKS[1]
+    language, text = blocks(ROOT / "README.md")[1]
     assert language == "bash" and INSTALL.match(text).group(1) == "test"
     assert INSTALL.sub("", text).strip() == "python -m pytest"
 
 
-@pytest.mark.parametrize("block", range(2, len(BLOCKS)))
-def test_block(block, folder):
-    run(*BLOCKS[block], folder)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in TRAINING else []) for p in PAGES]
+)
+def test_the_blocks_of_a_page_run(page, tmp_path):
+    """All but installing, which the README's first two begin with, and ```text, which is not for this machine."""
+    languages = {language for language, _ in blocks(page)}
+    assert languages <= {"bash", "python", "text"}
+    commands = [b for b in blocks(page) if b[0] != "text" and not INSTALL.match(b[1])]
+    if commands:
+        run(commands, tmp_path)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?:", target):
+            continue
+        name, _, section = target.partition("#")
+        other = (page.parent / name).resolve() if name else page
+        assert other.exists(), target
+        if section:
+            titles = re.findall(r"^#+ (.*)$", other.read_text(), re.M)
+            assert section in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}, target
+
+
+def test_the_software_can_be_cited():
+    """https://github.com/citation-file-format, version 1.2.0: what it requires, and our version."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited.keys() >= {"cff-version", "message", "title", "authors", "version", "license", "references"}
+    assert (cited["cff-version"], cited["type"], cited["license"]) == ("1.2.0", "software", "Apache-2.0")
+    assert cited["version"] == timm_dd.__version__
+    for entry in [cited, *cited["references"]]:
+        assert entry["title"] and all(a.get("name") or a.get("family-names") for a in entry["authors"])
+    volumes = {(r["type"], r["authors"][0]["family-names"], r.get("volume"), r["year"]) for r in cited["references"]}
+    assert volumes == {("article", "Gu", 56, 2022), ("article", "Klawonn", 46, 2024)}
+
+
+# ---- figures
 
 
 def table(name):
     return list(csv.DictReader((ROOT / "benchmarks" / f"{name}.csv").open()))
+
+
+def flat(text):
+    return " ".join(text.split())
+
+
+def test_figures_say_where_they_come_from():
+    """Command, table, commit and device, as the tables say."""
+    command, link = r"`python benchmarks/(\w+)\.py[^|]*`", r"\[[\w.]+\]\(\.\./(.*?)\)"
+    rows = re.findall(rf"^\| [^|]* \| {command} \| {link} \| (\S+) \| (.*?) \|$", RESULTS, re.M)
+    assert len(rows) == 8
+    for script, path, commit, device in rows:
+        assert (ROOT / "benchmarks" / f"{script}.py").exists()
+        found = list(csv.DictReader((ROOT / path).open()))
+        assert {(r["timm_dd"], r["device"], r["timm"], r["torch"]) for r in found} == {
+            (commit, device, "1.0.31", "2.15.0")
+        }
+
+
+def test_the_figures_of_the_readme_are_those_of_the_tables():
+    (threads,) = (r for r in table("epoch_ratio") if (r["setting"], r["engine"]) == ("resnet32", "threads"))
+    assert f"takes 1/{float(threads['ratio']):.1f} of a step" in README
+    ratios = [float(r["ratio"]) for r in table("time_to_accuracy")]
+    assert f"in {sum(ratios) / len(ratios):.2f} of the time" in README
+    rows = table("zoo/k4")
+    exact = sum(r["verdict"].startswith("exact") for r in rows)
+    assert f"{exact} of timm's {len(rows)} CNNs" in README
 
 
 def test_ratios_are_those_of_the_table():
@@ -70,11 +149,11 @@ def test_ratios_are_those_of_the_table():
         "resnet32-16": "16 | 8×8",
     }
     for setting, start in starts.items():
-        own = {r["engine"]: r for r in rows if r["setting"] == setting}
-        ratios = " | ".join(f"{float(own[e]['ratio']):.1f}×" for e in ("sequential", "threads", "packed"))
-        memory = " / ".join(own[e]["parts_mb"] for e in ("sequential", "threads", "packed"))
-        limit, whole = float(own["threads"]["limit"]), own["threads"]["global_mb"]
-        assert f"| {start} | {ratios} | {limit:.1f}× | {memory} of {whole} |" in TEXT
+        engines = {r["engine"]: r for r in rows if r["setting"] == setting}
+        ratios = " | ".join(f"{float(engines[e]['ratio']):.1f}×" for e in ("sequential", "threads", "packed"))
+        memory = " / ".join(engines[e]["parts_mb"] for e in ("sequential", "threads", "packed"))
+        limit, whole = float(engines["threads"]["limit"]), engines["threads"]["global_mb"]
+        assert f"| {start} | {ratios} | {limit:.1f}× | {memory} of {whole} |" in RESULTS
 
 
 def test_means_are_those_of_the_table():
@@ -83,36 +162,50 @@ def test_means_are_those_of_the_table():
         seeds = [r for r in rows if r["variant"] == variant]
         keys = ("parts", "together", "composed", "updated", "first", "tuned")
         means = (sum(float(r[k]) for r in seeds) / len(seeds) for k in keys)
-        assert len(seeds) == 3 and f"| {variant} | {' | '.join(f'{m:.2f}' for m in means)} |" in TEXT
+        assert len(seeds) == 3 and f"| {variant} | {' | '.join(f'{m:.2f}' for m in means)} |" in RESULTS
 
 
 def test_scaling_is_that_of_the_table():
     rows = table("scaling")
     speed = {(r["kind"], r["what"], r["ranks"]): f"{float(r['speed']):.1f}" for r in rows}
     found = [speed["measured", what, n] for what in ("parts", "DistributedDataParallel") for n in "12"]
-    assert "{} times with one rank and {} with two, the global network {} and {}".format(*found) in TEXT
+    assert "{} times with one rank and {} with two, the global network {} and {}".format(*found) in flat(RESULTS)
 
 
 def test_time_to_accuracy_is_that_of_the_table():
     ratios = [float(r["ratio"]) for r in table("time_to_accuracy")]
-    assert len(ratios) == 3 and f"after {sum(ratios) / 3:.2f}\nof their time, the mean of three seeds" in TEXT
+    each = ", ".join(f"{r:.2f}" for r in ratios)
+    found = f"after {sum(ratios) / 3:.2f} of their time, the mean of three seeds ({each})"
+    assert len(ratios) == 3 and found in flat(RESULTS)
 
 
 def test_merging_is_that_of_the_table():
     rows = table("merge_speed")
     ratios, sizes = sorted(float(r["ratio"]) for r in rows), sorted(int(r["parameters"]) for r in rows)
     peak = max(float(r["peak_mb"]) for r in rows)
-    assert f"of {sizes[0] / 1e6:.0f} M to {sizes[-1] / 1e6:,.0f} M parameters" in TEXT
-    assert f"{ratios[0]:.2f} to {ratios[-1]:.2f} times as long" in TEXT
-    assert f"at most {math.ceil(peak)} MB more memory" in TEXT
+    assert f"of {sizes[0] / 1e6:.0f} M to {sizes[-1] / 1e6:,.0f} M parameters" in flat(RESULTS)
+    assert f"{ratios[0]:.2f} to {ratios[-1]:.2f} times as long" in flat(RESULTS)
+    assert f"at most {math.ceil(peak)} MB more memory" in flat(RESULTS)
+
+
+def test_splitting_and_the_papers_tables_are_those_of_the_tables():
+    rows = table("split_speed")
+    ratios = [float(r["ratio"]) for r in rows if r["ratio"]]
+    longer = sum(r > 1 for r in ratios)
+    assert f"{len(ratios)} of the {len(rows)} networks of the table, and takes longer for {longer} of" in flat(RESULTS)
+    verdicts = [r["verdict"] for r in table("paper_tables")]
+    within, explained = verdicts.count("within"), verdicts.count("explained")
+    assert f"{len(verdicts)} rows of parameters, FLOPs and layers, ours agree in {within} " in flat(RESULTS)
+    assert within + explained == len(verdicts) and f"The other {explained} are explained" in flat(RESULTS)
 
 
 @pytest.mark.parametrize("parts", ["2", "4", "8"])
 def test_totals_are_those_of_the_tables(parts):
     names = (ROOT / "benchmarks/zoo/names.txt").read_text().split()
-    rows = list(csv.DictReader((ROOT / f"benchmarks/zoo/k{parts}.csv").open()))
+    rows = table(f"zoo/k{parts}")
     exact = sum(r["verdict"].startswith("exact") for r in rows)
     approximate = sum(r["verdict"].startswith("approximate") for r in rows)
     replicated = sum(r["replicated"] == "yes" for r in rows)
     assert sorted(r["model"] for r in rows) == sorted(names) and exact + approximate == len(names)
-    assert f"| {parts} | {exact} | {approximate} | {replicated} | [k{parts}.csv](benchmarks/zoo/k{parts}.csv) |" in TEXT
+    row = f"| {parts} | {exact} | {approximate} | {replicated} | [k{parts}.csv](../benchmarks/zoo/k{parts}.csv) |"
+    assert row in RESULTS

@@ -152,7 +152,7 @@ class Plan:
         return self.domain.boxes(spatial(self.input_size))
 
     def to_json(self) -> dict:
-        """What plan.json holds; the README's last section describes it."""
+        """What plan.json holds, as docs/format.md describes it."""
         return {
             "format": FORMAT,
             "model": self.model,
