@@ -38,7 +38,8 @@ def products(draw, size, parts, widths):
     while size > 1:
         known = [w for w in widths if size % w.size == 0]
         n = draw(st.sampled_from([d for d in range(2, size + 1) if size % d == 0]))
-        atom = draw(st.one_of(st.sampled_from(known or [n]), st.sampled_from(known or [n]), st.just(n), windows(n, parts)))
+        shared = st.sampled_from(known or [n])
+        atom = draw(st.one_of(shared, shared, st.just(n), windows(n, parts)))
         atoms.append(atom)
         size //= atom if isinstance(atom, int) else atom.size
     return tuple(atoms)

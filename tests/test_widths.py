@@ -107,7 +107,7 @@ def test_a_cut_is_inside(at):
 
 
 def test_what_fails_leaves_nothing_behind():
-    """Fifteen channels times 3 beside twelve times 6, in three: the first cut is between channels, the second is not."""
+    """Fifteen channels times 3 beside twelve times 6, in three: the first cut works, the second does not."""
     x = Axis((Width(15), 3), (Width(12), 6))
     before = [w.bound for w in x.widths()], x.terms
     with pytest.raises(WidthError, match="cannot cut"), transaction():

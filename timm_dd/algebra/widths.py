@@ -112,7 +112,7 @@ def _is_int(term: Term) -> bool:
 
 def _normal_form(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     out: list[Term] = []
-    for term in (_normal(t) for term in terms for t in _expand(term)):
+    for term in (_normal(e) for t in terms for e in _expand(t)):
         if out and _is_int(out[-1]) and _is_int(term):
             term = (term_size(out.pop()) + term_size(term),)
         out.append(term)
