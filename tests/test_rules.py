@@ -544,12 +544,30 @@ def split_on_boxes(name):
 
 @pytest.mark.parametrize("name", [n for n in ROWS if n not in NOT_ON_BOXES and n not in POSITIONS])
 def test_rule_on_boxes(name):
-    """A part on its box is that of a network for images as large as the box, which knows of no box."""
+    """A part on its box is that of a network for images as large as the box, which knows of no box; its features have
+    the shapes of the plan."""
     model, x, parts = split_on_boxes(name)
     for k, (part, crop) in enumerate(zip(parts, parts.crops(x))):
         alone = timm_dd.split(model, 2, domain=Domain.full(2), example_input=crop)[k].eval()
         alone.load_state_dict(part.state_dict())
         assert torch.equal(part(crop), alone(crop))
+        planned = {layer.path: layer.part_shapes[k] for layer in parts.plan.layers}
+        given = output_shapes(part, crop)
+        assert planned.keys() & given.keys()
+        assert all(planned[path] == given[path] for path in planned.keys() & given.keys())
+
+
+def output_shapes(network, x):
+    """The shape, without the batch, of what each module gives, by its path."""
+    shapes = {}
+
+    def record(path):
+        return lambda module, args, y: shapes.update({path: tuple((y if torch.is_tensor(y) else y[0]).shape[1:])})
+
+    for path, module in network.named_modules():
+        module.register_forward_hook(record(path))
+    network(x)
+    return {path: shape for path, shape in shapes.items() if path}
 
 
 @pytest.mark.parametrize("name", POSITIONS)
