@@ -13,7 +13,7 @@ from torch import fx, nn
 from ..errors import SplitError, headline
 
 MAKERS = {torch.arange, torch.zeros, torch.ones, torch.empty, torch.full, torch.linspace, torch.tensor, torch.eye}
-BATCH_NORMS = (
+NORMS = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d,
     nn.InstanceNorm3d,
 )  # fmt: skip
@@ -114,7 +114,7 @@ def evaluate_node(gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) ->
         return value.to("meta") if isinstance(value, torch.Tensor) else value
     if node.op == "call_module":
         module = gm.get_submodule(node.target)
-        if isinstance(module, BATCH_NORMS):  # its shape is its input's, which torch finds by a slow decomposition
+        if isinstance(module, NORMS):  # its shape is its input's, which torch finds by a slow decomposition
             return args[0]
         return module(*args, **kwargs)
     if node.op == "call_method":

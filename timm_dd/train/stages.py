@@ -165,7 +165,9 @@ def tune(run: Context) -> dict[str, float]:
         dist.barrier()
     plan, args = run.parts.plan, options.stage_options(run.args, None)
     loaders = _shared_loaders(run, args)
-    together = _evaluate_together(run, loaders[1])
+    _load_trained(run)
+    learners = [_part_learner(run, k, 1) for k in range(len(run.parts))]
+    together = evaluate(learners, loaders[1], Engine(), together=True)[-1]  # each part on its box
     model = models.create(plan.model, **plan.model_args)
     files.load_composed(run.folder.composed, model)
     learner = _global_learner(run, "composed model", model, args, len(loaders[0]), run.folder.tuned)
@@ -189,13 +191,11 @@ def _shared_loaders(run: Context, args: argparse.Namespace) -> tuple:
     return run.loaders(args, distributed=run.ranks.world > 1)
 
 
-def _evaluate_together(run: Context, loader) -> float:
-    """The accuracy of the sum of the trained parts' logits, each part on its box."""
+def _load_trained(run: Context) -> None:
+    """Give the parts the weights of their files, which other ranks may have trained."""
     with files.PartsFolder(run.folder.parts) as trained:
         for k, part in enumerate(run.parts):
             part.load_state_dict(trained.load(k))
-    learners = [_part_learner(run, k, 1) for k in range(len(run.parts))]
-    return evaluate(learners, loader, Engine(), together=True)[-1]
 
 
 def _global_learner(run: Context, name: str, model: nn.Module, args, updates: int, folder: Path) -> Learner:
