@@ -80,6 +80,16 @@ def test_no_module_imports_itself_in_a_circle():
     tuple(graphlib.TopologicalSorter(graph).static_order())
 
 
+def test_nothing_is_longer_than_a_person_reads():
+    for _, path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= (200 if isinstance(node, ast.ClassDef) else 50), (
+                    f"{path.name}: {node.name}, {lines} lines"
+                )
+
+
 def run(code, *arguments):
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     return done.stdout.split()
