@@ -74,10 +74,10 @@ def test_type_b():
     assert int(covered(Domain.type_b(3), 31, 47)[:5].max()) == 1
 
 
-def test_boxes_of_ones_own():
-    own = [Box((0, 0), (20, 32)), Box((10, 4), (22, 8))]
-    assert Domain.custom(own).boxes((32, 32)) == tuple(own)
-    parts = timm_dd.split("dd_resnet32", 2, domain=Domain.custom(own))
+def test_custom_boxes():
+    boxes = [Box((0, 0), (20, 32)), Box((10, 4), (22, 8))]
+    assert Domain.custom(boxes).boxes((32, 32)) == tuple(boxes)
+    parts = timm_dd.split("dd_resnet32", 2, domain=Domain.custom(boxes))
     assert [c.shape[2:] for c in parts.crops(torch.randn(1, 3, 32, 32))] == [(20, 32), (22, 8)]
 
 

@@ -83,8 +83,8 @@ def test_the_kernel_of_a_box_stands_in_the_global_one():
     kernel, seen = merged.fc1.weight.view(19, per, side, side), torch.zeros(side, side, dtype=torch.int)
     channels, neurons = [(0, 5), (5, 9), (9, 13), (13, 17)], [(0, 5), (5, 10), (10, 15), (15, 19)]
     for (row, column), (c0, c1), (n0, n1), part in zip([(0, 0), (0, 2), (2, 0), (2, 2)], channels, neurons, parts):
-        own = part.fc1.weight.view(n1 - n0, c1 - c0, 3, 3)
-        assert torch.equal(kernel[n0:n1, c0:c1, row : row + 3, column : column + 3], own)
+        part_kernel = part.fc1.weight.view(n1 - n0, c1 - c0, 3, 3)
+        assert torch.equal(kernel[n0:n1, c0:c1, row : row + 3, column : column + 3], part_kernel)
         seen[row : row + 3, column : column + 3] += 1
     assert int(seen.max()) == 4
     assert int((merged.fc1.weight != 0).sum()) == sum(part.fc1.weight.numel() for part in parts)
@@ -209,9 +209,11 @@ def test_features_are_cut_for_a_recurrent_network(kind, kwargs, domain):
     parts, merged = split(Sequence(kind, 11, **kwargs), domain, x)
     assert parts.plan.exact
     assert close(merged(x), parts(x).sum(0))
-    states, own = merged.rnn(x)[0], [part.rnn(crop)[0] for part, crop in zip(parts, parts.crops(x))]
+    states, of_parts = merged.rnn(x)[0], [part.rnn(crop)[0] for part, crop in zip(parts, parts.crops(x))]
     directions = 2 if kwargs.get("bidirectional") else 1
-    halves = [torch.cat([o.unflatten(-1, (directions, -1))[..., d, :] for o in own], -1) for d in range(directions)]
+    halves = [
+        torch.cat([o.unflatten(-1, (directions, -1))[..., d, :] for o in of_parts], -1) for d in range(directions)
+    ]
     assert close(states, torch.cat(halves, -1))
 
 

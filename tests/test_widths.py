@@ -117,6 +117,16 @@ def test_what_fails_leaves_nothing_behind():
     assert ([w.bound for w in x.widths()], x.terms) == before
 
 
+def test_a_normal_form_that_does_not_exist_changes_nothing():
+    """The first term makes `outer` whole, the second is a concatenation behind a spatial extent."""
+    outer, inner = Width(2), Width(5)
+    x = Axis((outer, inner), (Window(4, (0, 2), (2, 2)), inner))
+    split_axis(Axis.of(inner), 3)
+    with pytest.raises(WidthError, match="spatial extent"):
+        x.resolve()
+    assert outer.bound is None and x.terms[0] == (outer, inner)
+
+
 def test_inside_a_transaction_a_refusal_is_undone_alone():
     a, b, head = Axis.of(Width(6)), Axis.of(Width(6)), Width(4)
     with transaction():
