@@ -20,6 +20,27 @@ FAMILIES = [
 ]  # fmt: skip
 
 
+class Interleaved(nn.Module):
+    """Features of all positions meet a concatenation of channels, with the positions outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.both = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(3, 16, 1)
+        self.fc, self.head = nn.Linear(16 * 16, 16), nn.Conv2d(16, 5, 1)
+
+    def forward(self, x):
+        y = self.both(x)
+        z = self.fc(y.permute(0, 2, 3, 1).flatten(1))[:, :, None, None]
+        return self.head(z + y + torch.cat([self.a(x), self.b(x)], 1)).mean((2, 3))
+
+
+def test_an_axis_without_a_normal_form_is_refused():
+    model, x = Interleaved(), torch.empty(1, 3, 4, 4)
+    assert timm_dd.split(model, 2, example_input=x, domain=Domain.full(2)).plan.exact
+    with pytest.raises(SplitError, match=r"cannot be cut on these boxes: .*; use Domain.full\(2\)"):
+        timm_dd.split(model, 2, example_input=x, domain=Domain.grid(1, 2))
+
+
 @pytest.mark.parametrize("parts", [3, 4])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_merged_families_are_the_sum_of_their_parts(name, parts):

@@ -97,8 +97,12 @@ def read(gm: fx.GraphModule, divisor: int, domain: Domain, input_size: Sequence[
     for node in gm.graph.nodes:
         reader.visit(node)
     reading = reader.reading
-    _choose(reading.notes.choices, divisor)
-    _give_owners(reading.notes.params.values())
+    try:
+        _choose(reading.notes.choices, divisor)
+        _give_owners(reading.notes.params.values())
+        reading.limits()  # every axis in normal form, now that all is unified
+    except WidthError as e:  # of a spatial extent, which the whole image has not
+        raise SplitError(f"the channels cannot be cut on these boxes: {e}; use Domain.full({divisor})") from e
     return reading
 
 
