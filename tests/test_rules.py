@@ -535,26 +535,15 @@ NOT_ON_BOXES = {
 }
 
 
+# Their code names the sizes of a 9×9 image, so that there is no network for smaller ones to compare with.
+OF_ONE_SIZE = {"sizes and dims as one tuple", "sizes by keyword"}
+
+
 def split_on_boxes(name):
     """The model, its images and its two parts, on boxes of unequal width that overlap."""
     make, _, size = ROWS[name]
     model, x, domain = make().double(), images(2, 3, *size), Domain.grid(*[1] * (len(size) - 1), 2, overlap=2)
     return model, x, shake(timm_dd.split(model, 2, domain=domain, example_input=x))
-
-
-@pytest.mark.parametrize("name", [n for n in ROWS if n not in NOT_ON_BOXES and n not in POSITIONS])
-def test_rule_on_boxes(name):
-    """A part on its box is that of a network for images as large as the box, which knows of no box; its features have
-    the shapes of the plan."""
-    model, x, parts = split_on_boxes(name)
-    for k, (part, crop) in enumerate(zip(parts, parts.crops(x))):
-        alone = timm_dd.split(model, 2, domain=Domain.full(2), example_input=crop)[k].eval()
-        alone.load_state_dict(part.state_dict())
-        assert torch.equal(part(crop), alone(crop))
-        planned = {layer.path: layer.part_shapes[k] for layer in parts.plan.layers}
-        given = output_shapes(part, crop)
-        assert planned.keys() & given.keys()
-        assert all(planned[path] == given[path] for path in planned.keys() & given.keys())
 
 
 def output_shapes(network, x):
@@ -568,6 +557,22 @@ def output_shapes(network, x):
         module.register_forward_hook(record(path))
     network(x)
     return {path: shape for path, shape in shapes.items() if path}
+
+
+@pytest.mark.parametrize("name", [n for n in ROWS if n not in NOT_ON_BOXES and n not in POSITIONS])
+def test_rule_on_boxes(name):
+    """A part on its box is that of a network for images as large as the box, which knows of no box; its features have
+    the shapes of the plan."""
+    model, x, parts = split_on_boxes(name)
+    for k, (part, crop) in enumerate(zip(parts, parts.crops(x))):
+        if name not in OF_ONE_SIZE:
+            alone = timm_dd.split(model, 2, domain=Domain.full(2), example_input=crop)[k].eval()
+            alone.load_state_dict(part.state_dict())
+            assert torch.equal(part(crop), alone(crop))
+        planned = {layer.path: layer.part_shapes[k] for layer in parts.plan.layers}
+        given = output_shapes(part, crop)
+        assert planned.keys() & given.keys()
+        assert all(planned[path] == given[path] for path in planned.keys() & given.keys())
 
 
 @pytest.mark.parametrize("name", POSITIONS)
