@@ -48,6 +48,7 @@ def test_colours_are_for_terminals(capsys, monkeypatch):
     assert capsys.readouterr().out == plain
 
 
+@pytest.mark.slow
 def test_a_reader_may_stop_early():
     command = f"set -o pipefail; {Path(sys.executable).parent / 'timm-dd'} plan resnet50 4 --json | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)

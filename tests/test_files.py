@@ -400,6 +400,7 @@ def test_two_at_once_into_one_folder(saved, tmp_path):
     timm_dd.merge_files(saved[0], tmp_path / "composed")
 
 
+@pytest.mark.slow
 def test_a_full_disk(saved, tmp_path):
     """A limit on the size of files stands for the disk's; the process that has it is another one."""
     kept = tmp_path / "kept"

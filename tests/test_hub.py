@@ -58,6 +58,7 @@ def edit(text, repo=REPO):
     HfApi().upload_file(repo_id=repo, path_in_repo="README.md", path_or_fileobj=text.encode())
 
 
+@pytest.mark.slow
 def test_stock_timm_loads_what_was_pushed(hub, folders, tmp_path, capsys):
     """In a process where timm_dd cannot be imported: the same logits, bit for bit."""
     assert main(["push", str(folders / "composed"), REPO, "--tag", "v1", "-m", "The first"]) == 0

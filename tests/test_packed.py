@@ -15,9 +15,10 @@ from timm_dd.train.engines import Auto, Engine, Packed, Threads, engine
 from timm_dd.train.learner import Learner
 
 CPU = torch.device("cpu")
+QUICK = ["resnet18", "convnext_atto", "mobilenetv3_small_100"]
 MODELS = [
-    "dd_resnet32", "resnet18", "densenet121", "ghostnet_100", "convnext_atto", "vgg11_bn", "resnetv2_50",
-    "mobilenetv3_small_100", "hrnet_w18_small", "resnest14d", "skresnet18", "cspresnet50",
+    "dd_resnet32", "densenet121", "ghostnet_100", "vgg11_bn", "resnetv2_50",
+    "hrnet_w18_small", "resnest14d", "skresnet18", "cspresnet50",
 ]  # fmt: skip
 
 
@@ -28,7 +29,7 @@ def still(module):
             m.p = 0.0
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", QUICK + [pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
 def test_packed_is_the_parts(name):
     """Logits, gradients and BatchNorm statistics after a step in training, in float64."""
     parts = timm_dd.split(name, 4, seed=1, img_size=64, num_classes=10, domain=Domain.grid(2, 2, overlap=32))
@@ -176,6 +177,7 @@ def batches(n):
         yield torch.randn(16, 3, 32, 32, generator=generator).double(), torch.randint(10, (16,), generator=generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given",
     [[], ["--opt", "adamw"], ["--clip-grad", "0.1"], ["--grad-accum-steps", "4"], ["--roam", "0.5"], ["--model-ema"]],
@@ -364,6 +366,7 @@ def test_packed_out_of_memory_halves_the_batch_of_all(tmp_path, capsys):
     assert "part 0, part 1, part 2, part 3: out of memory; goes on with 8 images" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compiled_networks_take_the_same_steps(tmp_path):
     """--torchcompile, with the backend that runs the captured graphs as they are; for single parts and packed."""
     for by in (Engine, Packed):

@@ -74,6 +74,7 @@ def test_an_update_has_the_images_of_all_its_batches():
     assert len(next(iter(loader))[1]) == 128 and len(next(iter(validation))[1]) == 32
 
 
+@pytest.mark.slow
 def test_accumulation_under_ddp(tmp_path):
     """Two ranks, without BatchNorm: the fine-tuned weights are those of whole batches, to rounding."""
     arguments = (
@@ -211,6 +212,7 @@ def test_a_tracker_that_is_not_installed(name, tmp_path, capsys, monkeypatch):
     assert f"pip install 'timm_dd[{name}]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_nodes(tmp_path):
     """Two torchruns that meet on loopback: the same parts as one process."""
     one = run(tmp_path / "one")
@@ -301,6 +303,7 @@ def test_noise_between_the_blocks_alone():
         assert abs(float(p.detach()[outside].std() / before[name][~outside].std()) - 0.5) < 0.1, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
 @pytest.mark.parametrize("factor", [0.0, 0.3, 2.0])
 def test_a_rate_between_the_blocks(opt, factor, tmp_path):
@@ -314,6 +317,7 @@ def test_a_rate_between_the_blocks(opt, factor, tmp_path):
         torch.testing.assert_close(found[name][outside], p[outside] * factor, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opt", ["lookahead_sgd", "lookahead_adamw"])
 def test_zeros_between_the_blocks_stay_with_any_optimizer(opt, tmp_path):
     """Lookahead, which wraps another, does something else every sixth time."""
@@ -347,6 +351,7 @@ def test_a_run_with_all_of_it(tmp_path):
 # ---- cycles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dd_resnet20", "densenet121", "ghostnet_100", "resnest14d", "resnetv2_50x1_bit"])
 def test_channels_in_another_order_are_the_same_model(name):
     """And every part gets channels of all."""
@@ -366,6 +371,7 @@ def test_channels_in_another_order_are_the_same_model(name):
     assert first[axis.round_robin(4)][:16].tolist() == list(range(0, 64, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [[], ["--reassign"]], ids=["as before", "reassigned"])
 def test_cycles(given, tmp_path):
     """The second cycle's parts begin as slices of the model that the first one fine-tuned."""
@@ -382,6 +388,7 @@ def test_cycles(given, tmp_path):
             assert torch.equal(p.detach(), tuned[name][t.block(1, 2)]), name
 
 
+@pytest.mark.slow
 def test_cycles_go_on_and_are_the_same_on_two_ranks(tmp_path):
     both = [*SHORT, "--output", str(tmp_path), "--resume", "--epochs", "0", "--no-update-bn"]
     assert main(["train", *both, "--experiment", "one"]) == 0

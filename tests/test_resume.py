@@ -65,6 +65,7 @@ def whole(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_five_times_ends_with_the_same_bits(whole, tmp_path):
     """Two ranks, either of them killed at a random line of what the run prints; then it goes on to its end."""
     draw = random.Random(0)
@@ -83,6 +84,7 @@ def test_a_run_that_was_killed_five_times_ends_with_the_same_bits(whole, tmp_pat
     assert [p for p in tmp_path.rglob(".*")] == []
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_killed_rank_again(whole, tmp_path):
     """With --max-restarts no --resume is needed."""
     command = [*TORCHRUN, "2", "--max-restarts", "1", *MODULE]
@@ -94,6 +96,7 @@ def test_torchrun_starts_a_killed_rank_again(whole, tmp_path):
     assert same(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("request_to_stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(whole, request_to_stop, tmp_path):
     """One process, stopped in stage 1 and again in stage 2; its parts have the bits of those of two ranks."""
@@ -159,6 +162,7 @@ def test_a_run_that_exists_is_not_begun_again(one, capsys):
     assert "a run of another model or split" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_a_run_was_trained_with_stays(one, tmp_path, capsys):
     """Finished parts and begun stages are not mixed with others of other options, or other numbers of ranks."""
     shutil.copytree(one, tmp_path / "one")
@@ -182,6 +186,7 @@ def test_leftovers_of_a_killed_process_are_removed(one, tmp_path):
     assert not any(path.exists() for path in left)
 
 
+@pytest.mark.slow
 def test_torchrun_does_not_go_on_with_the_run_of_another(one, tmp_path):
     shutil.copytree(one, tmp_path / "one")
     arguments = [*RUN, "--parts", "4", "--output", str(tmp_path), "--experiment", "one"]
@@ -224,6 +229,7 @@ def updates(learner, first, last):
             learner.end_epoch(10.0 * i, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
 @pytest.mark.parametrize("opt", ["sgd", "adamw", "lamb", "lookahead_radam", "rmsproptf"])
 @pytest.mark.parametrize("sched", ["cosine", "cosine --sched-on-updates", "plateau", "step", "step --channels-last"])

@@ -13,10 +13,11 @@ import timm_dd
 from timm_dd import Domain, SplitError
 from timm_dd.reports.verify import verify
 
+QUICK = ["resnet18", "mobilenetv3_small_050", "dd_resnet32"]
 FAMILIES = [
-    "resnet18", "resnet26d", "resnext50_32x4d", "seresnet50", "regnetx_004", "regnety_004",
-    "mobilenetv2_050", "mobilenetv3_small_050", "mobilenetv3_large_100", "efficientnet_b0", "tf_efficientnet_b0",
-    "densenet121", "dd_resnet32",
+    "resnet26d", "resnext50_32x4d", "seresnet50", "regnetx_004", "regnety_004",
+    "mobilenetv2_050", "mobilenetv3_large_100", "efficientnet_b0", "tf_efficientnet_b0",
+    "densenet121",
 ]  # fmt: skip
 
 
@@ -42,12 +43,13 @@ def test_an_axis_without_a_normal_form_is_refused():
 
 
 @pytest.mark.parametrize("parts", [3, 4])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", QUICK + [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
 def test_merged_families_are_the_sum_of_their_parts(name, parts):
     """Theorem 2.1 (2), on the whole image, and the round trip bit for bit."""
     check_split(timm_dd.split(name, parts, domain=Domain.full(parts), img_size=64, num_classes=7))
 
 
+@pytest.mark.slow
 def test_vgg_on_the_whole_image():
     split = shake(timm_dd.split("vgg11_bn", 4, domain=Domain.full(4), num_classes=7))
     assert split.plan.exact

@@ -68,6 +68,7 @@ def test_the_tuned_model_loads_and_has_the_accuracy_of_the_table(one):
         assert 100 * right / len(val) == summary[key]
 
 
+@pytest.mark.slow
 def test_parts_do_not_depend_on_the_number_of_ranks(one, tmp_path):
     """Two ranks and one process: the same bytes, dropout and augmentation included; and stage 2 runs under DDP."""
     done = torchrun(2, *RUN, "--parts", "4", "--output", str(tmp_path), "--experiment", "two")
@@ -79,6 +80,7 @@ def test_parts_do_not_depend_on_the_number_of_ranks(one, tmp_path):
     assert "composed, after fine-tuning" in done.stdout
 
 
+@pytest.mark.slow
 def test_more_ranks_than_parts(tmp_path):
     done = torchrun(3, *RUN, "--parts", "2", "--output", str(tmp_path), "--experiment", "three")
     assert done.returncode == 0, done.stderr
@@ -173,6 +175,7 @@ def test_the_second_stage_takes_every_part_as_it_was_trained(one, tmp_path, monk
     assert all(torch.equal(t, merged[name]) for name, t in seen["composed"].items())
 
 
+@pytest.mark.slow
 def test_ranks_count_every_image_once(one, tmp_path):
     """360 images on 2 ranks in batches of 64: the sampler's padding is not counted."""
     arguments = [*RUN, "--parts", "4", "--epochs", "0", "--output", str(tmp_path), "--experiment", "two"]

@@ -39,6 +39,7 @@ def test_features_are_claimed_and_hold_on_boxes(domain):
         assert report.box_exact and report.box <= 1e-12 and report.failures == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, parts, domain, size",
     [

@@ -9,6 +9,8 @@ from conftest import check_split
 import timm_dd
 from timm_dd import Domain, SplitError
 
+pytestmark = pytest.mark.slow
+
 EXACT = """
     resnet10t resnet26d resnext26ts seresnet33ts test_resnet resnetblur50 dla34 dpn48b
     efficientnet_cc_b0_4e tf_efficientnet_lite0 mixnet_s ese_vovnet19b_dw ese_vovnet39b_evos fasternet_t0 fastvit_t8
