@@ -106,7 +106,7 @@ def dd_plain(pretrained=False, **kwargs):
 
 # What touches the insides of torch, timm and huggingface_hub: also tried with the oldest versions of pyproject.toml.
 INSIDES = {
-    "test_compat", "test_files", "test_format", "test_hub", "test_packed", "test_profile", "test_recipes", "test_rules",
+    "test_compat", "test_files", "test_format", "test_hub", "test_packed", "test_profile", "test_rules",
     "test_theorem", "test_train",
 }  # fmt: skip
 
