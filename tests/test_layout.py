@@ -49,14 +49,14 @@ def modules():
 
 def imported(name, path):
     """The modules of the package that a module imports while it is itself imported."""
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    package, known = name if path.name == "__init__.py" else name.rpartition(".")[0], {n for n, _ in modules()}
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package.split(".")[: len(package.split(".")) - (node.level - 1)] if package else []
             base = [*filter(None, base), *filter(None, (node.module or "").split("."))]
             for alias in node.names:
                 full = ".".join([*base, alias.name])
-                yield full if full in {n for n, _ in modules()} else ".".join(base)
+                yield full if full in known else ".".join(base)
 
 
 def layer(name):

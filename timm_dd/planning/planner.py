@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..algebra.domain import Domain
-from ..errors import SplitError
+from ..errors import SplitError, WidthError
 from .assemble import assemble
 from .plan import Plan
 from .reader import Inexpressible, Reading, read
@@ -76,11 +76,13 @@ def analyse(
     """
     try:
         reading = read(gm, divisor, domain, input_size, output)
+        if replicate:
+            reading.replicate_narrow()
+        width, most = reading.narrowest()
     except Inexpressible as e:
         raise SplitError(f"{e}; the largest K that works here is {_largest(gm, divisor, input_size, output)}") from e
-    if replicate:
-        reading.replicate_narrow()
-    width, most = reading.narrowest()
+    except WidthError as e:  # of a spatial extent, which the whole image has not
+        raise SplitError(f"the channels cannot be cut on these boxes: {e}; use Domain.full({divisor})") from e
     if most < divisor:
         fewer = "fewer than" if width.size < divisor else "and needs two in each of"
         raise SplitError(

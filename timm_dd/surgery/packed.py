@@ -20,9 +20,8 @@ from torch.func import functional_call, vmap
 
 from ..compat import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from ..errors import SplitError
-from ..planning.graphs import CONTENTS, Graph, copy_graph, graph_module
+from ..planning.graphs import BATCH_NORMS, CONTENTS, Graph, copy_graph, graph_module
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 OF_BATCH_NORM = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 NUMBERS = (int, float, str, bool, tuple, type(None))
 
@@ -154,11 +153,11 @@ def _pack_modules(root: nn.Module, graph: fx.Graph, parts: int) -> None:
 
 def _pack_functions(graph: fx.Graph, parts: int) -> None:
     for node in graph.nodes:
-        if node.op == "call_method":
-            node.op, node.target = "call_function", functools.partial(_method, node.target)
+        if node.op == "call_function":
             node.target = _packed(node.target, node.name, parts)
-        elif node.op == "call_function":
-            node.target = _packed(node.target, node.name, parts)
+        elif node.op == "call_method":
+            node.op = "call_function"
+            node.target = _packed(functools.partial(_method, node.target), node.name, parts)
 
 
 def _method(name: str, x: Any, *args: Any, **kwargs: Any) -> Any:

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from .. import models
 from ..errors import TrainError
+from ..planning.graphs import BATCH_NORMS
 from ..planning.plan import Plan
 from ..storage import files
 from ..storage.merge_files import write_merged
@@ -39,7 +40,6 @@ from .loop import TrainingLoop, evaluate
 from .trackers import Trackers
 
 WAIT = datetime.timedelta(days=7)  # the first rank to finish its parts waits for the last
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)  # that update_bn re-estimates
 
 
 @dataclass
