@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,22 +50,52 @@ def restore(learner: Learner) -> bool:
     Raises:
         TrainError: it is of another network or optimizer.
     """
-    for path in found(learner.folder):
-        try:
-            with safe_open(path, "pt") as f:
-                numbers = json.loads((f.metadata() or {})["learner"])
-            tensors = load_file(path)
-        except (SafetensorError, OSError, ValueError, KeyError):
-            continue  # half a file, from a disk that lost power; the one before it is whole
-        try:
-            learner.restore(tensors, numbers)
-        except (RuntimeError, ValueError, KeyError) as e:
-            raise TrainError(
-                f"{path} does not fit ({headline(e)}); resume with the options it was trained with, "
-                f"or remove {learner.folder} to train this network again"
-            ) from e
-        return True
-    return False
+    return any(_restore(learner, path) for path in found(learner.folder))
+
+
+def restore_together(learners: Sequence[Learner], common: Callable[[set[int]], set[int]]) -> None:
+    """Go back to the newest update of which all `learners` have a checkpoint that can be read.
+
+    Args:
+        common: of the updates that a rank has found, those that all ranks have.
+
+    Raises:
+        TrainError: as `restore`.
+    """
+    theirs = [{_updates(path): path for path in found(n.folder) if _read(path)} for n in learners]
+    shared = common(set.intersection(*map(set, theirs)))
+    if shared:
+        for learner, paths in zip(learners, theirs):
+            _restore(learner, paths[max(shared)])
+
+
+def _updates(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
+
+
+def _read(path: Path) -> tuple[dict, dict] | None:
+    """(tensors, numbers); None of half a file, from a disk that lost power: the one before it is whole."""
+    try:
+        with safe_open(path, "pt") as f:
+            numbers = json.loads((f.metadata() or {})["learner"])
+        return load_file(path), numbers
+    except (SafetensorError, OSError, ValueError, KeyError):
+        return None
+
+
+def _restore(learner: Learner, path: Path) -> bool:
+    """Go back to a checkpoint; whether it can be read."""
+    held = _read(path)
+    if held is None:
+        return False
+    try:
+        learner.restore(*held)
+    except (RuntimeError, ValueError, KeyError) as e:
+        raise TrainError(
+            f"{path} does not fit ({headline(e)}); resume with the options it was trained with, "
+            f"or remove {learner.folder} to train this network again"
+        ) from e
+    return True
 
 
 class CheckpointTimer:

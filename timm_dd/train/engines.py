@@ -35,6 +35,15 @@ class Engine:
         """One update of each learner on a batch; with `isolate_failures` one that fails leaves the others to go on."""
         self.run([partial(n.guard, partial(n.step, x, y), isolate_failures) for n in learners])
 
+    def logits(self, learners: Sequence[Learner], x: torch.Tensor, micro_batch: int) -> list[torch.Tensor]:
+        """Each learner's on its view of a batch, with the graph that `backward` goes back through."""
+        return self.run([partial(n.training_logits, x, micro_batch) for n in learners])
+
+    def backward(self, learners: Sequence[Learner], logits: Sequence[torch.Tensor], gradient: torch.Tensor) -> None:
+        """Add to the learners' gradients what follows from the loss's `gradient` with respect to their logits, which is
+        the same for all."""
+        self.run([partial(z.backward, n.scaler.scale(gradient.to(z.dtype))) for n, z in zip(learners, logits)])
+
     def __enter__(self) -> Engine:
         return self
 
@@ -91,14 +100,9 @@ class Packed(Engine):
     def _gradients(self, learners: list[Learner], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The losses of a batch, (K,), its gradients added up over the micro-batches."""
         first = learners[0]
-        if learners != self.learners:
-            self.learners, self.packed = learners, pack([n.net for n in learners])
-            self.packed.share_storage(n.net for n in learners)
-            name = first.args.torchcompile
-            self.forward = torch.compile(self.packed, backend=name) if name else self.packed
-        self.packed.zero_grad()
+        self._pack(learners)
         total = torch.zeros(len(learners), device=first.device)
-        for i, (x_i, y_i) in enumerate(zip(x.chunk(first.micro_batches), y.chunk(first.micro_batches))):
+        for i, (x_i, y_i) in enumerate(first.chunks(x, y)):
             with first.random(first.updates, i), first.autocast():
                 logits = self.forward(torch.stack([n.view(x_i) for n in learners]))
                 losses = [n.criterion(z, y_i) * (len(y_i) / len(y)) for n, z in zip(learners, logits)]
@@ -106,6 +110,26 @@ class Packed(Engine):
             total += torch.stack(losses).detach()
         self.packed.scatter_gradients(n.net for n in learners)
         return total
+
+    def _pack(self, learners: list[Learner]) -> None:
+        """Make the learners one network, whose gradients are zero."""
+        if learners != self.learners:
+            self.learners, self.packed = learners, pack([n.net for n in learners])
+            self.packed.share_storage(n.net for n in learners)
+            name = learners[0].args.torchcompile
+            self.forward = torch.compile(self.packed, backend=name) if name else self.packed
+        self.packed.zero_grad()
+
+    def logits(self, learners: Sequence[Learner], x: torch.Tensor, micro_batch: int) -> list[torch.Tensor]:
+        first = learners[0]
+        if micro_batch == 0:
+            self._pack(list(learners))
+        with first.random(first.updates, micro_batch), first.autocast():
+            return list(self.forward(torch.stack([n.view(x) for n in learners])))
+
+    def backward(self, learners: Sequence[Learner], logits: Sequence[torch.Tensor], gradient: torch.Tensor) -> None:
+        torch.autograd.backward(logits, [n.scaler.scale(gradient.to(z.dtype)) for n, z in zip(learners, logits)])
+        self.packed.scatter_gradients(n.net for n in learners)
 
 
 class Auto(Engine):
@@ -143,12 +167,19 @@ class Auto(Engine):
             engine.__exit__()
 
 
-def engine(name: str, learners: Sequence[Learner], device: torch.device, cores: int) -> Engine:
+def engine(
+    name: str,
+    learners: Sequence[Learner],
+    device: torch.device,
+    cores: int,
+    around: Callable[[Engine], Engine] = lambda by: by,
+) -> Engine:
     """``sequential``, ``threads``, ``packed``, or ``auto``: on a CPU the faster of those that give the same bits, on a
     GPU that of one after another and packed.
 
     Args:
         cores: of this process.
+        around: what each is made part of.
 
     Raises:
         TrainError: not on this device.
@@ -157,15 +188,15 @@ def engine(name: str, learners: Sequence[Learner], device: torch.device, cores: 
     if name == "threads" and not on_cpu:
         raise TrainError("--engine threads is for CPUs; use auto")
     if name == "packed":
-        return Packed()
+        return around(Packed())
     workers = min(len(learners), cores // threads) if on_cpu and name != "sequential" else 1
     if name == "threads":
-        return Threads(workers)
-    candidates: list[Engine] = [Engine()]
+        return around(Threads(workers))
+    candidates = [around(Engine())]
     if workers > 1:
-        candidates.append(Threads(workers))
+        candidates.append(around(Threads(workers)))
     if name == "auto" and not on_cpu and _alike(learners):
-        candidates.append(Packed(instead=candidates[0]))
+        candidates.append(around(Packed(instead=candidates[0])))
     return Auto(candidates, device) if len(candidates) > 1 else candidates[0]
 
 

@@ -33,7 +33,7 @@ def parser(add_help: bool = True) -> argparse.ArgumentParser:
     _data(p.add_argument_group("data"))
     _model(p.add_argument_group("model and parts"))
     _optimizer(p.add_argument_group("optimizer and schedule"))
-    _stages(p.add_argument_group("stages (--part-X and --baseline-X set one for the parts and for the baseline)"))
+    _stages(p.add_argument_group("stages (--part-X, --joint-X and --baseline-X set one for that stage alone)"))
     _run(p.add_argument_group("run"))
     console.options(p)
     return p
@@ -145,9 +145,14 @@ def _stages(g) -> None:
     g.add_argument(
         "--reassign", action="store_true", help="in the next cycle each part gets channels of all parts of the last"
     )
-    for stage in ("part", "baseline"):
+    for stage in ("part", "joint", "baseline"):
         for name, kind in STAGED.items():
             given = {"help": argparse.SUPPRESS if name != "epochs" else f"{stage}: {kind['help']}"}
+            if (stage, name) == ("joint", "epochs"):
+                given = {
+                    "default": 0,
+                    "help": "of the parts after their own, on whole images, against the loss of their sum of logits",
+                }
             if (stage, name) == ("part", "lr"):
                 given = {"nargs": "+", "help": "parts: learning rate, one for all or one for each"}
             g.add_argument(flag_of(f"{stage}_{name}"), **{**kind, **given})

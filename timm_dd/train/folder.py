@@ -57,6 +57,64 @@ class Ranks:
 
 
 @dataclass(frozen=True)
+class PartsStage:
+    """Where a stage of the parts keeps what it makes: part k's in folder k.
+
+    Attributes:
+        path: of the stage; once all its parts are done a folder of parts, to be merged.
+        name: of the stage, see `options.stage_options`.
+    """
+
+    path: Path
+    name: str
+    args: argparse.Namespace
+
+    def part(self, k: int) -> Path:
+        return self.path / str(k)
+
+    @property
+    def done(self) -> bool:
+        return not self.missing()
+
+    def missing(self) -> list[int]:
+        """The parts that are not done."""
+        return [k for k in range(self.args.parts) if not self.is_done(k)]
+
+    def is_done(self, k: int) -> bool:
+        return (self.part(k) / "summary.json").exists()
+
+    def summaries(self) -> list[dict]:
+        return [self._summary(k) for k in range(self.args.parts)]
+
+    def _summary(self, k: int) -> dict:
+        return json.loads((self.part(k) / "summary.json").read_text())
+
+    def finish(self, k: int, summary: dict) -> None:
+        replace_json(self.part(k) / "summary.json", summary)
+
+    def check(self, k: int) -> None:
+        """Raise TrainError if part k, which is done, was trained with other options."""
+        before = self._summary(k)["options"]
+        now = options.training_identity(options.stage_options(self.args, self.name, k))
+        try:
+            options.check_same({name: value for name, value in before.items() if name in now}, now)
+        except ValueError as e:
+            raise TrainError(
+                f"part {k} is done, with other options (for the parts, {e}); use those, "
+                f"or remove {self.part(k)} to train it again"
+            ) from e
+
+    def fail(self, k: int, reason: str) -> None:
+        replace_json(self.part(k) / "failure.json", reason)
+
+    def failure(self, k: int) -> str:
+        return json.loads((self.part(k) / "failure.json").read_text())
+
+    def forget_failure(self, k: int) -> None:
+        (self.part(k) / "failure.json").unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """Where a run, or one of its cycles, keeps what it makes.
 
@@ -94,8 +152,17 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
-    def parts(self) -> Path:
-        return self.path / "parts"
+    def parts(self) -> PartsStage:
+        return PartsStage(self.path / "parts", "part", self.args)
+
+    @property
+    def joint(self) -> PartsStage:
+        return PartsStage(self.path / "joint", "joint", self.args)
+
+    @property
+    def trained(self) -> PartsStage:
+        """The parts' last stage."""
+        return self.joint if self.args.joint_epochs else self.parts
 
     @property
     def composed(self) -> Path:
@@ -113,9 +180,6 @@ class RunFolder:
     def decoded(self) -> Path:
         return self.root / "decoded"
 
-    def part(self, k: int) -> Path:
-        return self.parts / str(k)
-
     # ---- a run begins, or goes on
 
     def open(self, plan: Plan, begun: float) -> None:
@@ -126,13 +190,17 @@ class RunFolder:
         """
         if (self.path / "args.yaml").exists():
             self._check_run(plan)
-        described = json_text(plan.to_json())
         given = yaml.safe_dump(vars(self.args), default_flow_style=None)
-        with output_folder(self.path) as aside, output_folder(self.parts) as beside_parts:
-            beside_parts(files.PLAN).write_text(described, encoding="utf-8")
-            aside(files.PLAN).write_text(described, encoding="utf-8")
+        self.write_plan(self.parts, plan)
+        with output_folder(self.path) as aside:
+            aside(files.PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
             aside("args.yaml").write_text(f"{self._signature}\n{given}")  # the last to land: with it there is a run
         remove_temporaries(self.path, begun)
+
+    def write_plan(self, stage: PartsStage, plan: Plan) -> None:
+        """Make a stage's folder, with the plan of its parts."""
+        with output_folder(stage.path) as aside:
+            aside(files.PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
 
     def _check_run(self, plan: Plan) -> None:
         signature = (self.path / "args.yaml").read_text().split("\n", 1)[0]
@@ -151,7 +219,8 @@ class RunFolder:
         """Names the run in its models and in its summary: of the plan, the cycle, and all options on which the models'
         weights depend. Whoever repeats the run, on however many ranks, gets the same."""
         stages = [options.stage_options(self.args, None)]
-        stages += [options.stage_options(self.args, "part", k) for k in range(self.args.parts)]
+        of_parts = ("part", "joint") if self.args.joint_epochs else ("part",)
+        stages += [options.stage_options(self.args, name, k) for name in of_parts for k in range(self.args.parts)]
         made_of = [plan.digest(), self.cycle, *map(options.training_identity, stages)]
         return sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
@@ -160,36 +229,6 @@ class RunFolder:
     @property
     def done(self) -> bool:
         return self.summary.exists()
-
-    def part_is_done(self, k: int) -> bool:
-        return (self.part(k) / "summary.json").exists()
-
-    def part_summary(self, k: int) -> dict:
-        return json.loads((self.part(k) / "summary.json").read_text())
-
-    def finish_part(self, k: int, summary: dict) -> None:
-        replace_json(self.part(k) / "summary.json", summary)
-
-    def check_part(self, k: int) -> None:
-        """Raise TrainError if part k, which is done, was trained with other options."""
-        before = self.part_summary(k)["options"]
-        now = options.training_identity(options.stage_options(self.args, "part", k))
-        try:
-            options.check_same({name: value for name, value in before.items() if name in now}, now)
-        except ValueError as e:
-            raise TrainError(
-                f"part {k} is done, with other options (for the parts, {e}); use those, "
-                f"or remove {self.part(k)} to train it again"
-            ) from e
-
-    def fail_part(self, k: int, reason: str) -> None:
-        replace_json(self.part(k) / "failure.json", reason)
-
-    def failure(self, k: int) -> str:
-        return json.loads((self.part(k) / "failure.json").read_text())
-
-    def forget_failure(self, k: int) -> None:
-        (self.part(k) / "failure.json").unlink(missing_ok=True)
 
 
 def _choose(args: argparse.Namespace, ranks: Ranks) -> Path:

@@ -131,7 +131,7 @@ class Learner:
         """The loss of a batch, its gradients added up over the micro-batches."""
         self.optimizer.zero_grad()
         total = torch.zeros_like(self._total)
-        batches = list(zip(x.chunk(self.micro_batches), y.chunk(self.micro_batches)))
+        batches = self.chunks(x, y)
         for i, (x_i, y_i) in enumerate(batches):
             later = self.model.no_sync() if self.distributed and i + 1 < len(batches) else nullcontext()
             with later:
@@ -140,6 +140,15 @@ class Learner:
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
+
+    def chunks(self, x: torch.Tensor, y: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The micro-batches of a batch."""
+        return list(zip(x.chunk(self.micro_batches), y.chunk(self.micro_batches)))
+
+    def training_logits(self, x: torch.Tensor, micro_batch: int) -> torch.Tensor:
+        """Of the network on its view of a micro-batch, for `update`."""
+        with self.random(self.updates, micro_batch), self.autocast():
+            return self.forward(self.view(x))
 
     def update(self, loss: torch.Tensor, images: int) -> None:
         """Take a step along the gradients of a batch, whose mean loss was `loss`."""

@@ -32,7 +32,9 @@ class TrainingLoop:
         loaders: (train, validation).
         engine: of the learners' steps.
         after_epoch: called when an epoch's accuracies are known.
-        primary: whether this process reports and writes.
+        primary: whether this process writes.
+        reports: whether it prints.
+        shared: whether the ranks share the images.
         isolate_failures: whether one that fails leaves the others to go on; `Learner.failure` says why it did.
     """
 
@@ -45,6 +47,8 @@ class TrainingLoop:
     trackers: Trackers
     after_epoch: Callable[[], None] = lambda: None
     primary: bool = True
+    reports: bool = True
+    shared: bool = True
     isolate_failures: bool = False
 
     def fit(self, learners: Sequence[Learner]) -> None:
@@ -58,7 +62,7 @@ class TrainingLoop:
             for learner in due:
                 learner.sync_ema_buffers()
             timer = self.timer if self.primary else None
-            accuracies = evaluate(due, self.loaders[1], self.engine, timer=timer, shared=not self.isolate_failures)
+            accuracies = evaluate(due, self.loaders[1], self.engine, timer=timer, shared=self.shared)
             seconds = time.perf_counter() - start
             for learner, accuracy in zip(due, accuracies):
                 learner.guard(partial(learner.end_epoch, accuracy, seconds), self.isolate_failures)
@@ -66,6 +70,7 @@ class TrainingLoop:
             self.after_epoch()
             if self.primary:
                 self._keep(due)
+            if self.reports:
                 self._say(due, epoch, f"{speed}, {seconds * (self.epochs - epoch - 1):.0f} s left")
 
     def _keep(self, learners: Sequence[Learner]) -> None:
@@ -76,9 +81,10 @@ class TrainingLoop:
             self.trackers.log(learner.name, len(learner.history), learner.history[-1])
 
     def _say(self, learners: Sequence[Learner], epoch: int, speed: str) -> None:
-        rates = " ".join(
-            f"{n.name}: loss {n.history[-1]['loss']:.3f}, {n.history[-1]['top1']:.2f} %;" for n in learners
-        )
+        names: dict[str, list[str]] = {}  # by their figures: those of parts that decide together are the same
+        for n in learners:
+            names.setdefault(f"loss {n.history[-1]['loss']:.3f}, {n.history[-1]['top1']:.2f} %;", []).append(n.name)
+        rates = " ".join(f"{', '.join(who)}: {figures}" for figures, who in names.items())
         tqdm.write(f"{self.title} {epoch + 1}/{self.epochs}  {rates} {speed}", sys.stdout)
         sys.stdout.flush()
 
@@ -95,7 +101,7 @@ class TrainingLoop:
         for learner in learners:
             learner.model.train()
         title = f"{self.title} {epoch + 1}/{self.epochs}"
-        bar = tqdm(train, desc=title, leave=False, disable=not (self.primary and sys.stderr.isatty()))
+        bar = tqdm(train, desc=title, leave=False, disable=not (self.reports and sys.stderr.isatty()))
         asked = time.perf_counter()
         for i, (x, y) in enumerate(bar):
             waited += time.perf_counter() - asked

@@ -1,6 +1,6 @@
 """The options of a training run, from YAML and the command line, and as each of its stages sees them.
 
-A flag may have a value for the parts alone (``--part-lr``) and one for the baseline (``--baseline-lr``).
+A flag may have a value for the parts alone (``--part-lr``), for their joint stage and for the baseline.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ MAY_CHANGE_ON_RESUME = {  # no weight depends on them
     "checkpoint_every", "config", "cycles", "device", "engine", "experiment", "log_tensorboard", "log_wandb", "output",
     "pin_mem", "quiet", "resume", "validation_batch_size", "verbose", "wandb_project", "workers",
 }  # fmt: skip
+STAGES = ("part", "joint", "baseline")
 COMPOSED = ("calibrate", "off_diagonal_lr", "off_diagonal_noise", "update_bn")  # nothing to parts and baseline
 
 
@@ -39,6 +40,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("parts", "grad_accum_steps", "cycles"):
         if getattr(args, name) < 1:
             p.error(f"{flag_of(name)} is a whole number from 1 up, got {getattr(args, name)}")
+    if args.joint_epochs < 0:
+        p.error(f"--joint-epochs is a whole number from 0 up, got {args.joint_epochs}")
     if args.parts == 1 and args.calibrate != "sum":
         p.error("--calibrate is for two parts or more")
     if isinstance(args.part_lr, (int, float)):  # from YAML
@@ -49,7 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         p.error(f"--mixup mixes pairs: --batch-size is even, got {args.batch_size}")
     if not args.dataset and not args.data_dir:
         p.error("nothing to train on: give --data-dir DIR, or --dataset digits")
-    for stage in (None, "part", "baseline"):
+    for stage in (None, *STAGES):
         s = stage_options(args, stage)
         if s.decay_rates and len(s.decay_rates) != len(s.decay_milestones or ()):
             p.error(f"{len(s.decay_rates)} decay rates for {len(s.decay_milestones or ())} milestones; give as many")
@@ -82,29 +85,31 @@ def _read_config(p: argparse.ArgumentParser, name: str) -> Any:
 
 
 def stage_options(args: argparse.Namespace, name: str | None, part: int = 0) -> argparse.Namespace:
-    """The options as a stage sees them: ``part``, of which each may have another learning rate, ``baseline``, or None
-    for the composed model. By default the parts train as many epochs as the composed model, and the baseline as many as
-    both."""
+    """The options as a stage sees them: ``part``, of which each may have another learning rate; ``joint``, with that
+    rate and otherwise, on whole images as it is, as the composed model; ``baseline``; or None for the composed model.
+    By default the parts train as many epochs as the composed model, and the baseline as many as both."""
     staged = copy.copy(args)
     if name is None:
         return staged
-    for option in STAGED:
-        value = getattr(args, f"{name}_{option}")
-        if value is not None:
-            setattr(staged, option, value)
-    for option in COMPOSED:
-        setattr(staged, option, None)
-    if name == "part" and args.part_lr is not None:
+    if name in ("part", "joint") and args.part_lr is not None:
         staged.lr = args.part_lr[part % len(args.part_lr)]
     if name == "baseline" and args.baseline_epochs is None:
         staged.epochs = stage_options(args, "part").epochs + args.epochs
+    for option in STAGED:
+        value = getattr(args, f"{name}_{option}")
+        if value is not None and (name, option) != ("part", "lr"):
+            setattr(staged, option, value)
+    for option in COMPOSED:
+        setattr(staged, option, None)
     return staged
 
 
 def training_identity(args: argparse.Namespace) -> dict:
     """The options, as a stage sees them, on which a network's weights depend; as JSON."""
     relevant = {
-        k: v for k, v in vars(args).items() if k not in MAY_CHANGE_ON_RESUME and not k.startswith(("part_", "baseline"))
+        k: v
+        for k, v in vars(args).items()
+        if k not in MAY_CHANGE_ON_RESUME and not k.startswith(("part_", "joint_", "baseline"))
     }
     return json.loads(json.dumps(relevant))
 

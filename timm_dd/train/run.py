@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from .. import models
+from ..algebra.domain import Domain
 from ..errors import TrainError
 from ..storage.atomic import replace_json
 from ..surgery.parts import Parts
@@ -23,6 +24,7 @@ from .checkpoints import CheckpointTimer
 from .composed import reassign
 from .decoded import decoded
 from .folder import Ranks, RunFolder
+from .joint import check_whole, train_joint
 from .stages import Context, meet, train_baseline, train_parts, tune
 from .trackers import Trackers
 
@@ -56,8 +58,11 @@ class Run:
         self.data_config = data.data_config(args, empty)
         self.timer = CheckpointTimer(args.checkpoint_every)
         self.place = RunFolder.of_run(args, self.ranks) if before is None else before.place.next_cycle()
-        self.parts = self._split(before)
-        self.parts.plan = replace(self.parts.plan, config=models.config(empty, self.data_config))
+        config = models.config(empty, self.data_config)
+        self.parts = self._split(before, options.domain(args), config)
+        self.whole = self._split(before, Domain.full(args.parts), config) if args.joint_epochs else None
+        if self.whole is not None:
+            check_whole(self.parts, self.whole, args.model)
 
     @property
     def folder(self) -> Path:
@@ -67,12 +72,12 @@ class Run:
     def cycle(self) -> int:
         return self.place.cycle
 
-    def _split(self, before: Run | None) -> Parts:
+    def _split(self, before: Run | None, domain: Domain, config: dict | None) -> Parts:
         args = self.args
         parts = split(
             args.model,
             args.parts,
-            domain=options.domain(args),
+            domain=domain,
             narrow=args.narrow,
             img_size=tuple(self.data_config["input_size"][1:]),
             pretrained=args.pretrained and before is None,
@@ -84,6 +89,7 @@ class Run:
         if before is not None:
             state = load_file(before.place.tuned / "last" / "model.safetensors")
             parts.take(reassign(state, parts.plan) if args.reassign else state)
+        parts.plan = replace(parts.plan, config=config)
         return parts
 
     def go(self) -> dict:
@@ -93,7 +99,7 @@ class Run:
             print(self._title(), flush=True)
         if self.place.resuming and self.cycle < self.args.cycles and self.place.done:
             for k in range(self.args.parts):
-                self.place.check_part(k)
+                self.place.parts.check(k)
             return json.loads(self.place.summary.read_text())
         with self.timer, Trackers(self.args, self.folder, self.ranks.rank) as trackers:
             try:
@@ -130,6 +136,7 @@ class Run:
             folder=self.place,
             seed=self.args.seed + self.cycle - 1,
             parts=self.parts,
+            whole=self.whole,
             model_args=self.model_args,
             data_config=self.data_config,
             sets=[decoded(s, self.place.decoded / f"{n}.safetensors", self.args.workers) for n, s in named.items()],
@@ -138,10 +145,13 @@ class Run:
         )
         train_parts(context)
         meet(context)
-        trained = [self.place.part_summary(k) for k in range(self.args.parts)]
+        trained = self.place.parts.summaries()
+        seconds, joint = {"parts": max(p["seconds"] for p in trained)}, {}
+        if self.args.joint_epochs:
+            joint["joint"], seconds["joint"] = train_joint(context)
         tuned = tune(context)
-        seconds = {"parts": max(p["seconds"] for p in trained), "composed": tuned.pop("seconds")}
-        summary = {"parts": [p["top1"] for p in trained], **tuned, "seconds": seconds, **self._about()}
+        seconds["composed"] = tuned.pop("seconds")
+        summary = {"parts": [p["top1"] for p in trained], **joint, **tuned, "seconds": seconds, **self._about()}
         if self.args.baseline and self.cycle == 1:
             summary["baseline"], summary["seconds"]["baseline"] = train_baseline(context)
         return summary
@@ -165,6 +175,10 @@ def summary_table(summary: dict, args: argparse.Namespace) -> str:
     for k, accuracy in enumerate(summary["parts"]):
         rows.append([f"part {k}, its own box", f"{accuracy:.2f}", trained, of_parts if k == 0 else ""])
     rows.append(["sum of the parts, own boxes", f"{summary['together']:.2f}", "", ""])
+    if "joint" in summary:
+        rows.append(
+            ["joint, whole images", f"{summary['joint']:.2f}", str(args.joint_epochs), f"{seconds['joint']:.1f}"]
+        )
     rows.append(["composed, before fine-tuning", f"{summary['composed']:.2f}", "0", ""])
     if "updated" in summary:
         rows.append(["composed, BatchNorm re-estimated", f"{summary['updated']:.2f}", "0", ""])

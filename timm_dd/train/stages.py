@@ -34,7 +34,7 @@ from . import data, options
 from .checkpoints import CheckpointTimer, restore
 from .composed import add_noise, between, calibrate, rate_between, some
 from .engines import Engine, cores, engine, share_cores, share_cores_for_parts
-from .folder import Ranks, RunFolder
+from .folder import PartsStage, Ranks, RunFolder
 from .learner import Learner
 from .loop import TrainingLoop, evaluate
 from .trackers import Trackers
@@ -49,7 +49,8 @@ class Context:
     Attributes:
         folder: of the run.
         seed: of the order of images, and of dropout.
-        parts: as they were split; in the second stage, as they were trained.
+        parts: as they were split; later as they were trained.
+        whole: the same parts as they are on whole images, for the joint stage; None if there is none.
         model_args: for `timm.create_model`.
         sets: (train, validation).
     """
@@ -60,6 +61,7 @@ class Context:
     folder: RunFolder
     seed: int
     parts: Parts
+    whole: Parts | None
     model_args: dict
     data_config: dict
     sets: Sequence[Dataset]
@@ -81,9 +83,9 @@ class Context:
 def train_parts(run: Context) -> None:
     """Train part k on rank k mod world size, those that are not done. One that fails does not stop the others."""
     of_this_rank = range(run.ranks.rank, run.args.parts, run.ranks.world)
-    due = [k for k in of_this_rank if not run.folder.part_is_done(k)]
+    due = [k for k in of_this_rank if not run.folder.parts.is_done(k)]
     for k in set(of_this_rank) - set(due):
-        run.folder.check_part(k)
+        run.folder.parts.check(k)
     if not due:
         return
     args = options.stage_options(run.args, "part")
@@ -92,38 +94,40 @@ def train_parts(run: Context) -> None:
     learners = [_part_learner(run, k, len(loaders[0])) for k in due]
     if run.folder.resuming:
         for k, learner in zip(due, learners):
-            run.folder.forget_failure(k)
+            run.folder.parts.forget_failure(k)
             learner.guard(partial(restore, learner), isolate_failures=True)
     with engine(args.engine, learners, run.device, cores() // run.ranks.local_world) as by:
         shared = (run.seed, run.timer, by, run.trackers)
-        TrainingLoop("parts", loaders, args.epochs, *shared, isolate_failures=True).fit(learners)
+        TrainingLoop("parts", loaders, args.epochs, *shared, shared=False, isolate_failures=True).fit(learners)
     for k, learner in zip(due, learners):
-        _finish_part(run, k, learner, loaders, args.epochs)
+        if learner.failure is not None:
+            run.folder.parts.fail(k, learner.failure)
+        else:
+            finish_part(run, run.folder.parts, run.parts.plan, k, learner, accuracy(learner, loaders, shared=False))
 
 
-def _finish_part(run: Context, k: int, learner: Learner, loaders: tuple, epochs: int) -> None:
-    if learner.failure is not None:
-        run.folder.fail_part(k, learner.failure)
-        return
-    files.save_part(learner.folder, run.parts.plan, k, learner.result.state_dict(), run.seed, epochs)
+def finish_part(run: Context, stage: PartsStage, plan: Plan, k: int, learner: Learner, top1: float) -> None:
+    """Write what a stage made of part k, and that it is done."""
+    epochs = len(learner.history)
+    files.save_part(learner.folder, plan, k, learner.result.state_dict(), run.seed, epochs)
     summary = {
         "part": k,
-        "top1": _accuracy(learner, loaders, shared=False),
+        "top1": top1,
         "epochs": epochs,
         "updates": learner.updates,
         "seconds": learner.seconds,
         "options": learner.options,
     }
-    run.folder.finish_part(k, summary)
+    stage.finish(k, summary)
 
 
 def _part_learner(run: Context, k: int, updates: int) -> Learner:
     args, box = options.stage_options(run.args, "part", k), run.parts.plan.boxes()[k]
     batch = data.images_of_an_update(args)
-    return _learner(run, f"part {k}", run.parts[k], box, args, updates, batch, k, run.folder.part(k))
+    return learner_of(run, f"part {k}", run.parts[k], box, args, updates, batch, k, run.folder.parts.part(k))
 
 
-def _learner(run: Context, name, model, box, args, updates, batch, stream, folder) -> Learner:
+def learner_of(run: Context, name, model, box, args, updates, batch, stream, folder) -> Learner:
     model = model.to(run.device, memory_format=torch.channels_last) if args.channels_last else model.to(run.device)
     learner = Learner(name, model, box, args, run.device, updates, batch, run.seed * 1000 + stream, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,15 +145,15 @@ def meet(run: Context) -> None:
             if not dist.is_initialized():
                 dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo", timeout=WAIT)
             dist.barrier()
-    failed = [k for k in range(run.args.parts) if not run.folder.part_is_done(k)]
+    failed = run.folder.parts.missing()
     if failed and not run.ranks.primary:
         raise SystemExit(1)  # the first rank says why
     if failed:
         raise TrainError(
-            f"{'; '.join(f'part {k} failed ({run.folder.failure(k)})' for k in failed)}; "
+            f"{'; '.join(f'part {k} failed ({run.folder.parts.failure(k)})' for k in failed)}; "
             f"{run.args.parts - len(failed)} of {run.args.parts} parts are done and kept: --resume {run.folder.path} "
             f"goes on with what failed, from its last checkpoint, or from the start and with other options if "
-            f"{run.folder.parts}/k is removed"
+            f"{run.folder.parts.path}/k is removed"
         )
 
 
@@ -160,12 +164,12 @@ def tune(run: Context) -> dict[str, float]:
     """Compose, re-estimate the BatchNorm statistics, and fine-tune; returns the accuracies of the parts together and
     of the composed model after each step, and the seconds of the last."""
     if run.ranks.primary:
-        write_merged(run.folder.parts, run.folder.composed, "sum", run.about("composed"))
+        write_merged(run.folder.trained.path, run.folder.composed, "sum", run.about("composed"))
     if run.ranks.world > 1:
         dist.barrier()
     plan, args = run.parts.plan, options.stage_options(run.args, None)
     loaders = _shared_loaders(run, args)
-    _load_trained(run)
+    load_trained(run.folder.parts, run.parts)
     learners = [_part_learner(run, k, 1) for k in range(len(run.parts))]
     together = evaluate(learners, loaders[1], Engine(), together=True)[-1]  # each part on its box
     model = models.create(plan.model, **plan.model_args)
@@ -191,10 +195,10 @@ def _shared_loaders(run: Context, args: argparse.Namespace) -> tuple:
     return run.loaders(args, distributed=run.ranks.world > 1)
 
 
-def _load_trained(run: Context) -> None:
-    """Give the parts the weights of their files, which other ranks may have trained."""
-    with files.PartsFolder(run.folder.parts) as trained:
-        for k, part in enumerate(run.parts):
+def load_trained(stage: PartsStage, parts: Parts) -> None:
+    """Give the parts the weights of a stage's files, which other ranks may have trained."""
+    with files.PartsFolder(stage.path) as trained:
+        for k, part in enumerate(parts):
             part.load_state_dict(trained.load(k))
 
 
@@ -203,7 +207,7 @@ def _global_learner(run: Context, name: str, model: nn.Module, args, updates: in
     if run.ranks.world > 1:
         model = DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
     batch, stream = data.images_of_an_update(args) * run.ranks.world, 999 - run.ranks.rank
-    return _learner(run, name, model, None, args, updates, batch, stream, folder)
+    return learner_of(run, name, model, None, args, updates, batch, stream, folder)
 
 
 def _prepare(run: Context, learner: Learner, plan: Plan, loader, args: argparse.Namespace) -> bool:
@@ -239,14 +243,14 @@ def _fit(
 
     if run.folder.resuming:
         restore(learner)
-    shared = (run.seed, run.timer, Engine(), run.trackers, keep, run.ranks.primary)
+    shared = (run.seed, run.timer, Engine(), run.trackers, keep, run.ranks.primary, run.ranks.primary)
     TrainingLoop(title, loaders, epochs, *shared).fit([learner])
     if epochs == 0:
         keep()
-    return _accuracy(learner, loaders, shared=True)
+    return accuracy(learner, loaders, shared=True)
 
 
-def _accuracy(learner: Learner, loaders: tuple, shared: bool) -> float:
+def accuracy(learner: Learner, loaders: tuple, shared: bool) -> float:
     """The accuracy after the last epoch; now, if there was none."""
     if learner.history:
         return learner.history[-1]["top1"]

@@ -1,0 +1,155 @@
+"""The joint stage: the parts learn to decide together, before they are one network.
+
+After their own epochs the parts train for a few on whole images at full size against the loss of their *sum* of logits.
+By (2.16) that sum is the composed network, so each part's gradient is the composed network's inside its blocks, the
+weights between them frozen at zero; it costs a K-th of the composed network's multiply-adds. All that parts exchange is
+a batch's logits: within a process as they are, between ranks by one all-reduce of B x C numbers a step.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import TrainError
+from ..surgery.parts import Parts
+from . import data, options
+from .checkpoints import CheckpointTimer, restore_together
+from .engines import Engine, cores, engine, share_cores_for_parts
+from .learner import Learner, within_memory
+from .loop import TrainingLoop
+from .stages import Context, accuracy, finish_part, learner_of, load_trained
+
+
+class Joint(Engine):
+    """Learners that have one loss, that of the sum of their logits.
+
+    Args:
+        by: how they take their forward and backward passes.
+        group: of ranks that have other parts of the same network, and the same batches; None if there are none.
+    """
+
+    def __init__(self, by: Engine, group: dist.ProcessGroup | None = None):
+        self.by, self.group = by, group
+
+    def run(self, works: Sequence[Callable[[], Any]]) -> list:
+        """The sum of what all give, for each."""
+        return [self._sum(self.by.run(works))] * len(works)
+
+    def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
+        gradients = partial(self._gradients, learners, x, y)
+        loss = gradients() if self.group else within_memory(learners, gradients, len(y))  # ranks halve no batch alone
+        self.by.run([partial(n.update, loss, len(y)) for n in learners])
+
+    def _gradients(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch; its gradients are added up over the micro-batches."""
+        first = learners[0]
+        total = torch.zeros((), device=first.device)
+        for n in learners:
+            n.optimizer.zero_grad()
+        for i, (x_i, y_i) in enumerate(first.chunks(x, y)):
+            logits = self.by.logits(learners, x_i, i)
+            together = self._sum([z.detach() for z in logits]).requires_grad_()
+            loss = first.criterion(together, y_i) * (len(y_i) / len(y))
+            (gradient,) = torch.autograd.grad(loss, together)
+            self.by.backward(learners, logits, gradient)
+            total += loss.detach()
+        return total
+
+    def _sum(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Over all parts of all ranks; in float64, where the order of float32 numbers does not matter."""
+        total = torch.stack(list(logits)).double().sum(0)
+        if self.group is not None:
+            dist.all_reduce(total, group=self.group)
+        return total.to(torch.promote_types(logits[0].dtype, torch.float32))
+
+    def __exit__(self, *error: object) -> None:
+        self.by.__exit__(*error)
+
+
+class SharedTimer(CheckpointTimer):
+    """A `CheckpointTimer` of ranks that save together, since each has parts of its own: when one of them is due or is
+    asked to stop, all are. They ask in step."""
+
+    def __init__(self, timer: CheckpointTimer, group: dist.ProcessGroup, device: torch.device):
+        self.timer, self.group, self.device = timer, group, device
+
+    @property
+    def due(self) -> bool:
+        asked = torch.tensor([self.timer.due, self.timer.signal or 0], dtype=torch.int32, device=self.device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
+        due, number = asked.tolist()
+        self.timer.signal = signal.Signals(number) if number else None
+        return bool(due)
+
+    def keep(self, learners: list[Learner]) -> None:
+        self.timer.keep(learners)
+
+
+def check_whole(parts: Parts, whole: Parts, model: str) -> None:
+    """Raise TrainError unless the parts of boxes are those of `whole` images too."""
+    if parts.plan.tensors != whole.plan.tensors:
+        raise TrainError(
+            f"--joint-epochs: the parts of {model} have weights for the positions of their boxes, (2.13), and do not "
+            "run on whole images; use --grid full, or leave out the joint stage"
+        )
+
+
+def train_joint(run: Context) -> tuple[float, float]:
+    """Train the parts together, each rank those it has trained before; returns the accuracy of their sum on whole
+    images, and seconds.
+
+    Raises:
+        TrainError: the loss is not finite, or the process was asked to stop.
+    """
+    stage, ranks = run.folder.joint, run.ranks
+    if stage.done:
+        for k in range(run.args.parts):
+            stage.check(k)
+    else:
+        group = dist.new_group(list(range(min(ranks.world, run.args.parts)))) if ranks.world > 1 else None
+        mine = range(ranks.rank, run.args.parts, ranks.world)
+        if mine:
+            _train(run, list(mine), group)
+        if ranks.world > 1:
+            dist.barrier()
+    done = stage.summaries()
+    return done[0]["top1"], max(part["seconds"] for part in done)
+
+
+def _train(run: Context, mine: list[int], group: dist.ProcessGroup | None) -> None:
+    args, stage = options.stage_options(run.args, "joint"), run.folder.joint
+    if run.ranks.primary:
+        run.folder.write_plan(stage, run.whole.plan)
+    share_cores_for_parts(args.engine, args.parts, run.ranks.local_world)
+    loaders = run.loaders(args, distributed=False)
+    load_trained(run.folder.parts, run.whole)
+    learners = [_learner(run, k, len(loaders[0])) for k in mine]
+    if run.folder.resuming:
+        restore_together(learners, partial(_common, group=group))
+    timer = run.timer if group is None else SharedTimer(run.timer, group, run.device)
+    with engine(args.engine, learners, run.device, cores() // run.ranks.local_world, partial(Joint, group=group)) as by:
+        shared = (run.seed, timer, by, run.trackers)
+        TrainingLoop("joint", loaders, args.epochs, *shared, reports=run.ranks.primary, shared=False).fit(learners)
+    for k, learner in zip(mine, learners):
+        finish_part(run, stage, run.whole.plan, k, learner, accuracy(learner, loaders, shared=False))
+
+
+def _learner(run: Context, k: int, updates: int) -> Learner:
+    args = options.stage_options(run.args, "joint", k)
+    batch, folder = data.images_of_an_update(args), run.folder.joint.part(k)
+    return learner_of(run, f"joint part {k}", run.whole[k], None, args, updates, batch, k, folder)
+
+
+def _common(found: set[int], group: dist.ProcessGroup | None) -> set[int]:
+    """What all ranks have found."""
+    if group is None:
+        return found
+    everywhere: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, found, group=group)
+    return set.intersection(*everywhere)
