@@ -1,71 +1,139 @@
-"""What stage 2 starts from, and what that is worth: boxes that roam, re-estimated BatchNorm statistics, the scale of
-the logits, and the weights between the blocks; on scikit-learn's digits or on an image folder.
+"""What stage 2 starts from, and what that is worth: what parts see, the joint stage, and what is done to the composed
+network before or while it is fine-tuned; on scikit-learn's digits and on 5,000 images of CIFAR-10, three seeds each.
 
-    python benchmarks/stage2_start.py                                       # digits, into stage2_start.csv
-    python benchmarks/stage2_start.py --data-dir DATA --seeds 1 -- --model dd_resnet32 --shift 4 …
+    python benchmarks/stage2_start.py digits                                     # into stage2_start.csv
+    python benchmarks/stage2_start.py cifar10 --data-dir ../shared/data/cifar10
 
-Each run is one of `timm_dd.train`, with the same options but for those of the variant and --seed; options after ``--``
-go to it. Variants with two cycles have half the epochs in each.
+A row is a run of `timm_dd.train` with the set's options, the variant's and --seed; runs that differ in their second
+stage alone share their parts. Rows that the table has are not measured again. "cost" is that of the multiply-adds, in
+epochs of the global network, all K parts together.
 """
 
 import argparse
 import csv
+import json
+import shutil
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 
 from common import provenance, write_table
 
+import timm_dd
 from timm_dd.train import options
 from timm_dd.train.run import train
 
+SETS = {
+    "digits": (
+        "--dataset digits --model resnet10t --overlap 4 --shift 2 --hflip 0 -b 64 -j 0 --opt adamw --lr 0.002 "
+        "--part-lr 0.002 --warmup-epochs 0 --smoothing 0 --part-epochs 12 --epochs 4"
+    ),
+    "cifar10": (
+        "--model dd_resnet20 --model-kwargs widths=(16,32,64) --overlap 4 --train-num-samples 5000 "
+        "--val-num-samples 2000 --shift 4 -b 128 -j 0 --channels-last --opt adamw --weight-decay 0.02 --lr 0.002 "
+        "--part-lr 0.004 --warmup-epochs 0 --smoothing 0 --part-epochs 40 --epochs 5"
+    ),
+}
 VARIANTS = {
     "as in the paper": "",
     "roam 0.5": "--roam 0.5",
-    "roam 0.75": "--roam 0.75",
     "mean": "--calibrate mean",
     "temperature": "--calibrate temperature",
     "noise 0.1": "--off-diagonal-noise 0.1",
     "rate 0.3 between blocks": "--off-diagonal-lr 0.3",
+    "rate 0.3 in the blocks": "--block-lr 0.3",
+    "rate 0.1 in the blocks": "--block-lr 0.1",
+    "head refitted": "--refit-head 0.1",
+    "head for an epoch": "--head-epochs 1 --calibrate temperature",
+    "along the gradient": "--between-gradient",
+    "momenta kept": "--keep-momenta",
+    "rates from fans": "--rates-from-fans --part-lr 0.002",
+    "distilled 0.5": "--distill 0.5",
     "2 cycles": "--cycles 2",
     "2 cycles, reassigned": "--cycles 2 --reassign",
+    "joint 2": "--joint-epochs 2",
+    "joint 4": "--joint-epochs 4",
+    "joint 4, roam 0.5": "--joint-epochs 4 --roam 0.5",
+    "joint 4, rate 0.3 in the blocks": "--joint-epochs 4 --block-lr 0.3",
+    "joint 4, temperature": "--joint-epochs 4 --calibrate temperature",
 }
-DIGITS = (
-    "--dataset digits --model resnet10t --grid 2x2 --overlap 4 --shift 2 --hflip 0 -b 64 -j 0 --opt adamw --lr 0.002 "
-    "--warmup-epochs 0 --smoothing 0 --part-epochs 12 --epochs 4"
-).split()
-FIGURES = ("together", "composed", "updated", "first", "tuned")
+FIGURES = ("together", "joint", "composed", "updated", "first", "tuned")
+STAGES = ("parts", "joint")
 
 
-def row(given: list[str], variant: str, seed: int) -> dict[str, str]:
-    """Top-1 of the parts (mean), of their sum on their own boxes, and of the composed model step by step."""
-    with tempfile.TemporaryDirectory() as folder:
-        args = options.parse([*given, *VARIANTS[variant].split(), "--seed", str(seed), "--output", folder])
-        args.epochs, args.part_epochs = (n // args.cycles for n in (args.epochs, args.part_epochs or args.epochs))
+def given(which: str, variant: str, seed: int, data_dir: str | None, output: str) -> argparse.Namespace:
+    words = [*SETS[which].split(), *VARIANTS[variant].split(), "--seed", str(seed), "--output", output]
+    data = ["--data-dir", data_dir] if data_dir else []
+    args = options.parse([*words, *data, "--experiment", "run", "--resume", f"{output}/run"])
+    args.epochs, args.part_epochs = (n // args.cycles for n in (args.epochs, args.part_epochs))
+    return args
+
+
+def key(args: argparse.Namespace, stage: str) -> str:
+    """Of all that a stage's parts depend on."""
+    names = STAGES[: STAGES.index(stage) + 1]
+    made_of = [options.training_identity(options.stage_options(args, name.rstrip("s"))) for name in names]
+    made_of += [str(options.domain(args)), args.joint_epochs if stage == "joint" else 0]
+    return sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def row(which: str, variant: str, seed: int, data_dir: str | None, kept: Path) -> dict[str, str]:
+    """Top-1 of the parts (mean), of their sum on their views, of the joint stage, and of the composed model step by
+    step."""
+    with tempfile.TemporaryDirectory() as output:
+        args, run = given(which, variant, seed, data_dir, output), Path(output) / "run"
+        shared = [s for s in STAGES if args.cycles == 1 and (s == "parts" or args.joint_epochs)]
+        for stage in shared:
+            if (kept / key(args, stage)).exists():
+                shutil.copytree(kept / key(args, stage), run, dirs_exist_ok=True)
+        if not (run / "args.yaml").exists():
+            args.resume = None
         found = train(args)
-        with max(Path(folder).rglob("global/summary.csv"), key=lambda p: p.stat().st_mtime).open() as f:
+        for stage in shared:
+            if not (kept / key(args, stage)).exists():
+                shutil.copytree(run / stage, kept / key(args, stage) / stage)
+                for name in ("args.yaml", "plan.json"):
+                    shutil.copy(run / name, kept / key(args, stage) / name)
+        with max(run.rglob("global/summary.csv"), key=lambda p: p.stat().st_mtime).open() as f:
             found["first"] = float(next(csv.DictReader(f))["eval_top1"])
     mean = sum(found["parts"]) / len(found["parts"])
-    figures = {"parts": mean, **{k: found[k] for k in FIGURES}}
-    return {"variant": variant, "seed": str(seed), **{k: f"{v:.2f}" for k, v in figures.items()}}
+    figures = {"parts": mean, **{k: found.get(k) for k in FIGURES}}
+    said = {k: f"{v:.2f}" if v is not None else "" for k, v in figures.items()}
+    return {"set": which, "variant": variant, "seed": str(seed), **said, "cost": f"{cost(args):.2f}"}
+
+
+def cost(args: argparse.Namespace) -> float:
+    """Of all stages and cycles, in epochs of the global network."""
+    size = {"img_size": 32, "num_classes": 10, **args.model_kwargs}
+    ratios = [
+        p.parts * p.part.multiply_adds / p.whole.multiply_adds
+        for p in (
+            timm_dd.profile(args.model, args.parts, domain=d, **size)
+            for d in (options.domain(args), timm_dd.Domain.full(args.parts))
+        )
+    ]
+    epochs = (args.part_epochs, args.joint_epochs)
+    return args.cycles * (sum(n * r for n, r in zip(epochs, ratios)) + args.epochs)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", choices=SETS)
     parser.add_argument("--data-dir", metavar="DIR")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
-    parser.add_argument("given", nargs="*", metavar="-- OPTION", help="for timm_dd.train")
+    parser.add_argument("--kept", type=Path, default=Path(tempfile.gettempdir()) / "stage2_start", metavar="DIR")
+    parser.add_argument("--table", type=Path, default=Path(__file__).with_suffix(".csv"), metavar="CSV")
     args = parser.parse_args()
-    given = [*(DIGITS if args.data_dir is None else ["--data-dir", args.data_dir]), *args.given]
-    origin, table = provenance(), []
-    for variant in args.variants:
-        for seed in range(args.seeds):
-            table.append({**row(given, variant, seed), **origin})
-    shown = ["variant", "seed", "parts", *FIGURES]
-    for line in [shown, *([r[k] for k in shown] for r in table)]:
-        print("  ".join(cell.ljust(8) for cell in line))
-    if args.data_dir is None and not args.given:
-        write_table(Path(__file__).with_suffix(".csv"), table, list(table[0]))
+    origin = provenance()
+    for seed in args.seeds:
+        for variant in args.variants:
+            table = list(csv.DictReader(args.table.open())) if args.table.exists() else []
+            if any((r["set"], r["variant"], r["seed"]) == (args.set, variant, str(seed)) for r in table):
+                continue
+            table.append({**row(args.set, variant, seed, args.data_dir, args.kept), **origin})
+            print("  ".join(f"{k} {v}" for k, v in table[-1].items()), flush=True)
+            write_table(args.table, table, list(table[-1]))
 
 
 if __name__ == "__main__":

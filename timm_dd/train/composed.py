@@ -99,13 +99,19 @@ def add_noise(weights: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float
 
 
 @contextmanager
-def rate_between(weights: Sequence[tuple[torch.Tensor, torch.Tensor]], factor: float) -> Iterator[None]:
-    """Around an optimizer's step: the weights between the blocks change by `factor` times what it says."""
-    before = [p.detach().clone() for p, _ in weights]
+def rates(
+    model: nn.Module, weights: Sequence[tuple[torch.Tensor, torch.Tensor]], between: float, inside: float
+) -> Iterator[None]:
+    """Around an optimizer's step: the weights between the blocks change by `between` times what it says, all others by
+    `inside` times."""
+    masks = {id(p): outside for p, outside in weights}
+    changed = [p for p in model.parameters() if inside != 1 or id(p) in masks]
+    before = [p.detach().clone() for p in changed]
     yield
     with torch.no_grad():
-        for (p, outside), old in zip(weights, before):
-            p.lerp_(old, outside.to(p.dtype) * (1 - factor))
+        for p, old in zip(changed, before):
+            outside = masks[id(p)].to(p.dtype) if id(p) in masks else torch.zeros_like(p)
+            p.lerp_(old, 1 - (outside * between + (1 - outside) * inside))
 
 
 def reassign(state: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:

@@ -94,6 +94,7 @@ class Learner:
         self.forward = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
         self.ema = ModelEmaV3(self.net, decay=args.model_ema_decay) if args.model_ema else None
         self.criterion = criterion(args)
+        self.teacher: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.micro_batches = args.grad_accum_steps
         self.around_step: Callable[[], AbstractContextManager] = nullcontext  # of the optimizer
         self.dtype = getattr(torch, args.amp_dtype)
@@ -136,7 +137,11 @@ class Learner:
             later = self.model.no_sync() if self.distributed and i + 1 < len(batches) else nullcontext()
             with later:
                 with self.random(self.updates, i), self.autocast():
-                    loss = self.criterion(self.forward(self.view(x_i)), y_i) * (len(y_i) / len(y))
+                    logits = self.forward(self.view(x_i))
+                    loss = self.criterion(logits, y_i) * (len(y_i) / len(y))
+                    if self.teacher is not None:
+                        taught = SoftTargetCrossEntropy()(logits, self.teacher(x_i)) * (len(y_i) / len(y))
+                        loss = loss.lerp(taught, self.args.distill)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return total

@@ -25,7 +25,10 @@ MAY_CHANGE_ON_RESUME = {  # no weight depends on them
     "pin_mem", "quiet", "resume", "validation_batch_size", "verbose", "wandb_project", "workers",
 }  # fmt: skip
 STAGES = ("part", "joint", "baseline")
-COMPOSED = ("calibrate", "off_diagonal_lr", "off_diagonal_noise", "update_bn")  # nothing to parts and baseline
+COMPOSED = (  # nothing to parts and baseline
+    "between_gradient", "block_lr", "calibrate", "distill", "head_epochs", "keep_momenta", "off_diagonal_lr",
+    "off_diagonal_noise", "refit_head", "repair", "update_bn",
+)  # fmt: skip
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
