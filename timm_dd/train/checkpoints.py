@@ -53,24 +53,27 @@ def restore(learner: Learner) -> bool:
     return any(_restore(learner, path) for path in found(learner.folder))
 
 
-def restore_together(learners: Sequence[Learner], common: Callable[[set[int]], set[int]]) -> None:
-    """Go back to the newest update of which all `learners` have a checkpoint that can be read.
+def restore_together(learners: Sequence[Learner], common: Callable[[set], set]) -> None:
+    """Go back to the newest state of which all `learners` have a checkpoint that can be read: the same number of updates,
+    and of epochs that ended.
 
     Args:
-        common: of the updates that a rank has found, those that all ranks have.
+        common: of the states that a rank has found, those that all ranks have.
 
     Raises:
         TrainError: as `restore`.
     """
-    theirs = [{_updates(path): path for path in found(n.folder) if _read(path)} for n in learners]
+    theirs = [_readable(n.folder) for n in learners]
     shared = common(set.intersection(*map(set, theirs)))
     if shared:
         for learner, paths in zip(learners, theirs):
             _restore(learner, paths[max(shared)])
 
 
-def _updates(path: Path) -> int:
-    return int(path.stem.rpartition("-")[2])
+def _readable(folder: Path) -> dict[tuple[int, int], Path]:
+    """The checkpoints in a folder that can be read, by updates and epochs that ended."""
+    held = {path: _read(path) for path in found(folder)}
+    return {(h[1]["updates"], len(h[1]["history"])): path for path, h in held.items() if h is not None}
 
 
 def _read(path: Path) -> tuple[dict, dict] | None:

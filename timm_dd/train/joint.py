@@ -146,7 +146,7 @@ def _learner(run: Context, k: int, updates: int) -> Learner:
     return learner_of(run, f"joint part {k}", run.whole[k], None, args, updates, batch, k, folder)
 
 
-def _common(found: set[int], group: dist.ProcessGroup | None) -> set[int]:
+def _common(found: set, group: dist.ProcessGroup | None) -> set:
     """What all ranks have found."""
     if group is None:
         return found
