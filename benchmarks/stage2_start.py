@@ -55,6 +55,12 @@ VARIANTS = {
     "joint 4": "--joint-epochs 4",
     "joint 4, roam 0.5": "--joint-epochs 4 --roam 0.5",
     "joint 4, rate 0.3 in the blocks": "--joint-epochs 4 --block-lr 0.3",
+    "joint 4, momenta kept": "--joint-epochs 4 --keep-momenta",
+    "joint 4, warm-up": "--joint-epochs 4 --sched-on-updates --warmup-epochs 1",
+    "joint 4, rate 0.3 between blocks": "--joint-epochs 4 --off-diagonal-lr 0.3",
+    "joint 4, lr 0.0005": "--joint-epochs 4 --lr 0.0005",
+    "joint 4, momenta kept, lr 0.0005": "--joint-epochs 4 --keep-momenta --lr 0.0005",
+    "joint 4, head refitted": "--joint-epochs 4 --refit-head 0.1",
     "joint 4, temperature": "--joint-epochs 4 --calibrate temperature",
 }
 FIGURES = ("together", "joint", "composed", "updated", "first", "tuned")

@@ -54,8 +54,8 @@ def restore(learner: Learner) -> bool:
 
 
 def restore_together(learners: Sequence[Learner], common: Callable[[set], set]) -> None:
-    """Go back to the newest state of which all `learners` have a checkpoint that can be read: the same number of updates,
-    and of epochs that ended.
+    """Go back to the newest state of which all `learners` have a checkpoint that can be read: the same number of
+    updates, and of epochs that ended.
 
     Args:
         common: of the states that a rank has found, those that all ranks have.

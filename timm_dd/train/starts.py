@@ -146,8 +146,9 @@ def _loss_at(model: nn.Module, weights, steps, size: float, batches) -> float:
 
 
 def carry_momenta(learner: Learner, plan: Plan, stage: PartsStage, part: nn.Module) -> None:
-    """Give the composed network's optimizer the parts' states, in their blocks as the weights are; what lies between
-    them has none yet."""
+    """Give the composed network's optimizer the parts' states, in their blocks as the weights are. Between them there
+    is no momentum yet, and for a second moment the mean of those inside: from zero, Adam's first steps would be three
+    times the learning rate, whatever the gradient."""
     held = [load_file(found(stage.part(k))[0]) for k in range(plan.parts)]
     named = {id(p): name for name, p in part.named_parameters()}
     groups = optimizers.create(part, learner.args, 0.0).param_groups
@@ -158,6 +159,8 @@ def carry_momenta(learner: Learner, plan: Plan, stage: PartsStage, part: nn.Modu
         for kind in kinds:
             tensors = [h[f"state.{i}.{kind}"] for h in held]
             values[kind] = tensors[0].clone() if tensors[0].ndim == 0 else _merged(plan, name, tensors, p)
+            if kind.endswith("_sq"):
+                values[kind][values[kind] == 0] = torch.cat([t.flatten() for t in tensors]).mean()
         learner.optimizer.state[p] = values
 
 
