@@ -33,7 +33,9 @@ class Analysis:
         return tuple(self.relations.approximations)
 
     def plan(self, model: str | None, model_args: dict) -> Plan:
-        return assemble(self.reading, self.relations, model, model_args)
+        plan = assemble(self.reading, self.relations, model, model_args)
+        _check_scale(plan)
+        return plan
 
 
 def make_plan(
@@ -91,6 +93,20 @@ def analyse(
             f"{_largest(gm, divisor, input_size, output)}"
         )
     return Analysis(reading, relate(reading))
+
+
+def _check_scale(plan: Plan) -> None:
+    """Raise SplitError if parts see coarser images than their weights for positions could be placed in, (2.13)."""
+    if plan.domain.scale == 1:
+        return
+    if plan.output == "boxes":
+        raise SplitError(f"reconstruct is for boxes at scale 1, got {plan.domain}")
+    for name, t in {**plan.tensors, **plan.constants}.items():
+        if any(axis is not None and axis.is_windowed for axis in t.axes):
+            raise SplitError(
+                f"{plan.domain}: {name} has weights for the positions of a part's map, which have no place in the "
+                "whole image's at another scale; use scale 1, or a network with global pooling"
+            )
 
 
 def _largest(gm: fx.GraphModule, divisor: int, input_size: Sequence[int], output: str) -> int:

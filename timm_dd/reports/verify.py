@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..algebra.axes import FrozenAxis, block
-from ..algebra.domain import Box, Domain, spatial
+from ..algebra.domain import Domain, spatial
+from ..algebra.view import Box
 from ..errors import SplitError
 from ..planning.plan import Plan
 from ..planning.planner import analyse
@@ -88,6 +89,7 @@ class Report:
         exact: whether the plan says that `whole` is rounding.
         box_exact: whether `box` has to be rounding too: the outputs depend on the boxes alone.
         tolerance: below which a difference is rounding.
+        scaled: whether the parts' views are resampled, so that (2.15), which is of boxes, says nothing of them.
     """
 
     layers: tuple[LayerErrors, ...]
@@ -96,6 +98,7 @@ class Report:
     exact: bool
     box_exact: bool
     tolerance: float
+    scaled: bool = False
     labelled: Labelled | None = None
 
     @property
@@ -130,6 +133,11 @@ class Report:
                 "",
                 f"outputs against the sum of the parts': whole image {_figure(self.whole)} {claim} "
                 f"({'exact' if self.box_exact else 'no claim'})",
+                *(
+                    ["(2.15) is not about views at another scale: compared on whole images alone"]
+                    if self.scaled
+                    else []
+                ),
                 *(["", self.labelled.text()] if self.labelled is not None else []),
                 "",
                 *outcome,
@@ -171,9 +179,11 @@ def verify(
     rows, outputs = claims(analyse(parts.graph, plan.divisor, plan.domain, size, output=plan.output, replicate=True))
     nets, every, x = _in_float64(model, parts, head), [*rows, *outputs], x.to("cpu", torch.float64)
     full = Domain.full(plan.parts).boxes(spatial(size))
-    box = _compare(nets, plan, every, plan.boxes(), x)
+    scaled = plan.domain.scale != 1
+    box = _Differences() if scaled else _compare(nets, plan, every, plan.boxes(), x)
     comparable = not _windows(plan)
-    whole = box if plan.boxes() == full else _compare(nets, plan, every, full, x) if comparable else _Differences()
+    as_box = plan.boxes() == full and not scaled
+    whole = box if as_box else _compare(nets, plan, every, full, x) if comparable else _Differences()
     return Report(
         tuple(
             LayerErrors(c.path, c.operation, whole.error([c]), box.error([c]), box.field([c]), c.exact) for c in rows
@@ -183,6 +193,7 @@ def verify(
         plan.exact,
         plan.exact and box.field(outputs) == 1,
         _tolerance(plan, parts[0].state_dict()),
+        scaled,
         labelled,
     )
 

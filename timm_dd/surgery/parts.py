@@ -59,17 +59,17 @@ class Parts(nn.ModuleList):
         return self._whole.module
 
     def crops(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """K views of the batch ``x`` (B, C, *size), one for each box.
+        """K views of the batch ``x`` (B, C, *size), what each part sees of it.
 
         Raises:
             SplitError: a batch of another image size.
         """
         if tuple(x.shape[1:]) != self.plan.input_size:
             raise SplitError(f"expected images of {self.plan.input_size}, got a batch of shape {tuple(x.shape)}")
-        return tuple(box.crop(x) for box in self.plan.boxes())
+        return tuple(view.crop(x) for view in self.plan.views())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Logits of the parts, each on its box: (K, B, classes); their sum over K is (2.16). Of several outputs,
+        """Logits of the parts, each on its view: (K, B, classes); their sum over K is (2.16). Of several outputs,
         each is stacked; reconstructions of boxes of several sizes are a list."""
         outputs = [part(crop) for part, crop in zip(self, self.crops(x))]
         shapes = {y.shape for y in outputs if isinstance(y, torch.Tensor)}

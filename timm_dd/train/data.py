@@ -169,10 +169,17 @@ def data_config(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, A
 
 
 def loaders(
-    args: argparse.Namespace, config: dict, train: Dataset, val: Dataset, device: torch.device, distributed: bool
+    args: argparse.Namespace,
+    config: dict,
+    train: Dataset,
+    val: Dataset,
+    device: torch.device,
+    distributed: bool,
+    train_size: Sequence[int] | None = None,
 ):
-    """timm's loaders for training and validation."""
-    common = _common(args, config, device, distributed)
+    """timm's loaders for training and validation; images to train on are of `train_size`, by default of the config's
+    input size."""
+    train_config = config if train_size is None else {**config, "input_size": (config["input_size"][0], *train_size)}
     train_loader = create_loader(
         train,
         batch_size=images_of_an_update(args),
@@ -188,11 +195,11 @@ def loaders(
         auto_augment=args.aa,
         re_prob=args.reprob,
         interpolation="random",
-        **common,
+        **_common(args, train_config, device, distributed),
     )
     if args.no_aug or args.shift:
-        train.transform = _plain(args, config, train.transform)
-    return train_loader, _validation_loader(args, config, val, common)
+        train.transform = _plain(args, train_config, train.transform)
+    return train_loader, _validation_loader(args, config, val, _common(args, config, device, distributed))
 
 
 def _mixup(args: argparse.Namespace) -> FastCollateMixup:

@@ -128,6 +128,11 @@ def _stages(g) -> None:
     for name, kind in STAGED.items():
         g.add_argument(flag_of(name), default=defaults.get(name), **kind)
     g.add_argument(
+        "--views",
+        metavar="VIEW,…",
+        help="what a part trains on, one drawn each update: box, its own; full, the whole image; @0.5: at that scale",
+    )
+    g.add_argument(
         "--roam",
         type=float,
         default=0.0,

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ..algebra.domain import Box
+from ..algebra.view import Box, View
 from ..errors import TrainError, headline
 from . import optimizers, options, schedule
 
@@ -57,7 +57,7 @@ class Learner:
     ones (`engines.Packed`) draw together, by the first one's seed.
 
     Args:
-        box: what the network sees of a batch; None for all of it. While it trains, ``--roam`` moves the box.
+        sees: of a batch, a view or a box; None for all of it. While it trains, ``--roam`` moves the box.
         global_batch: images of an update over all ranks, for ``--lr-base``.
         folder: for its ``summary.csv`` and its checkpoints.
 
@@ -66,6 +66,7 @@ class Learner:
         options: what its weights depend on, the updates of an epoch and the images of an update among them.
         history: loss, top1, lr, and seconds since the beginning, of each epoch that ended.
         seconds: of its epochs, validation included, and of what made it ready.
+        draws: of which of these it sees one while it trains, update by update, all parts the one of the same number.
         failure: why it cannot go on; None while it can.
     """
 
@@ -73,7 +74,7 @@ class Learner:
         self,
         name: str,
         model: nn.Module,
-        box: Box | None,
+        sees: View | Box | None,
         args: argparse.Namespace,
         device: torch.device,
         updates_per_epoch: int,
@@ -81,8 +82,9 @@ class Learner:
         seed: int,
         folder: Path,
     ):
-        self.name, self.model, self.box, self.args, self.device = name, model, box, args, device
+        self.name, self.model, self.sees, self.args, self.device = name, model, sees, args, device
         self.seed, self.folder = seed, folder
+        self.draws: Sequence[View | Box | None] = (sees,)
         self.options = {
             **options.training_identity(args),
             "updates_per_epoch": updates_per_epoch,
@@ -212,19 +214,20 @@ class Learner:
 
     @torch.no_grad()
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Of the result, on the network's box."""
+        """Of the result, on what the network sees."""
         with self.autocast():
-            return (self.forward if self.ema is None else self.result)(self._format(x, self.box)).float()
+            return (self.forward if self.ema is None else self.result)(self._format(x, self.sees)).float()
 
     def view(self, x: torch.Tensor) -> torch.Tensor:
-        """What the network sees of a batch in this update: its box, or with the probability --roam one anywhere."""
+        """What the network sees of a batch in this update; with the probability --roam, of a box anywhere."""
+        sees = self.draws[Random((self.args.seed << 32) + self.updates).randrange(len(self.draws))]
         random = Random((self.seed << 32) + self.updates)
-        if self.box is None or random.random() >= self.args.roam:
-            return self._format(x, self.box)
-        return self._format(x, self.box.anywhere(x.shape[2:], random))
+        if sees is None or random.random() >= self.args.roam:
+            return self._format(x, sees)
+        return self._format(x, sees.anywhere(x.shape[2:], random))
 
-    def _format(self, x: torch.Tensor, box: Box | None) -> torch.Tensor:
-        x = x if box is None else box.crop(x)
+    def _format(self, x: torch.Tensor, sees: View | Box | None) -> torch.Tensor:
+        x = x if sees is None else sees.crop(x)
         return x.contiguous(memory_format=torch.channels_last) if self.args.channels_last else x
 
     # ---- what a checkpoint holds

@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from safetensors.torch import load_file
 
 from .. import models
 from ..algebra.domain import Domain
+from ..algebra.view import View
 from ..errors import TrainError
 from ..storage.atomic import replace_json
 from ..surgery.parts import Parts
-from ..surgery.split import split
+from ..surgery.split import plan, split
 from ..text import table
 from . import data, options
 from .checkpoints import CheckpointTimer
@@ -63,6 +65,7 @@ class Run:
         self.whole = self._split(before, Domain.full(args.parts), config) if args.joint_epochs else None
         if self.whole is not None:
             check_whole(self.parts, self.whole, args.model)
+        self.views = [self._views(d) for d in options.views(args)]
 
     @property
     def folder(self) -> Path:
@@ -91,6 +94,22 @@ class Run:
             parts.take(reassign(state, parts.plan) if args.reassign else state)
         parts.plan = replace(parts.plan, config=config)
         return parts
+
+    def _views(self, domain: Domain) -> Sequence[View]:
+        """What the parts see of an image on another domain than theirs.
+
+        Raises:
+            TrainError: a part is another network there.
+        """
+        args, mine = self.args, self.parts.plan
+        size = tuple(self.data_config["input_size"][1:])
+        other = plan(args.model, args.parts, domain=domain, narrow=args.narrow, img_size=size, **self.model_args)
+        if (other.tensors, other.edits) != (mine.tensors, mine.edits):
+            raise TrainError(
+                f"--views: {args.model} reads positions, so that its parts on {domain} are not those on {mine.domain}; "
+                "leave --views out"
+            )
+        return other.views()
 
     def go(self) -> dict:
         """Both stages, and the baseline if asked for; writes and prints the summary on the first rank."""
@@ -137,6 +156,7 @@ class Run:
             seed=self.args.seed + self.cycle - 1,
             parts=self.parts,
             whole=self.whole,
+            views=self.views,
             model_args=self.model_args,
             data_config=self.data_config,
             sets=[decoded(s, self.place.decoded / f"{n}.safetensors", self.args.workers) for n, s in named.items()],

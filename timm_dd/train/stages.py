@@ -24,6 +24,8 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import Dataset
 
 from .. import models
+from ..algebra.domain import spatial
+from ..algebra.view import View
 from ..errors import TrainError
 from ..planning.graphs import BATCH_NORMS
 from ..planning.plan import Plan
@@ -51,6 +53,7 @@ class Context:
         folder: of the run.
         seed: of the order of images, and of dropout.
         parts: as they were split; later as they were trained.
+        views: of --views, each of all parts.
         whole: the same parts as they are on whole images, for the joint stage; None if there is none.
         model_args: for `timm.create_model`.
         sets: (train, validation).
@@ -63,15 +66,16 @@ class Context:
     seed: int
     parts: Parts
     whole: Parts | None
+    views: Sequence[Sequence[View]]
     model_args: dict
     data_config: dict
     sets: Sequence[Dataset]
     timer: CheckpointTimer
     trackers: Trackers
 
-    def loaders(self, args: argparse.Namespace, distributed: bool) -> tuple:
-        """(train, validation)."""
-        return data.loaders(args, self.data_config, *self.sets, self.device, distributed=distributed)
+    def loaders(self, args: argparse.Namespace, distributed: bool, train_size: Sequence[int] | None = None) -> tuple:
+        """(train, validation); see `data.loaders`."""
+        return data.loaders(args, self.data_config, *self.sets, self.device, distributed, train_size)
 
     def about(self, stage: str) -> dict[str, str]:
         """What a model's metadata say of where it comes from; `stage` is its name in the run's summary."""
@@ -91,7 +95,8 @@ def train_parts(run: Context) -> None:
         return
     args = options.stage_options(run.args, "part")
     share_cores_for_parts(args.engine, args.parts, run.ranks.local_world)
-    loaders = run.loaders(args, distributed=False)
+    seen = run.parts.plan.views()[0].size if _made_as_seen(run, args) else None
+    loaders = run.loaders(args, distributed=False, train_size=seen)
     learners = [_part_learner(run, k, len(loaders[0])) for k in due]
     if run.folder.resuming:
         for k, learner in zip(due, learners):
@@ -105,6 +110,14 @@ def train_parts(run: Context) -> None:
             run.folder.parts.fail(k, learner.failure)
         else:
             finish_part(run, run.folder.parts, run.parts.plan, k, learner, accuracy(learner, loaders, shared=False))
+
+
+def _made_as_seen(run: Context, args: argparse.Namespace) -> bool:
+    """Whether training images are made at the size at which the parts see them, resampled once: all parts see the whole
+    image, of which timm's random resized crop is taken."""
+    view, *others = dict.fromkeys(run.parts.plan.views())
+    whole = view.box.extent == spatial(run.parts.plan.input_size)
+    return whole and not others and not run.views and not args.shift and not args.no_aug
 
 
 def finish_part(run: Context, stage: PartsStage, plan: Plan, k: int, learner: Learner, top1: float) -> None:
@@ -123,15 +136,20 @@ def finish_part(run: Context, stage: PartsStage, plan: Plan, k: int, learner: Le
 
 
 def _part_learner(run: Context, k: int, updates: int) -> Learner:
-    args, box = options.stage_options(run.args, "part", k), run.parts.plan.boxes()[k]
+    args, view = options.stage_options(run.args, "part", k), run.parts.plan.views()[k]
     batch = data.images_of_an_update(args)
-    return learner_of(run, f"part {k}", run.parts[k], box, args, updates, batch, k, run.folder.parts.part(k))
+    learner = learner_of(run, f"part {k}", run.parts[k], view, args, updates, batch, k, run.folder.parts.part(k))
+    if run.views:
+        learner.draws = [views[k] for views in run.views]
+    elif _made_as_seen(run, args):
+        learner.draws = [None]
+    return learner
 
 
-def learner_of(run: Context, name, model, box, args, updates, batch, stream, folder) -> Learner:
+def learner_of(run: Context, name, model, sees, args, updates, batch, stream, folder) -> Learner:
     model = model.to(run.device, memory_format=torch.channels_last) if args.channels_last else model.to(run.device)
-    learner = Learner(name, model, box, args, run.device, updates, batch, run.seed * 1000 + stream, folder)
-    if args.rates_from_fans and box is not None:
+    learner = Learner(name, model, sees, args, run.device, updates, batch, run.seed * 1000 + stream, folder)
+    if args.rates_from_fans and sees is not None:
         k = run.parts.plan.parts - 1 if stream >= run.parts.plan.parts else stream
         starts.rates_from_fans(learner.optimizer, learner.net, starts.fans_of(run.parts.plan, k))
         learner.schedule = starts_schedule(args, learner.optimizer, updates)
@@ -227,7 +245,7 @@ def _prepare(run: Context, learner: Learner, plan: Plan, loader, args: argparse.
         learner.around_step = partial(rates, net, weights, args.off_diagonal_lr, args.block_lr)
     re_estimate = args.update_bn and any(isinstance(m, BATCH_NORMS) for m in net.modules())
     if args.repair:
-        starts.repair(net, plan, run.parts, [box.crop for box in plan.boxes()], loader, run.device)
+        starts.repair(net, plan, run.parts, [view.crop for view in plan.views()], loader, run.device)
     if re_estimate:
         update_bn(some(loader), learner.model, run.device)
     if args.between_gradient:
@@ -239,13 +257,13 @@ def _prepare(run: Context, learner: Learner, plan: Plan, loader, args: argparse.
     if args.keep_momenta:
         starts.carry_momenta(learner, plan, run.folder.trained, run.parts[0])
     if args.distill:
-        boxes = plan.boxes()
+        views = plan.views()
         for part in run.parts:
             part.eval()
 
         @torch.no_grad()
         def teacher(x: torch.Tensor) -> torch.Tensor:
-            return torch.stack([part(box.crop(x)).softmax(1) for part, box in zip(run.parts, boxes)]).mean(0)
+            return torch.stack([part(view.crop(x)).softmax(1) for part, view in zip(run.parts, views)]).mean(0)
 
         learner.teacher = teacher
     if learner.ema is not None:
