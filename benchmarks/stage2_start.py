@@ -24,19 +24,24 @@ from timm_dd.train import options
 from timm_dd.train.run import train
 
 SETS = {
-    "digits": (
-        "--dataset digits --model resnet10t --overlap 4 --shift 2 --hflip 0 -b 64 -j 0 --opt adamw --lr 0.002 "
-        "--part-lr 0.002 --warmup-epochs 0 --smoothing 0 --part-epochs 12 --epochs 4"
+    "digits": (  # on boxes, unless a variant says otherwise
+        "--dataset digits --model resnet10t --grid 2x2 --overlap 4 --shift 2 --hflip 0 -b 64 -j 0 --opt adamw "
+        "--lr 0.002 --part-lr 0.002 --warmup-epochs 0 --smoothing 0 --part-epochs 12 --epochs 4"
     ),
-    "cifar10": (
-        "--model dd_resnet20 --model-kwargs widths=(16,32,64) --overlap 4 --train-num-samples 5000 "
-        "--val-num-samples 2000 --shift 4 -b 128 -j 0 --channels-last --opt adamw --weight-decay 0.02 --lr 0.002 "
-        "--part-lr 0.004 --warmup-epochs 0 --smoothing 0 --part-epochs 40 --epochs 5"
+    "cifar10": (  # on whole images of 20x20 pixels, unless a variant says otherwise
+        "--model dd_resnet20 --model-kwargs widths=(16,32,64) --grid full --part-scale 0.625 --train-num-samples 5000 "
+        "--val-num-samples 2000 --shift 4 -b 128 -j 0 --channels-last --engine packed --opt adamw --weight-decay 0.02 "
+        "--lr 0.002 --part-lr 0.004 --warmup-epochs 0 --smoothing 0 --part-epochs 24 --epochs 4"
     ),
 }
+BOXES, SCALED = "--grid 2x2 --overlap 4 --part-scale 1", "--grid full --overlap 0 --part-scale 0.625"
 VARIANTS = {
-    "as in the paper": "",
-    "roam 0.5": "--roam 0.5",
+    "nothing": "",
+    "boxes, roam 0.5": f"{BOXES} --roam 0.5",
+    "boxes, roam 0.5, joint 4": f"{BOXES} --roam 0.5 --joint-epochs 4",
+    "scaled": SCALED,
+    "scaled, joint 4": f"{SCALED} --joint-epochs 4",
+    "scaled or boxes": f"{BOXES} --views full@0.625,box",
     "mean": "--calibrate mean",
     "temperature": "--calibrate temperature",
     "noise 0.1": "--off-diagonal-noise 0.1",
@@ -49,19 +54,18 @@ VARIANTS = {
     "momenta kept": "--keep-momenta",
     "rates from fans": "--rates-from-fans --part-lr 0.002",
     "distilled 0.5": "--distill 0.5",
-    "2 cycles": "--cycles 2",
-    "2 cycles, reassigned": "--cycles 2 --reassign",
     "joint 2": "--joint-epochs 2",
     "joint 4": "--joint-epochs 4",
-    "joint 4, roam 0.5": "--joint-epochs 4 --roam 0.5",
+    "joint 4, rate 0.3 between blocks": "--joint-epochs 4 --off-diagonal-lr 0.3",
     "joint 4, rate 0.3 in the blocks": "--joint-epochs 4 --block-lr 0.3",
+    "joint 4, temperature": "--joint-epochs 4 --calibrate temperature",
     "joint 4, momenta kept": "--joint-epochs 4 --keep-momenta",
     "joint 4, warm-up": "--joint-epochs 4 --sched-on-updates --warmup-epochs 1",
-    "joint 4, rate 0.3 between blocks": "--joint-epochs 4 --off-diagonal-lr 0.3",
-    "joint 4, lr 0.0005": "--joint-epochs 4 --lr 0.0005",
-    "joint 4, momenta kept, lr 0.0005": "--joint-epochs 4 --keep-momenta --lr 0.0005",
+    "joint 4, a quarter of the rate": "--joint-epochs 4 --lr 0.0005",
+    "joint 4, a quarter of the rate, momenta kept": "--joint-epochs 4 --lr 0.0005 --keep-momenta",
     "joint 4, head refitted": "--joint-epochs 4 --refit-head 0.1",
-    "joint 4, temperature": "--joint-epochs 4 --calibrate temperature",
+    "2 cycles": "--cycles 2",
+    "2 cycles, reassigned": "--cycles 2 --reassign",
 }
 FIGURES = ("together", "joint", "composed", "updated", "first", "tuned")
 STAGES = ("parts", "joint")
