@@ -31,7 +31,7 @@ SETS = {
     "cifar10": (  # on whole images of 20x20 pixels, unless a variant says otherwise
         "--model dd_resnet20 --model-kwargs widths=(16,32,64) --grid full --part-scale 0.625 --train-num-samples 5000 "
         "--val-num-samples 2000 --shift 4 -b 128 -j 0 --channels-last --engine packed --opt adamw --weight-decay 0.02 "
-        "--lr 0.002 --part-lr 0.004 --warmup-epochs 0 --smoothing 0 --part-epochs 24 --epochs 4"
+        "--lr 0.002 --part-lr 0.004 --warmup-epochs 0 --smoothing 0 --part-epochs 24 --epochs 3"
     ),
 }
 BOXES, SCALED = "--grid 2x2 --overlap 4 --part-scale 1", "--grid full --overlap 0 --part-scale 0.625"
@@ -93,17 +93,18 @@ def row(which: str, variant: str, seed: int, data_dir: str | None, kept: Path) -
     with tempfile.TemporaryDirectory() as output:
         args, run = given(which, variant, seed, data_dir, output), Path(output) / "run"
         shared = [s for s in STAGES if args.cycles == 1 and (s == "parts" or args.joint_epochs)]
-        for stage in shared:
-            if (kept / key(args, stage)).exists():
-                shutil.copytree(kept / key(args, stage), run, dirs_exist_ok=True)
+        places = {stage: kept / key(args, stage) for stage in shared}
+        for place in places.values():
+            if place.exists():
+                shutil.copytree(place, run, dirs_exist_ok=True)
         if not (run / "args.yaml").exists():
             args.resume = None
         found = train(args)
-        for stage in shared:
-            if not (kept / key(args, stage)).exists():
-                shutil.copytree(run / stage, kept / key(args, stage) / stage)
+        for stage, place in places.items():
+            if not place.exists():
+                shutil.copytree(run / stage, place / stage)
                 for name in ("args.yaml", "plan.json"):
-                    shutil.copy(run / name, kept / key(args, stage) / name)
+                    shutil.copy(run / name, place / name)
         with max(run.rglob("global/summary.csv"), key=lambda p: p.stat().st_mtime).open() as f:
             found["first"] = float(next(csv.DictReader(f))["eval_top1"])
     mean = sum(found["parts"]) / len(found["parts"])
