@@ -79,6 +79,9 @@ def _add_merge(commands) -> None:
     p.add_argument("parts", metavar="PARTS", help="a folder, or hf-hub:USER/REPO[@REVISION]")
     p.add_argument("-o", "--output", required=True, metavar="COMPOSED", help="folder for the model")
     p.add_argument("--head", choices=["sum", "mean"], default="sum", help="mean for regression")
+    p.add_argument(
+        "--onto", metavar="MODEL", help="keep this model's weights between the blocks: a folder, or hf-hub:…"
+    )
 
 
 def _add_verify(commands) -> None:
@@ -169,7 +172,7 @@ def _split(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     from .storage.merge_files import merge_files
 
-    merge_files(args.parts, args.output, head=args.head)
+    merge_files(args.parts, args.output, head=args.head, onto=args.onto)
     timm_form = (Path(args.output) / "config.json").exists()
     use = f"timm.create_model('local-dir:{args.output}', pretrained=True)" if timm_form else "model.safetensors"
     print(f"{args.output}: {use}")

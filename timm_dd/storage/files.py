@@ -99,8 +99,15 @@ def _write(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str,
 
 def save_model(folder: str | Path, model: nn.Module, config: dict | None, about: Mapping[str, str]) -> None:
     """Write a model in timm's form; `about` it goes into the metadata."""
+    save_state(folder, model.state_dict(), config, about)
+
+
+def save_state(
+    folder: str | Path, state: Mapping[str, torch.Tensor], config: dict | None, about: Mapping[str, str]
+) -> None:
+    """As `save_model`, from its state dict."""
     with output_folder(folder) as aside:
-        _write(aside(MODEL), model.state_dict(), about)
+        _write(aside(MODEL), state, about)
         write_config(aside, config)
 
 

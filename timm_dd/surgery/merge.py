@@ -37,7 +37,8 @@ def merge(
     With `onto`, whose weights are θ, it is a correction: θ + Σ_k P_k (θ_k − R_k θ), additive Schwarz, where R_k is
     what `split` does and P_k what merging does to part k. So θ stays outside the blocks, θ_k is inside; standardised
     filters move with the mean of their blocks; sums and means are those of the parts alone, since Σ_k P_k R_k θ = θ.
-    ``merge(split(model), onto=model)`` is the model, bit for bit.
+    ``merge(split(model), onto=model)`` is the model, bit for bit; with a mean head, which `split` does not undo, all
+    of it but the head.
 
     Args:
         parts: from `split`, or the folder that `Parts.save` wrote, or ``hf-hub:USER/REPO``.

@@ -9,11 +9,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
 from .. import models
 from ..errors import TrainError
+from ..planning.plan import Plan
+from ..storage import files
 from ..storage.atomic import replace_json
 from ..surgery.parts import Parts
 from ..surgery.split import split
@@ -48,6 +51,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, before: Run | None = None):
         self.args, self.ranks, self.begun = args, Ranks.from_environment(), time.time()
+        self.last = None if before is None else before.place.tuned / "last"
         self.device = self.ranks.device(args.device)
         self.train_set, self.val_set, classes = data.datasets(args)
         self.model_args = options.model_arguments(args, classes)
@@ -56,7 +60,7 @@ class Run:
         self.data_config = data.data_config(args, empty)
         self.timer = CheckpointTimer(args.checkpoint_every)
         self.place = RunFolder.of_run(args, self.ranks) if before is None else before.place.next_cycle()
-        self.parts = self._split(before)
+        self.parts = self._split()
         self.parts.plan = replace(self.parts.plan, config=models.config(empty, self.data_config))
 
     @property
@@ -67,7 +71,7 @@ class Run:
     def cycle(self) -> int:
         return self.place.cycle
 
-    def _split(self, before: Run | None) -> Parts:
+    def _split(self) -> Parts:
         args = self.args
         parts = split(
             args.model,
@@ -75,16 +79,20 @@ class Run:
             domain=options.domain(args),
             narrow=args.narrow,
             img_size=tuple(self.data_config["input_size"][1:]),
-            pretrained=args.pretrained and before is None,
+            pretrained=args.pretrained and self.last is None,
             seed=args.seed,
             **self.model_args,
         )
         if args.reassign and not parts.plan.exact:
             raise TrainError(f"--reassign: {args.model} is not the same with its channels in another order")
-        if before is not None:
-            state = load_file(before.place.tuned / "last" / "model.safetensors")
-            parts.take(reassign(state, parts.plan) if args.reassign else state)
+        if self.last is not None:
+            parts.take(self._start(parts.plan))
         return parts
+
+    def _start(self, plan: Plan) -> dict[str, torch.Tensor]:
+        """The model that this cycle splits: the last one's, its channels in another order if they are reassigned."""
+        state = load_file(self.last / files.MODEL)
+        return reassign(state, plan) if self.args.reassign else state
 
     def go(self) -> dict:
         """Both stages, and the baseline if asked for; writes and prints the summary on the first rank."""
@@ -138,6 +146,9 @@ class Run:
         )
         train_parts(context)
         meet(context)
+        if self.place.start is not None and self.ranks.primary:
+            plan = self.parts.plan
+            files.save_state(self.place.start, self._start(plan), plan.config, {})
         trained = [self.place.part_summary(k) for k in range(self.args.parts)]
         tuned = tune(context)
         seconds = {"parts": max(p["seconds"] for p in trained), "composed": tuned.pop("seconds")}

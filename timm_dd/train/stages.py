@@ -160,7 +160,7 @@ def tune(run: Context) -> dict[str, float]:
     """Compose, re-estimate the BatchNorm statistics, and fine-tune; returns the accuracies of the parts together and
     of the composed model after each step, and the seconds of the last."""
     if run.ranks.primary:
-        write_merged(run.folder.parts, run.folder.composed, "sum", run.about("composed"))
+        write_merged(run.folder.parts, run.folder.composed, "sum", run.about("composed"), run.folder.start)
     if run.ranks.world > 1:
         dist.barrier()
     plan, args = run.parts.plan, options.stage_options(run.args, None)
