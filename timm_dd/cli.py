@@ -187,6 +187,11 @@ def _verify(args: argparse.Namespace) -> int:
     parts = Parts.load(args.parts)
     model = models.create(parts.plan.model, **parts.plan.model_args)
     files.load_composed(args.composed, model)
+    if files.is_correction(args.composed):
+        raise MergeError(
+            f"{args.composed} was merged onto a model, whose weights lie between its blocks: it is not the sum of its "
+            "parts; verify a merge of them without --onto"
+        )
     batches = _labelled_images(args, model, parts.plan.input_size)
     report = verify(model, parts, batches=batches, head=args.head)
     print(report.text())

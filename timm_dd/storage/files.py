@@ -27,6 +27,7 @@ from .atomic import output_folder, replacing
 from .tensorfile import READ_ERRORS, Entry, TensorFile, write_state
 
 PLAN, MODEL = "plan.json", "model.safetensors"
+CORRECTION = "correction"  # what the metadata of a model say of how it was merged
 LARGEST_PLAN = 100 << 20  # bytes, as the header of a safetensors file
 
 
@@ -141,6 +142,13 @@ def load_composed(folder: str | Path, model: nn.Module) -> None:
         model.load_state_dict(state)  # copied: a model is not to be trained in the pages of a mapped file
     except RuntimeError as e:
         raise MergeError(f"{path} is of another model ({headline(e)}); use the one composed of these parts") from e
+
+
+def is_correction(folder: str | Path) -> bool:
+    """Whether a composed model was merged onto another one; errors as of `load_composed`."""
+    path = _model_path(Path(folder))
+    with _reading(path, "compose the parts again"), TensorFile(path) as file:
+        return file.metadata.get("merge") == CORRECTION
 
 
 def _model_path(folder: Path) -> Path:

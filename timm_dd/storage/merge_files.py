@@ -23,7 +23,7 @@ from ..errors import MergeError
 from ..planning.plan import Plan, TensorPlan
 from . import tensorfile
 from .atomic import output_folder
-from .files import MODEL, ModelFile, PartsFolder, common_dtypes, summary, write_config
+from .files import CORRECTION, MODEL, ModelFile, PartsFolder, common_dtypes, summary, write_config
 from .tensorfile import PIECE, RAW, from_raw, to_raw
 
 HEADS = ("sum", "mean")
@@ -182,7 +182,7 @@ def write_merged(
         if onto is not None:
             model = stack.enter_context(ModelFile(onto))
             model.check_header(plan, dtypes)
-            base, about = model.rows, {**about, "merge": "correction"}
+            base, about = model.rows, {**about, "merge": CORRECTION}
             checks.append(model.check)
         specs = {name: (plan.tensors[name].shape, dtypes[name]) for name in opened[0].tensors}
         merged = (p for name, (_, d) in specs.items() for p in row_blocks(plan, name, d, parts.rows, base, head))
