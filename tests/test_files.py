@@ -385,13 +385,13 @@ def test_onto_what_does_not_fit(case, saved, tmp_path):
 
 def test_onto_a_file_that_shrinks_while_it_is_read(saved, tmp_path, monkeypatch):
     timm_dd.merge_files(saved[0], tmp_path)
-    check = streaming.ModelFile.check_header
+    check = streaming.ModelFile.check
 
     def shrink(*args):
         check(*args)
         os.truncate(tmp_path / "model.safetensors", 100_000)
 
-    monkeypatch.setattr(streaming.ModelFile, "check_header", shrink)
+    monkeypatch.setattr(streaming.ModelFile, "check", shrink)
     with pytest.raises(MergeError, match="it ends at byte"):
         timm_dd.merge_files(saved[0], tmp_path / "composed", onto=tmp_path)
     assert not (tmp_path / "composed").exists()

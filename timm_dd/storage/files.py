@@ -24,7 +24,7 @@ from ..planning.plan import FORMAT, Plan
 from ..text import json_text
 from ..version import __version__
 from .atomic import output_folder, replacing
-from .tensorfile import READ_ERRORS, Entry, TensorFile, write_state
+from .tensorfile import READ_ERRORS, Entry, TensorFile, is_finite, write_state
 
 PLAN, MODEL = "plan.json", "model.safetensors"
 CORRECTION = "correction"  # what the metadata of a model say of how it was merged
@@ -275,20 +275,16 @@ class ModelFile:
         with _reading(self._path, _COPY_AGAIN):
             self._file = TensorFile(self._path)
 
-    def check_header(self, plan: Plan, dtypes: Mapping[str, torch.dtype]) -> None:
+    def check(self, plan: Plan, dtypes: Mapping[str, torch.dtype]) -> None:
         """Raise MergeError unless its tensors are those of the global model, in the `dtypes` of the parts."""
         _check_global(plan, dtypes, self._file.tensors, str(self._path))
 
-    def check(self) -> None:
-        """Read all of it; MergeError unless it is finite."""
-        with _reading(self._path, _COPY_AGAIN):
-            _, infinite = self._file.scan()
-        if infinite is not None:
-            raise MergeError(f"{self._path}: {shown(infinite)} is not finite; {_OTHER_WEIGHTS}")
-
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """Rows [first, last) of a tensor, as integers."""
-        return _rows(self._file, name, first, last, _COPY_AGAIN)
+        """Rows [first, last) of a tensor, as integers; MergeError unless they can be read and are finite."""
+        rows = _rows(self._file, name, first, last, _COPY_AGAIN)
+        if not is_finite(rows, self._file.tensors[name].dtype):
+            raise MergeError(f"{self._path}: {shown(name)} is not finite; {_OTHER_WEIGHTS}")
+        return rows
 
     def close(self) -> None:
         self._file.close()

@@ -177,18 +177,16 @@ def write_merged(
         check_mergeable(plan, head)
         opened = [parts.open(k) for k in range(plan.parts)]
         dtypes = common_dtypes([{name: e.dtype for name, e in part.tensors.items()} for part in opened])
-        checks: list[Callable[[], None]] = [functools.partial(parts.check, k) for k in range(plan.parts)]
         base, about = zeros(plan, dtypes), {**summary(plan, parts.digest, head), **about}
         if onto is not None:
             model = stack.enter_context(ModelFile(onto))
-            model.check_header(plan, dtypes)
+            model.check(plan, dtypes)
             base, about = model.rows, {**about, "merge": CORRECTION}
-            checks.append(model.check)
         specs = {name: (plan.tensors[name].shape, dtypes[name]) for name in opened[0].tensors}
         merged = (p for name, (_, d) in specs.items() for p in row_blocks(plan, name, d, parts.rows, base, head))
         with output_folder(output, sync=False) as aside, ThreadPoolExecutor(os.cpu_count()) as pool:
-            checking = [pool.submit(check) for check in checks]
+            checks = [pool.submit(parts.check, k) for k in range(plan.parts)]
             tensorfile.write(aside(MODEL), specs, merged, about)
             write_config(aside, plan.config)
-            for check in checking:
+            for check in checks:
                 check.result()
