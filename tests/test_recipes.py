@@ -427,6 +427,9 @@ def test_cycles_go_on_and_are_the_same_on_two_ranks(tmp_path):
     done = torchrun(2, *both, "--experiment", "two", "--cycles", "2")
     assert done.returncode == 0, done.stderr
     assert bytes_of_parts(tmp_path / "two" / "cycle-2", 2) == bytes_of_parts(tmp_path / "one" / "cycle-2", 2)
+    for name in ("start", "composed"):
+        one, two = (tmp_path / run / "cycle-2" / name / "model.safetensors" for run in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
 
 
 def test_channels_with_an_order_are_not_reassigned(tmp_path, capsys):
