@@ -1,11 +1,12 @@
 """Merging on disk: its time beside that of a copy through safetensors, and its memory, from 10 M to 1 B parameters.
 
-    python benchmarks/merge_speed.py          # into merge_speed.csv; needs 12 GB of disk for a while
+    python benchmarks/merge_speed.py          # into merge_speed.csv; needs 16 GB of disk for a while
 
-Four parts each, with made-up weights. "merge_s" is `timm_dd.merge_files`, "copy_s" is `save_file(load_file(x))` of the
-very model that it wrote; in turn in one process after one round that does not count, the files in the system's cache
-and the disk at rest before each, medians. "peak_mb" is the peak of a process that merges once over that of one that has
-imported torch and waits, "largest_mb" the largest tensor.
+Four parts each, with made-up weights. "merge_s" is `timm_dd.merge_files`, "onto_s" the same onto the very model that it
+wrote, "copy_s" is `save_file(load_file(x))` of that model; in turn in one process after one round that does not count,
+the files in the system's cache and the disk at rest before each, medians. "ratio" is merge_s by copy_s, "onto_ratio"
+onto_s by merge_s. "peak_mb" is the peak of a process that merges once over that of one that has imported torch and
+waits, "onto_peak_mb" that of one that merges onto a model, "largest_mb" the largest tensor.
 """
 
 import argparse
@@ -59,9 +60,9 @@ def timed(function, output: Path) -> float:
     return time.perf_counter() - start
 
 
-def rounds(parts: Path, folder: Path, n: int) -> Iterator[tuple[float, float]]:
-    """(merge, copy) in seconds, `n` times after one that does not count."""
-    composed, again = folder / "composed", folder / "again"
+def rounds(parts: Path, folder: Path, n: int) -> Iterator[tuple[float, float, float]]:
+    """(merge, merge onto a model, copy) in seconds, `n` times after one that does not count."""
+    composed, corrected, again = folder / "composed", folder / "corrected", folder / "again"
 
     def copy():
         again.mkdir()
@@ -69,28 +70,36 @@ def rounds(parts: Path, folder: Path, n: int) -> Iterator[tuple[float, float]]:
 
     for i in range(n + 1):
         merged = timed(lambda: timm_dd.merge_files(parts, composed), composed)
+        onto = timed(lambda: timm_dd.merge_files(parts, corrected, onto=composed), corrected)
+        shutil.rmtree(corrected)
         copied = timed(copy, again)
+        shutil.rmtree(again)
         if i > 0:
-            yield merged, copied
+            yield merged, onto, copied
 
 
 def measure(name: str, n: int, folder: Path) -> dict:
     plan = make(name, folder / "parts")
     times = list(rounds(folder / "parts", folder, n))
-    merged, copied = (statistics.median(column) for column in zip(*times))
+    merged, onto, copied = (statistics.median(column) for column in zip(*times))
     size = (folder / "composed" / "model.safetensors").stat().st_size
-    shutil.rmtree(folder / "composed")
-    used = peak("timm_dd", f"timm_dd.merge_files({str(folder / 'parts')!r}, {str(folder / 'composed')!r})")
+    where = f"{str(folder / 'parts')!r}, {str(folder / 'peak')!r}"
+    used = peak("timm_dd", f"timm_dd.merge_files({where})")
+    used_onto = peak("timm_dd", f"timm_dd.merge_files({where}, onto={str(folder / 'composed')!r})")
+    waiting = peak("torch")
     largest = max(math.prod(t.shape) for t in plan.tensors.values()) * 4 / 2**20
     return {
         "model": name,
         "parameters": plan.params(),
         "mb": round(size / 2**20),
         "merge_s": round(merged, 4),
+        "onto_s": round(onto, 4),
         "copy_s": round(copied, 4),
-        "ratio": round(statistics.median(a / b for a, b in times), 2),
+        "ratio": round(statistics.median(a / c for a, _, c in times), 2),
+        "onto_ratio": round(statistics.median(b / a for a, b, _ in times), 2),
         "mb_per_s": round(size / 2**20 / merged),
-        "peak_mb": round(used - peak("torch"), 1),
+        "peak_mb": round(used - waiting, 1),
+        "onto_peak_mb": round(used_onto - waiting, 1),
         "largest_mb": round(largest, 1),
     }
 
@@ -105,7 +114,7 @@ def main() -> None:
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
             rows.append({**measure(name, args.rounds, Path(folder)), **provenance()})
-        print(*(f"{key} {value}" for key, value in list(rows[-1].items())[:9]), sep=", ", flush=True)
+        print(*(f"{key} {value}" for key, value in list(rows[-1].items())[:12]), sep=", ", flush=True)
     write_table(args.output, rows, rows[0].keys())
 
 

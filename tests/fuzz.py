@@ -3,7 +3,8 @@
     python tests/fuzz.py --inputs 20000
 
 A mutation changes bytes of a file, or what its JSON says, and then as a liar would: the digests are made to fit. A few
-files are exchanged, removed, or something else than files.
+files are exchanged, removed, or something else than files. Of a fifth of the inputs the parts are whole, and the model
+that they are merged onto is mutated.
 """
 
 import argparse
@@ -43,12 +44,15 @@ class TooLong(BaseException):
 
 
 def make(folder: Path) -> list[Path]:
-    """Folders of parts to begin with: a timm model, one with replicated widths, a fully connected one with windows."""
+    """Folders of parts to begin with: a timm model, one with replicated widths, a fully connected one with windows. A
+    folder beside them has the merged models."""
     timm_dd.split("dd_resnet20_16", PARTS, seed=0, num_classes=3).half().save(folder / "a")
     timm_dd.split("tinynet_e", PARTS, seed=0, num_classes=3, narrow="replicate", img_size=32).save(folder / "b")
     flat = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
     domain = Domain.grid(1, 2, overlap=2)
     timm_dd.split(flat, PARTS, example_input=torch.empty(1, 3, 8, 8), domain=domain).save(folder / "c")
+    for name in "abc":
+        timm_dd.merge_files(folder / name, folder / "onto" / name)
     return [folder / name for name in "abc"]
 
 
@@ -194,6 +198,27 @@ def pipe_instead(path: Path, r: random.Random) -> None:
 FILES = (exchange, remove, folder_instead, link_instead, pipe_instead)
 
 
+def mutate_onto(path: Path, r: random.Random) -> str:
+    """Change something in a model; what."""
+    kind = r.random()
+    if kind < 0.5:
+        head, data = header(path)
+        seal(path, lie(head, r), data, r)
+        return "onto: lie"
+    how = r.choice(BYTES if kind < 0.9 else FILES[1:])
+    if how in BYTES:
+        mutate_bytes(path, how, r)
+    else:
+        how(path, r)
+    return f"onto: {how.__name__.replace('_', ' ')}"
+
+
+def mutate_bytes(path: Path, how, r: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    how(data, r)
+    path.write_bytes(data)
+
+
 def mutate(folder: Path, r: random.Random) -> str:
     """Change something in a folder of parts; what."""
     kind = r.random()
@@ -206,9 +231,7 @@ def mutate(folder: Path, r: random.Random) -> str:
     path = r.choice(sorted(folder.iterdir()))
     if kind < 0.95:
         how = r.choice(BYTES)
-        data = bytearray(path.read_bytes())
-        how(data, r)
-        path.write_bytes(data)
+        mutate_bytes(path, how, r)
     else:
         how = r.choice(FILES)
         how(path, r)
@@ -218,11 +241,11 @@ def mutate(folder: Path, r: random.Random) -> str:
 # ---- the run
 
 
-def call(folder: Path, output: Path, r: random.Random) -> str:
+def call(folder: Path, output: Path, onto: Path | None, r: random.Random) -> str:
     """Merge a folder; ``merged`` or ``refused``. Now and then read it into memory too."""
     before = {p.name: p.read_bytes() for p in output.iterdir()} if output.exists() else None
     try:
-        timm_dd.merge_files(folder, output, head=r.choice(("sum", "sum", "sum", "mean")))
+        timm_dd.merge_files(folder, output, head=r.choice(("sum", "sum", "sum", "mean")), onto=onto)
     except MergeError as e:
         assert "\n" not in str(e) and len(str(e)) < 1000, e
         after = {p.name: p.read_bytes() for p in output.iterdir()} if output.exists() else None
@@ -253,14 +276,19 @@ def fuzz(inputs: int, seed: int, folder: Path, progress: bool = False) -> Counte
     try:
         for i in tqdm(range(inputs), disable=not progress):
             r = random.Random(f"{seed}-{i}")
-            parts, output = folder / "parts", folder / "output"
-            shutil.copytree(r.choice(sources), parts)
+            parts, output, source = folder / "parts", folder / "output", r.choice(sources)
+            onto = folder / "onto" if r.random() < 0.2 else None
+            shutil.copytree(source, parts)
             if r.random() < 0.5:
                 output.mkdir()
-            what = mutate(parts, r)
+            if onto is None:
+                what = mutate(parts, r)
+            else:
+                shutil.copytree(source.parent / "onto" / source.name, onto)
+                what = mutate_onto(onto / "model.safetensors", r)
             signal.alarm(LIMIT)
             try:
-                outcome = call(parts, output, r)
+                outcome = call(parts, output, onto, r)
                 if r.random() < 0.02:
                     read(parts)
             except BaseException as e:
@@ -269,6 +297,7 @@ def fuzz(inputs: int, seed: int, folder: Path, progress: bool = False) -> Counte
                 signal.alarm(0)
                 shutil.rmtree(parts)
                 shutil.rmtree(output, ignore_errors=True)
+                shutil.rmtree(folder / "onto", ignore_errors=True)
             assert sorted(p.name for p in folder.iterdir()) == ["sources"]
             counts[what, outcome] += 1
     finally:

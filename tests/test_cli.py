@@ -65,6 +65,23 @@ def test_split_and_merge(tmp_path, capsys):
     assert all((v == expected.state_dict()[k]).all() for k, v in model.state_dict().items())
 
 
+def test_merge_onto(tmp_path, capsys):
+    """In place too; what was merged onto a model is not to be verified."""
+    parts, start, composed = (str(tmp_path / name) for name in ("parts", "start", "composed"))
+    main(["split", "resnet10t", "2", "-o", parts, "--num-classes", "5"])
+    main(["merge", parts, "-o", start])
+    path = Path(start) / "model.safetensors"
+    save_file({key: t + 1 for key, t in load_file(path).items()}, path)
+    expected = timm_dd.merge(parts, onto=timm.create_model(f"local-dir:{start}", pretrained=True)).state_dict()
+    for output in (composed, start):
+        assert main(["merge", parts, "-o", output, "--onto", start]) == 0
+        state = load_file(Path(output) / "model.safetensors")
+        assert state.keys() == expected.keys() and all(torch.equal(t, expected[key]) for key, t in state.items())
+    capsys.readouterr()
+    assert main(["verify", start, parts]) == 1
+    assert "is not the sum of its parts; verify a merge of them without --onto" in capsys.readouterr().err
+
+
 def test_verify(tmp_path, capsys):
     parts, composed = str(tmp_path / "parts"), str(tmp_path / "composed")
     main(["split", "resnet10t", "4", "-o", parts, "--img-size", "64", "--num-classes", "10"])

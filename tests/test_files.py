@@ -337,6 +337,76 @@ def test_a_spoilt_folder_is_refused_and_nothing_is_left_behind(case, folder, tmp
     assert (kept / "model.safetensors").read_text() == "as it was"
 
 
+def another_onto(change):
+    def spoil(path):
+        tensors = load_file(path)
+        change(tensors)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary)
+
+    return spoil
+
+
+ONTO = {
+    "no file": (lambda path: path.unlink(), "no model.safetensors in"),
+    "truncated": (
+        lambda path: os.truncate(path, path.stat().st_size - 100),
+        "truncated or damaged, copy or write this",
+    ),
+    "damaged": (lambda path: path.write_bytes(b"x" * 99), "truncated or damaged"),
+    "not finite": (another_onto(lambda t: t["fc.bias"].fill_(float("nan"))), "'fc.bias' is not finite; take weights"),
+    "a tensor less": (another_onto(lambda t: t.pop("bn1.bias")), "lacks 'bn1.bias'; it is of another architecture"),
+    "a tensor more": (another_onto(lambda t: t.update(more=torch.ones(1))), "has 'more', which the plan does not know"),
+    "shape": (
+        another_onto(lambda t: t.update({"fc.bias": torch.ones(4)})),
+        r"'fc.bias' has shape \(4,\), expected \(3,\)",
+    ),
+    "dtype": (
+        another_onto(lambda t: t.update({"fc.bias": t["fc.bias"].half()})),
+        "'fc.bias' is torch.float16, in the parts it is torch.float32; convert the model or the parts",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ONTO)
+def test_onto_what_does_not_fit(case, saved, tmp_path):
+    """Neither another folder nor the model's own is changed."""
+    spoil, message = ONTO[case]
+    timm_dd.merge_files(saved[0], tmp_path / "onto")
+    spoil(tmp_path / "onto" / "model.safetensors")
+    before = {p: p.read_bytes() for p in (tmp_path / "onto").iterdir()}
+    for output in (tmp_path / "new" / "composed", tmp_path / "onto"):
+        with pytest.raises(MergeError, match=message) as e:
+            timm_dd.merge_files(saved[0], output, onto=tmp_path / "onto")
+        assert "\n" not in str(e.value)
+    assert {p: p.read_bytes() for p in (tmp_path / "onto").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["onto"]
+
+
+def test_onto_a_file_that_shrinks_while_it_is_read(saved, tmp_path, monkeypatch):
+    timm_dd.merge_files(saved[0], tmp_path)
+    check = streaming.ModelFile.check
+
+    def shrink(*args):
+        check(*args)
+        os.truncate(tmp_path / "model.safetensors", 100_000)
+
+    monkeypatch.setattr(streaming.ModelFile, "check", shrink)
+    with pytest.raises(MergeError, match="it ends at byte"):
+        timm_dd.merge_files(saved[0], tmp_path / "composed", onto=tmp_path)
+    assert not (tmp_path / "composed").exists()
+
+
+def test_metadata_say_that_it_is_a_correction(saved, tmp_path):
+    timm_dd.merge_files(saved[0], tmp_path / "zeros")
+    timm_dd.merge_files(saved[0], tmp_path / "onto", onto=tmp_path / "zeros")
+    found = []
+    for name in ("zeros", "onto"):
+        with safe_open(tmp_path / name / "model.safetensors", "pt") as f:
+            found.append(f.metadata())
+    assert found[1] == {**found[0], "merge": "correction"} and "merge" not in found[0]
+
+
 def test_every_flipped_bit_is_noticed(folder, tmp_path_factory):
     out, path, generator = tmp_path_factory.mktemp("out"), folder / part_name(0, 2), random.Random(0)
     whole = path.read_bytes()
@@ -420,16 +490,17 @@ def test_a_full_disk(saved, tmp_path):
 
 
 def test_merging_takes_little_memory_whatever_the_model_takes(tmp_path):
-    """48 MB of parts become 192 MB, the largest tensor of them 64 MB."""
+    """48 MB of parts become 192 MB, the largest tensor of them 64 MB; then onto what they became."""
     model = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096, bias=False) for _ in range(3)))
     timm_dd.split(model, 4, example_input=torch.empty(1, 4096)).save(tmp_path / "parts")
     del model
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")  # the peak is what is used now
-    before = _status("VmRSS")
-    timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed")
-    assert (tmp_path / "composed" / "model.safetensors").stat().st_size > 3 * 64 * 2**20
-    assert _status("VmHWM") - before < 24 * 1024
+    for onto in (None, tmp_path / "composed"):
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")  # the peak is what is used now
+        before = _status("VmRSS")
+        timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed", onto=onto)
+        assert (tmp_path / "composed" / "model.safetensors").stat().st_size > 3 * 64 * 2**20
+        assert _status("VmHWM") - before < 24 * 1024
 
 
 def _status(key):

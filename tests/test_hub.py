@@ -144,6 +144,16 @@ def test_a_model_knows_the_run_that_made_it(one, tmp_path):
     assert results(tmp_path / "run" / "global" / "best", tmp_path) == []
 
 
+def test_a_card_says_what_lies_between_the_blocks(one, tmp_path):
+    for onto, text in (
+        (None, "are zero"),
+        (one / "global" / "last", "are those of the model that the parts were merged"),
+    ):
+        timm_dd.merge_files(one / "parts", tmp_path / "composed", onto=onto)
+        write_repository(tmp_path / "composed", REPO, tmp_path / text)
+        assert f"The weights between the blocks {text}" in (tmp_path / text / "README.md").read_text()
+
+
 def test_a_run_is_known_by_what_its_weights_depend_on(one):
     """Not by its name or whether there is a baseline; but by the parts' options, and by the cycle."""
 

@@ -1,14 +1,20 @@
 """Prolongation against its definition, element by element: (2.11)–(2.14), (2.16), (2.22)."""
 
+import copy
 import itertools
 
 import pytest
+import timm
 import torch
 from conftest import Plain, images, shake
+from safetensors.torch import load_file, save_file
+from timm.layers import StdConv2d
 from torch import nn
 
 import timm_dd
 from timm_dd import Domain, MergeError
+from timm_dd.planning.plan import TensorPlan
+from timm_dd.surgery.emit import restrict
 
 IMAGE = torch.empty(1, 3, 16, 16)
 
@@ -109,3 +115,209 @@ def test_bad_parts(spoil, message):
 def test_bad_head():
     with pytest.raises(MergeError, match="'sum'"):
         timm_dd.merge(timm_dd.split("dd_plain", 2, width=8), head="max")
+
+
+# ---- a correction
+
+
+class Joined(nn.Module):
+    """Concatenation, a tied convolution, standardised weights, a learned scalar, a bias that is summed."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 13, 1)
+        self.a, self.b = StdConv2d(13, 7, 3, padding=1, bias=True), nn.Conv2d(13, 13, 1)
+        self.c, self.act = self.b, nn.PReLU(1)
+        self.norm, self.fc = nn.BatchNorm2d(20), nn.Linear(20, 5)
+
+    def forward(self, x):
+        x = self.act(self.stem(x))
+        x = self.norm(torch.cat([self.a(x), self.c(torch.relu(self.b(x)))], 1))
+        return self.fc(x.mean((2, 3)))
+
+
+class Positions(nn.Module):
+    """A fully connected layer that reads channels, by default fewer than parts, at the positions of a part's box."""
+
+    def __init__(self, width=2):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, width, 1), nn.Linear(width * 8 * 8, 4)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.conv(x)).flatten(1))
+
+
+def small(name, **kwargs):
+    return lambda: timm.create_model(name, num_classes=7, **kwargs)
+
+
+# (network, K, pixels, dtype)
+NETWORKS = {
+    "BatchNorm": (small("dd_resnet20_16"), 4, 16, torch.float32),
+    "K does not divide": (small("dd_resnet20_16"), 3, 16, torch.float32),
+    "bfloat16": (small("dd_resnet20_16"), 3, 16, torch.bfloat16),
+    "half": (small("dd_resnet20_16"), 5, 16, torch.float16),
+    "scaled standardised": (small("test_nfnet"), 3, 64, torch.float32),
+    "gates, depthwise": (small("test_efficientnet"), 3, 64, torch.float32),
+    "replicated": (small("tinynet_e"), 4, 32, torch.float32),
+    "LayerNorm": (small("test_convnext"), 3, 64, torch.float64),
+    "joined": (Joined, 3, 8, torch.float32),
+    "joined, bfloat16": (Joined, 6, 8, torch.bfloat16),
+    "joined, double": (Joined, 4, 8, torch.float64),
+    "positions": (Positions, 4, 8, torch.float32),
+}
+SLOW = {
+    "BiT": (small("resnetv2_50x1_bit"), 4, 64, torch.float32),
+    "DenseNet": (small("densenet121"), 4, 64, torch.float32),
+    "Inception": (small("inception_v3"), 4, 96, torch.float16),
+    "MobileNetV3": (small("mobilenetv3_small_050"), 3, 64, torch.bfloat16),
+}
+
+
+def randomised(module, seed=0):
+    """All weights and statistics drawn, so that no two are alike and none is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for t in module.state_dict().values():
+        if t.is_floating_point():
+            t.copy_(torch.randn(t.shape, generator=generator, dtype=torch.float64) + 0.01)
+        else:
+            t.fill_(11 + seed)
+    return module
+
+
+def parts_of(module, parts, pixels):
+    """On boxes with a margin: there are positions that no part has."""
+    dtype = next(module.parameters()).dtype
+    x = torch.empty(1, 3, pixels, pixels, dtype=dtype)
+    domain = Domain.grid(2, 2, margin=1) if isinstance(module, Positions) else Domain.full(parts)
+    return timm_dd.split(module, parts, example_input=x, domain=domain, narrow="replicate")
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, t in found.items():
+        assert t.dtype == expected[name].dtype and torch.equal(t, expected[name]), name
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+def test_correction(name, tmp_path):
+    """Onto zeros it is merge, onto the model that was split it is that model, bit for bit, in memory and on disk;
+    otherwise it is its definition."""
+    make, k, pixels, dtype = {**NETWORKS, **SLOW}[name]
+    model = randomised(make().to(dtype))
+    parts = parts_of(model, k, pixels)
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    again = timm_dd.merge(parts, onto=model)
+    assert_same(again.state_dict(), before)
+    assert again is not model
+    assert_same(model.state_dict(), before)
+
+    zero = copy.deepcopy(model)
+    for t in zero.state_dict().values():
+        t.zero_()
+    for i, part in enumerate(parts):
+        randomised(part, seed=i + 1)
+    assert_same(timm_dd.merge(parts, onto=zero).state_dict(), timm_dd.merge(parts).state_dict())
+
+    corrected = timm_dd.merge(parts, onto=model).state_dict()
+    assert_same(model.state_dict(), before)
+    parts.save(tmp_path / "parts")
+    save_file(before, tmp_path / "model.safetensors")
+    timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed", onto=tmp_path)
+    assert_same(load_file(tmp_path / "composed" / "model.safetensors"), corrected)
+
+    own, of_model = ([p.state_dict() for p in ps] for ps in (parts, parts_of(model, k, pixels)))
+    for key, t in parts.plan.tensors.items():
+        if dtype.itemsize < 4 or not before[key].is_floating_point():
+            continue
+        wide = [(a[key].double(), b[key].double()) for a, b in zip(own, of_model)]
+        expected = before[key].double() + sum(prolonged(t, a - b, j, k) for j, (a, b) in enumerate(wide))
+        torch.testing.assert_close(corrected[key].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def prolonged(t, block, k, parts):
+    """P_k of one tensor, by its definition."""
+    owners, out = torch.zeros(t.shape), torch.zeros(t.shape, dtype=torch.float64)
+    for j in range(parts):
+        owners[t.block(j, parts)] += 1
+    if t.outside == "mean":
+        rows = torch.arange(t.shape[0]) if t.axes[0] is None else t.axes[0].index(k, parts)
+        out[rows] = block.mean(tuple(range(1, block.ndim)), keepdim=True)
+    at = t.block(k, parts)
+    out[at] = block / owners[at] if t.reduce == "mean" else block
+    return out
+
+
+def test_what_no_part_has_stays():
+    model = randomised(Positions())
+    parts = parts_of(model, 4, 8)
+    for part in parts:
+        part.fc.weight.data.zero_()
+    weight = timm_dd.merge(parts, onto=model).fc.weight.reshape(4, 2, 8, 8)
+    assert parts.plan.tensors["fc.weight"].reduce == "mean" and not weight[:, :, 1:-1, 1:-1].any()
+    border = torch.ones(8, 8, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    assert torch.equal(weight[:, :, border], model.fc.weight.reshape(4, 2, 8, 8)[:, :, border])
+
+
+def test_a_correction_with_a_mean_head():
+    """The head is that of merge, and what no part has of it stays, undivided."""
+    model = randomised(Plain(width=8))
+    parts = timm_dd.split(model, 4, example_input=IMAGE, domain=Domain.full(4))
+    corrected, merged = timm_dd.merge(parts, head="mean", onto=model), timm_dd.merge(parts, head="mean")
+    assert torch.equal(corrected.fc.weight, merged.fc.weight) and torch.equal(corrected.fc.bias, merged.fc.bias)
+    assert torch.equal(corrected.fc.weight, model.fc.weight / 4)
+    assert torch.equal(corrected.convs[1].weight, model.convs[1].weight)
+    model = randomised(Positions(width=8))
+    parts = parts_of(model, 4, 8)
+    weight, inside = model.fc.weight, torch.zeros(4, 8 * 8 * 8, dtype=torch.bool)
+    for k in range(4):
+        inside[parts.plan.tensors["fc.weight"].block(k, 4)] = True
+    found = timm_dd.merge(parts, head="mean", onto=model).fc.weight
+    assert not inside.all() and torch.equal(found, torch.where(inside, weight / 4, weight))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 32, 100, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_bias_is_shared_out_without_rounding(dtype, parts):
+    """From the largest to the smallest that the dtype has."""
+    info = torch.finfo(dtype)
+    smallest = info.smallest_normal * info.eps
+    special = [info.max, info.min, info.smallest_normal, smallest, -7 * smallest, 0.0, 1 - info.eps / 2]
+    drawn = torch.randn(500, dtype=torch.float64) * 2.0 ** torch.randint(-14, 15, (500,))
+    b = torch.cat([torch.tensor(special, dtype=torch.float64), drawn.clamp(info.min, info.max)]).to(dtype)
+    plan = timm_dd.plan("dd_plain", 1)
+    object.__setattr__(plan, "parts", parts)
+    object.__setattr__(plan, "divisor", parts)
+    t = TensorPlan(tuple(b.shape), (None,), "sum")
+    first, last = (restrict(b, t, k, plan) for k in (0, parts - 1))
+    assert first.dtype == last.dtype == dtype
+    total = sum([first.double()] * (parts - 1)) + last.double()
+    assert torch.equal(total.to(dtype), b)
+    digit = (b.double().abs() * info.eps).clamp(min=smallest)
+    assert ((first.double() - b.double() / parts).abs() <= digit).all()
+
+
+@pytest.mark.parametrize(
+    "onto, message",
+    [
+        (lambda m: Plain(width=8, depth=4), "onto lacks 'convs.4.weight'; it is of another architecture"),
+        (lambda m: Plain(width=8, depth=6), "onto has 'convs.5.weight', which the plan does not know"),
+        (lambda m: Plain(width=12), r"onto: 'convs.0.weight' has shape \(12, 3, 3, 3\), expected \(8, 3, 3, 3\)"),
+        (lambda m: m.half(), "'convs.0.weight' is torch.float16, in the parts it is torch.float32; convert the model"),
+        (lambda m: m.fc.bias.data.fill_(float("inf")) is None or m, "onto: fc.bias is not finite; take weights"),
+        (lambda m: "composed/", "onto: expected a torch module, got str; merge_files takes a folder"),
+    ],
+)
+def test_bad_onto(onto, message):
+    model = Plain(width=8)
+    parts = timm_dd.split(model, 2, example_input=IMAGE, domain=Domain.full(2))
+    with pytest.raises(MergeError, match=message) as e:
+        timm_dd.merge(parts, onto=onto(copy.deepcopy(model)))
+    assert "\n" not in str(e.value)
+
+
+def test_onto_stands_for_the_module_that_was_split(tmp_path):
+    model = randomised(Plain(width=8))
+    timm_dd.split(model, 2, example_input=IMAGE).save(tmp_path)
+    assert_same(timm_dd.merge(tmp_path, onto=model).state_dict(), model.state_dict())

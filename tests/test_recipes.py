@@ -3,12 +3,14 @@ is done to the composed model before it is fine-tuned."""
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from functools import partial
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import MODULE, RUN, bytes_of_parts, torchrun
@@ -374,11 +376,11 @@ def test_channels_in_another_order_are_the_same_model(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [[], ["--reassign"]], ids=["as before", "reassigned"])
 def test_cycles(given, tmp_path):
-    """The second cycle's parts begin as slices of the model that the first one fine-tuned."""
+    """The second cycle's parts begin as slices of the model that the first one fine-tuned, and end in it."""
     both = [*SHORT, "--cycles", "2", "--part-lr", "0", "--no-aug", *given]
     assert main(["train", *both, "--output", str(tmp_path), "--experiment", "one"]) == 0
     first, second = tmp_path / "one", tmp_path / "one" / "cycle-2"
-    assert {p.name for p in second.iterdir()} == {p.name for p in first.iterdir()} - {"cycle-2"}
+    assert {p.name for p in second.iterdir()} == {p.name for p in first.iterdir()} - {"cycle-2"} | {"start"}
     tuned, parts = load_file(first / "global/last/model.safetensors"), timm_dd.Parts.load(second / "parts")
     if given:
         tuned = composed.reassign(tuned, parts.plan)
@@ -386,6 +388,35 @@ def test_cycles(given, tmp_path):
         t = parts.plan.tensors[name]
         if t.reduce == "place":
             assert torch.equal(p.detach(), tuned[name][t.block(1, 2)]), name
+    merged = load_file(second / "composed/model.safetensors")
+    assert all(torch.equal(t, tuned[name]) for name, t in merged.items() if parts.plan.tensors[name].trained)
+    assert all(torch.equal(t, tuned[name]) for name, t in load_file(second / "start/model.safetensors").items())
+
+
+@pytest.mark.slow
+def test_a_cycle_keeps_what_lies_between_the_blocks(tmp_path):
+    """Whose parts trained: they are merged onto what was split, resumed or not, with the same bits."""
+    given = ["train", *SHORT, "--cycles", "2", "--reassign", "--output", str(tmp_path), "--experiment", "one"]
+    assert main(given) == 0
+    second = tmp_path / "one" / "cycle-2"
+    parts, start = timm_dd.Parts.load(second / "parts"), timm.create_model("test_resnet", num_classes=10)
+    start.load_state_dict(load_file(second / "start/model.safetensors"))
+    merged, own = load_file(second / "composed/model.safetensors"), start.state_dict()
+    expected = timm_dd.merge(parts, onto=start).state_dict()
+    assert all(torch.equal(t, expected[name]) for name, t in merged.items())
+    name = "layer1.0.conv1.weight"
+    t, outside = parts.plan.tensors[name], torch.ones(own[name].shape, dtype=torch.bool)
+    for k in range(2):
+        outside[t.block(k, 2)] = False
+    assert own[name][outside].all() and torch.equal(merged[name][outside], own[name][outside])
+    assert not torch.equal(merged[name], own[name])
+    weights = [(second / name).read_bytes() for name in ("start/model.safetensors", "composed/model.safetensors")]
+    for done in ("summary.json", "composed", "global", "start"):
+        path = second / done
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert main([*given, "--resume"]) == 0
+    again = [(second / name).read_bytes() for name in ("start/model.safetensors", "composed/model.safetensors")]
+    assert again == weights
 
 
 @pytest.mark.slow
@@ -396,6 +427,9 @@ def test_cycles_go_on_and_are_the_same_on_two_ranks(tmp_path):
     done = torchrun(2, *both, "--experiment", "two", "--cycles", "2")
     assert done.returncode == 0, done.stderr
     assert bytes_of_parts(tmp_path / "two" / "cycle-2", 2) == bytes_of_parts(tmp_path / "one" / "cycle-2", 2)
+    for name in ("start", "composed"):
+        one, two = (tmp_path / run / "cycle-2" / name / "model.safetensors" for run in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
 
 
 def test_channels_with_an_order_are_not_reassigned(tmp_path, capsys):

@@ -133,7 +133,10 @@ POSITIONS = "weights for the positions of a part's map"
 BAD = [
     (lambda: timm_dd.split("dd_vgg3", 4, domain=Domain.full(4, scale=0.5)), POSITIONS),
     (lambda: timm_dd.split("dd_vgg3", 4, domain=Domain.grid(2, 2, overlap=16, scale=0.5)), POSITIONS),
-    (lambda: timm_dd.split(nn.Linear(9, 4), 1, domain=Domain.full(1, scale=0.5), example_input=torch.empty(1, 9)), ""),
+    (
+        lambda: timm_dd.split(nn.Linear(9, 4), 1, domain=Domain.full(1, scale=0.5), example_input=torch.empty(1, 9)),
+        "use scale 1|a larger scale",
+    ),
     (lambda: timm_dd.split("vgg11", 4, domain=Domain.full(4, scale=0.1), img_size=224), "a larger scale"),
     (
         lambda: timm_dd.split(

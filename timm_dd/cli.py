@@ -79,6 +79,9 @@ def _add_merge(commands) -> None:
     p.add_argument("parts", metavar="PARTS", help="a folder, or hf-hub:USER/REPO[@REVISION]")
     p.add_argument("-o", "--output", required=True, metavar="COMPOSED", help="folder for the model")
     p.add_argument("--head", choices=["sum", "mean"], default="sum", help="mean for regression")
+    p.add_argument(
+        "--onto", metavar="MODEL", help="keep this model's weights between the blocks: a folder, or hf-hub:…"
+    )
 
 
 def _add_verify(commands) -> None:
@@ -169,7 +172,7 @@ def _split(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     from .storage.merge_files import merge_files
 
-    merge_files(args.parts, args.output, head=args.head)
+    merge_files(args.parts, args.output, head=args.head, onto=args.onto)
     timm_form = (Path(args.output) / "config.json").exists()
     use = f"timm.create_model('local-dir:{args.output}', pretrained=True)" if timm_form else "model.safetensors"
     print(f"{args.output}: {use}")
@@ -184,6 +187,11 @@ def _verify(args: argparse.Namespace) -> int:
     parts = Parts.load(args.parts)
     model = models.create(parts.plan.model, **parts.plan.model_args)
     files.load_composed(args.composed, model)
+    if files.is_correction(args.composed):
+        raise MergeError(
+            f"{args.composed} was merged onto a model, whose weights lie between its blocks: it is not the sum of its "
+            "parts; verify a merge of them without --onto"
+        )
     batches = _labelled_images(args, model, parts.plan.input_size)
     report = verify(model, parts, batches=batches, head=args.head)
     print(report.text())

@@ -134,7 +134,7 @@ class Report:
                 f"outputs against the sum of the parts': whole image {_figure(self.whole)} {claim} "
                 f"({'exact' if self.box_exact else 'no claim'})",
                 *(
-                    ["(2.15) is not about views at another scale: compared on whole images alone"]
+                    ["(2.15) says nothing of views at another scale: compared on whole images alone"]
                     if self.scaled
                     else []
                 ),

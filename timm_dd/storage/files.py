@@ -24,9 +24,10 @@ from ..planning.plan import FORMAT, Plan
 from ..text import json_text
 from ..version import __version__
 from .atomic import output_folder, replacing
-from .tensorfile import READ_ERRORS, TensorFile, write_state
+from .tensorfile import READ_ERRORS, Entry, TensorFile, is_finite, write_state
 
 PLAN, MODEL = "plan.json", "model.safetensors"
+CORRECTION = "correction"  # what the metadata of a model say of how it was merged
 LARGEST_PLAN = 100 << 20  # bytes, as the header of a safetensors file
 
 
@@ -99,8 +100,15 @@ def _write(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str,
 
 def save_model(folder: str | Path, model: nn.Module, config: dict | None, about: Mapping[str, str]) -> None:
     """Write a model in timm's form; `about` it goes into the metadata."""
+    save_state(folder, model.state_dict(), config, about)
+
+
+def save_state(
+    folder: str | Path, state: Mapping[str, torch.Tensor], config: dict | None, about: Mapping[str, str]
+) -> None:
+    """As `save_model`, from its state dict."""
     with output_folder(folder) as aside:
-        _write(aside(MODEL), model.state_dict(), about)
+        _write(aside(MODEL), state, about)
         write_config(aside, config)
 
 
@@ -125,9 +133,7 @@ def load_composed(folder: str | Path, model: nn.Module) -> None:
     Raises:
         MergeError: no such file, damaged, or of another model.
     """
-    path = Path(folder) / MODEL
-    if not path.is_file():
-        raise MergeError(f"no {MODEL} in {folder}; expected a folder written by merge_files or timm-dd merge")
+    path = _model_path(Path(folder))
     with _reading(path, "compose the parts again"):
         state = load_file(path)
     try:
@@ -136,6 +142,19 @@ def load_composed(folder: str | Path, model: nn.Module) -> None:
         model.load_state_dict(state)  # copied: a model is not to be trained in the pages of a mapped file
     except RuntimeError as e:
         raise MergeError(f"{path} is of another model ({headline(e)}); use the one composed of these parts") from e
+
+
+def is_correction(folder: str | Path) -> bool:
+    """Whether a composed model was merged onto another one; errors as of `load_composed`."""
+    path = _model_path(Path(folder))
+    with _reading(path, "compose the parts again"), TensorFile(path) as file:
+        return file.metadata.get("merge") == CORRECTION
+
+
+def _model_path(folder: Path) -> Path:
+    if not (folder / MODEL).is_file():
+        raise MergeError(f"no {MODEL} in {folder}; expected a folder written by merge_files or timm-dd merge")
+    return folder / MODEL
 
 
 class PartsFolder:
@@ -153,7 +172,7 @@ class PartsFolder:
     """
 
     def __init__(self, folder: str | Path):
-        self.path = _local(folder)
+        self.path = _local(folder, PLAN, "*part-*.safetensors")
         described, self.digest = _read_plan(self.path / PLAN)
         try:
             self.plan = Plan.from_json(described)
@@ -200,11 +219,7 @@ class PartsFolder:
 
     def rows(self, k: int, name: str, first: int, last: int) -> np.ndarray:
         """Rows [first, last) of a tensor of part k, which is open, as integers."""
-        file = self._opened[k]
-        try:
-            return file.rows(name, first, last)
-        except READ_ERRORS as e:
-            raise _unreadable(file.path, e) from e
+        return _rows(self._opened[k], name, first, last)
 
     def load(self, k: int) -> dict[str, torch.Tensor]:
         """Part k's state dict.
@@ -245,18 +260,62 @@ class PartsFolder:
         self.close()
 
 
+class ModelFile:
+    """A global model's ``model.safetensors``, open for reading.
+
+    Args:
+        folder: on this machine, or ``hf-hub:USER/REPO[@revision]``.
+
+    Raises:
+        MergeError: no such file, truncated or damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._path = _model_path(_local(folder, MODEL))
+        with _reading(self._path, _COPY_AGAIN):
+            self._file = TensorFile(self._path)
+
+    def check(self, plan: Plan, dtypes: Mapping[str, torch.dtype]) -> None:
+        """Raise MergeError unless its tensors are those of the global model, in the `dtypes` of the parts."""
+        _check_global(plan, dtypes, self._file.tensors, str(self._path))
+
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows [first, last) of a tensor, as integers; MergeError unless they can be read and are finite."""
+        rows = _rows(self._file, name, first, last, _COPY_AGAIN)
+        if not is_finite(rows, self._file.tensors[name].dtype):
+            raise MergeError(f"{self._path}: {shown(name)} is not finite; {_OTHER_WEIGHTS}")
+        return rows
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> ModelFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _rows(file: TensorFile, name: str, first: int, last: int, remedy: str = "write this part again") -> np.ndarray:
+    try:
+        return file.rows(name, first, last)
+    except READ_ERRORS as e:
+        raise _unreadable(file.path, e, remedy) from e
+
+
 def _count(text: str | None) -> int | None:
     return int(text) if text is not None and text.isdecimal() else None
 
 
-def _local(folder: str | Path) -> Path:
+def _local(folder: str | Path, *names: str) -> Path:
+    """The folder itself; of one on the Hub, the files with these `names`."""
     if not str(folder).startswith("hf-hub:"):
         return Path(folder)
     from huggingface_hub import snapshot_download
 
     repo, _, revision = str(folder).removeprefix("hf-hub:").partition("@")
     try:
-        found = snapshot_download(repo, revision=revision or None, allow_patterns=[PLAN, "*part-*.safetensors"])
+        found = snapshot_download(repo, revision=revision or None, allow_patterns=[*names])
     except Exception as e:  # of huggingface_hub, and of whichever HTTP library it uses
         raise MergeError(f"{folder} cannot be downloaded ({headline(e)}); check its name and your login") from e
     return Path(found)
@@ -287,6 +346,9 @@ def _read_plan(path: Path) -> tuple[dict, str]:
 
 _OTHER_VERSION = f"timm_dd {__version__} reads format {FORMAT}; use the version that wrote it, or a newer one"
 _TRAIN_AGAIN = "train this part again with a smaller learning rate"
+_OTHER_PARTS = f"it is a part of another model, use the parts that go with {PLAN}"
+_COPY_AGAIN = "copy or write this model again"
+_OTHER_WEIGHTS = "take weights from before they diverged"
 
 
 @contextlib.contextmanager
@@ -319,8 +381,37 @@ def check_state(plan: Plan, k: int, state: Mapping[str, torch.Tensor], where: st
     _check_names(plan, set(state), where)
     for name, tensor in state.items():
         _check_shape(plan, k, name, tuple(tensor.shape), where)
+    _check_finite(state, where, _TRAIN_AGAIN)
+
+
+def check_onto(
+    plan: Plan, dtypes: Mapping[str, torch.dtype], model: Mapping[str, torch.Tensor], where: str = "onto"
+) -> None:
+    """Raise MergeError unless the tensors of the state dict `model` are those of the global one, in the `dtypes` of
+    the parts, and finite."""
+    _check_global(plan, dtypes, model, where)
+    _check_finite(model, where, _OTHER_WEIGHTS)
+
+
+def _check_global(
+    plan: Plan, dtypes: Mapping[str, torch.dtype], found: Mapping[str, torch.Tensor | Entry], where: str
+) -> None:
+    other = f"it is of another architecture, use {plan.model or 'the module'} as it was split"
+    _check_names(plan, set(found), where, other)
+    for name, t in found.items():
+        expected = plan.tensors[name].shape
+        if tuple(t.shape) != expected:
+            shapes = f"has shape {shown(tuple(t.shape))}, expected {shown(expected)}"
+            raise MergeError(f"{where}: {shown(name)} {shapes}; {other}")
+        if t.dtype != dtypes[name]:
+            both = f"is {t.dtype}, in the parts it is {dtypes[name]}"
+            raise MergeError(f"{where}: {shown(name)} {both}; convert the model or the parts")
+
+
+def _check_finite(state: Mapping[str, torch.Tensor], where: str, remedy: str) -> None:
+    for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise MergeError(f"{where}: {name} is not finite; {_TRAIN_AGAIN}")
+            raise MergeError(f"{where}: {name} is not finite; {remedy}")
 
 
 def common_dtypes(parts: Sequence[Mapping[str, torch.dtype]]) -> Mapping[str, torch.dtype]:
@@ -334,11 +425,11 @@ def common_dtypes(parts: Sequence[Mapping[str, torch.dtype]]) -> Mapping[str, to
     return parts[0]
 
 
-def _check_names(plan: Plan, names: set[str], where: str) -> None:
+def _check_names(plan: Plan, names: set[str], where: str, remedy: str = _OTHER_PARTS) -> None:
     unknown, missing = names - plan.tensors.keys(), plan.tensors.keys() - names
     if unknown or missing:
         what = f"lacks {shown(min(missing))}" if missing else f"has {shown(min(unknown))}, which the plan does not know"
-        raise MergeError(f"{where} {what}; it is a part of another model, use the parts that go with {PLAN}")
+        raise MergeError(f"{where} {what}; {remedy}")
 
 
 def _check_shape(plan: Plan, k: int, name: str, shape: tuple[int, ...], where: str) -> None:

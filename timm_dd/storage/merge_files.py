@@ -1,15 +1,17 @@
 """Prolongation of one tensor: the parts' blocks in their places, (2.11)–(2.14), their sum, or their mean.
 
+What lies outside the blocks is zero, or for a correction the weights of the model that it is onto.
 Elements are carried as unsigned integers of their size, `RAW`, so that numpy places them whatever their dtype, and rows
 of a tensor are made without the others: a model need not be in memory to be merged.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,11 +23,13 @@ from ..errors import MergeError
 from ..planning.plan import Plan, TensorPlan
 from . import tensorfile
 from .atomic import output_folder
-from .files import MODEL, PartsFolder, common_dtypes, summary, write_config
+from .files import CORRECTION, MODEL, ModelFile, PartsFolder, common_dtypes, summary, write_config
 from .tensorfile import PIECE, RAW, from_raw, to_raw
 
 HEADS = ("sum", "mean")
 Rows = Callable[[int, str, int, int], np.ndarray]  # (k, name, first, last): rows of part k's tensor, as `RAW` ones
+Base = Callable[[str, int, int], np.ndarray]  # (name, first, last): rows of the global tensor before the parts; a copy
+Blocks = Iterable[tuple[tuple[slice | np.ndarray, ...], np.ndarray]]  # (where, elements), of one part after another
 
 
 def check_mergeable(plan: Plan, head: str) -> None:
@@ -45,55 +49,74 @@ def count_rows(t: TensorPlan) -> int:
     return t.shape[0] if t.shape else 1
 
 
-def row_blocks(plan: Plan, name: str, dtype: torch.dtype, rows: Rows, head: str) -> Iterator[np.ndarray]:
+def zeros(plan: Plan, dtypes: Mapping[str, torch.dtype]) -> Base:
+    """Of the model whose tensors are all zero."""
+
+    def rows(name: str, first: int, last: int) -> np.ndarray:
+        return np.zeros((last - first, *plan.tensors[name].shape[1:]), RAW[dtypes[name]])
+
+    return rows
+
+
+def row_blocks(plan: Plan, name: str, dtype: torch.dtype, rows: Rows, base: Base, head: str) -> Iterator[np.ndarray]:
     """A global tensor, some of its rows at a time."""
     t = plan.tensors[name]
     step = max(1, PIECE // max(1, math.prod(t.shape[1:]) * dtype.itemsize))
     for first in range(0, count_rows(t), step):
-        yield merge_rows(plan, name, dtype, rows, first, min(first + step, count_rows(t)), head)
+        yield merge_rows(plan, name, dtype, rows, base, first, min(first + step, count_rows(t)), head)
 
 
 def merge_rows(
-    plan: Plan, name: str, dtype: torch.dtype, rows: Rows, first: int, last: int, head: str = "sum"
+    plan: Plan, name: str, dtype: torch.dtype, rows: Rows, base: Base, first: int, last: int, head: str = "sum"
 ) -> np.ndarray:
-    """Rows [first, last) of one global tensor, as integers: the blocks in their places, or their sum, or the mean of
-    those that have an element."""
-    t = plan.tensors[name]
-    merged = (_placed if t.reduce == "place" else _reduced)(t, plan.parts, name, dtype, rows, first, last)
-    if head == "mean" and plan.parts > 1 and name in plan.head:
-        merged = to_raw(from_raw(merged, dtype) / plan.parts)
-    return merged
-
-
-def _placed(t: TensorPlan, parts: int, name: str, dtype: torch.dtype, rows: Rows, first: int, last: int) -> np.ndarray:
-    out = np.zeros((last - first, *t.shape[1:]), RAW[dtype])
-    for k in range(parts):
-        at, part_rows = _place(t, k, parts, first, last)
-        if part_rows.start < part_rows.stop:
-            block = rows(k, name, part_rows.start, part_rows.stop)
-            if t.outside == "mean":
-                mean = from_raw(block, dtype).double().mean(tuple(range(1, block.ndim)), keepdim=True)
-                out[at[0]] = to_raw(mean.to(dtype))
-            out[_open(at)] = block
+    """Rows [first, last) of one global tensor, as integers: those of `base`, with the blocks in their places, or their
+    sum, or the mean of those that have an element."""
+    t, out = plan.tensors[name], base(name, first, last)
+    divisor = plan.parts if head == "mean" and name in plan.head else 1
+    blocks = _blocks(t, plan.parts, name, rows, first, last)
+    (_place_blocks if t.reduce == "place" else _reduce_blocks)(out, t, blocks, dtype, divisor)
     return out
 
 
-def _reduced(t: TensorPlan, parts: int, name: str, dtype: torch.dtype, rows: Rows, first: int, last: int) -> np.ndarray:
+def _place_blocks(out: np.ndarray, t: TensorPlan, blocks: Blocks, dtype: torch.dtype, divisor: int) -> None:
+    for at, block in blocks:
+        inside = _open(at)
+        if t.outside == "mean":  # standardised rows: their mean moves as that of the block
+            shift = _row_means(block, dtype) - _row_means(out[inside], dtype)
+            from_raw(out, dtype)[at[0]] += shift.to(dtype)
+        out[inside] = _divided(block, dtype, divisor)
+
+
+def _row_means(block: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    return from_raw(block, dtype).double().mean(tuple(range(1, block.ndim)), keepdim=True)
+
+
+def _reduce_blocks(out: np.ndarray, t: TensorPlan, blocks: Blocks, dtype: torch.dtype, divisor: int) -> None:
     wide = np.dtype("f8" if dtype.is_floating_point else str(dtype).removeprefix("torch."))
-    out = np.zeros((last - first, *t.shape[1:]), wide)
-    owners = np.zeros(out.shape, np.int64)
-    for k in range(parts):
-        at, part_rows = _place(t, k, parts, first, last)
-        at, block = _open(at), rows(k, name, part_rows.start, part_rows.stop)
+    total, owners = np.zeros(out.shape, wide), np.zeros(out.shape, np.int64)
+    for at, block in blocks:
+        at = _open(at)
         owners[at] += 1
         if not dtype.is_floating_point:  # a count of batches
             block = block.view(wide)
-            out[at] = np.where(owners[at] > 1, np.maximum(out[at], block), block)
+            total[at] = np.where(owners[at] > 1, np.maximum(total[at], block), block)
         elif t.reduce == "sum":
-            out[at] += from_raw(block, dtype).double().numpy()
+            total[at] += from_raw(block, dtype).double().numpy()
         else:
-            out[at] += (from_raw(block, dtype).double().numpy() - out[at]) / owners[at]  # equal ones stay as they are
-    return to_raw(torch.from_numpy(out).to(dtype)) if dtype.is_floating_point else out.view(RAW[dtype])
+            total[at] += (from_raw(block, dtype).double().numpy() - total[at]) / owners[at]  # equal ones stay
+    merged = to_raw(torch.from_numpy(total).to(dtype)) if dtype.is_floating_point else total.view(RAW[dtype])
+    np.copyto(out, _divided(merged, dtype, divisor), where=owners > 0)
+
+
+def _divided(block: np.ndarray, dtype: torch.dtype, divisor: int) -> np.ndarray:
+    return block if divisor == 1 else to_raw(from_raw(block, dtype) / divisor)
+
+
+def _blocks(t: TensorPlan, parts: int, name: str, rows: Rows, first: int, last: int) -> Blocks:
+    for k in range(parts):
+        at, part_rows = _place(t, k, parts, first, last)
+        if part_rows.start < part_rows.stop:
+            yield at, rows(k, name, part_rows.start, part_rows.stop)
 
 
 def _place(t: TensorPlan, k: int, parts: int, first: int, last: int) -> tuple[tuple[slice | np.ndarray, ...], slice]:
@@ -131,31 +154,39 @@ def _open(index: Sequence[slice | np.ndarray]) -> tuple[slice | np.ndarray, ...]
     return np.ix_(*(np.arange(i.start, i.stop) if isinstance(i, slice) else i for i in index))
 
 
-def merge_files(folder: str | Path, output: str | Path, *, head: str = "sum") -> None:
+def merge_files(folder: str | Path, output: str | Path, *, head: str = "sum", onto: str | Path | None = None) -> None:
     """Merge parts on disk into ``model.safetensors`` and timm's ``config.json``, a piece in memory at a time.
 
     Args:
         folder: of parts, or ``hf-hub:USER/REPO``.
-        head: as for `merge`.
+        head, onto: as for `merge`; `onto` is a folder with ``model.safetensors``, or ``hf-hub:USER/REPO``. It may be
+            the output folder.
 
     Raises:
         MergeError: as `merge`; the output folder is left as it was.
     """
-    write_merged(folder, output, head, {})
+    write_merged(folder, output, head, {}, onto)
 
 
-def write_merged(folder: str | Path, output: str | Path, head: str, about: Mapping[str, str]) -> None:
+def write_merged(
+    folder: str | Path, output: str | Path, head: str, about: Mapping[str, str], onto: str | Path | None = None
+) -> None:
     """As `merge_files`, with what else is said `about` the model in its metadata."""
-    with PartsFolder(folder) as parts:
+    with PartsFolder(folder) as parts, contextlib.ExitStack() as stack:
         plan = parts.plan
         check_mergeable(plan, head)
         opened = [parts.open(k) for k in range(plan.parts)]
         dtypes = common_dtypes([{name: e.dtype for name, e in part.tensors.items()} for part in opened])
+        base, about = zeros(plan, dtypes), {**summary(plan, parts.digest, head), **about}
+        if onto is not None:
+            model = stack.enter_context(ModelFile(onto))
+            model.check(plan, dtypes)
+            base, about = model.rows, {**about, "merge": CORRECTION}
         specs = {name: (plan.tensors[name].shape, dtypes[name]) for name in opened[0].tensors}
-        merged = (p for name, (_, dtype) in specs.items() for p in row_blocks(plan, name, dtype, parts.rows, head))
+        merged = (p for name, (_, d) in specs.items() for p in row_blocks(plan, name, d, parts.rows, base, head))
         with output_folder(output, sync=False) as aside, ThreadPoolExecutor(os.cpu_count()) as pool:
             checks = [pool.submit(parts.check, k) for k in range(plan.parts)]
-            tensorfile.write(aside(MODEL), specs, merged, {**summary(plan, parts.digest, head), **about})
+            tensorfile.write(aside(MODEL), specs, merged, about)
             write_config(aside, plan.config)
             for check in checks:
                 check.result()

@@ -161,7 +161,7 @@ class TensorFile:
             for at in range(start, stop, PIECE):
                 piece = self._bytes(at, min(at + PIECE, stop))
                 digest.update(piece)
-                if infinite is None and not _finite(piece, dtype):
+                if infinite is None and not is_finite(np.frombuffer(piece, RAW[dtype]), dtype):
                     infinite = self._name(at, piece, dtype)
         return digest.hexdigest().encode() == seal, infinite
 
@@ -177,8 +177,8 @@ class TensorFile:
 
     def _name(self, at: int, piece: bytes, dtype: torch.dtype) -> str:
         """The tensor in which a piece that begins at byte `at` is not finite."""
-        size = dtype.itemsize
-        first = at + next(i for i in range(0, len(piece), size) if not _finite(piece[i : i + size], dtype))
+        elements = np.frombuffer(piece, RAW[dtype])
+        first = at + dtype.itemsize * next(i for i in range(len(elements)) if not is_finite(elements[i], dtype))
         return next(name for name, entry in self.tensors.items() if entry.start <= first < entry.end)
 
     def close(self) -> None:
@@ -191,13 +191,11 @@ class TensorFile:
         self.close()
 
 
-def _finite(piece: bytes, dtype: torch.dtype) -> bool:
-    """Whether no element has an exponent of ones, which is what NaN and infinity have."""
-    ones = EXPONENT.get(dtype)
-    if ones is None:
+def is_finite(elements: np.ndarray, dtype: torch.dtype) -> bool:
+    """Whether none, as integers (see `RAW`), has an exponent of ones, which is what NaN and infinity have."""
+    if dtype not in EXPONENT:
         return True
-    elements = np.frombuffer(piece, RAW[dtype])
-    ones = elements.dtype.type(ones)
+    ones = elements.dtype.type(EXPONENT[dtype])
     return not ((elements & ones) == ones).any()
 
 

@@ -141,7 +141,7 @@ def _tensor(name: str, model: nn.Module, graph: fx.GraphModule) -> torch.Tensor:
 
 def restrict(tensor: torch.Tensor, t: TensorPlan, k: int, plan: Plan) -> torch.Tensor:
     """Part k's block of a global tensor, a copy. A summed bias is shared out: b/K to each of its K owners, and to the
-    last what is left. Shares are multiples of b's last digit, so that they add up to b without rounding."""
+    last what is left, so that the shares add up to b without rounding."""
     block = tensor
     for dim, index in enumerate(t.index(k, plan.divisor)):
         if index is not None:
@@ -151,6 +151,15 @@ def restrict(tensor: torch.Tensor, t: TensorPlan, k: int, plan: Plan) -> torch.T
     owners = torch.zeros(plan.parts + 1, *t.shape)  # of each element among the first 0, 1 … K parts
     for j in range(plan.parts):
         owners[j + 1 :][(slice(None), *t.block(j, plan.divisor))] += 1
-    before, total = (owners[i][t.block(k, plan.divisor)].to(tensor) for i in (k, -1))
-    share = (block + block / total) - block
-    return torch.where(before + 1 < total, share, block - (total - 1) * share)
+    before, total = (owners[i][t.block(k, plan.divisor)].to(tensor.device) for i in (k, -1))
+    share = _share(block, total)
+    return torch.where(before + 1 < total, share, block - (total - 1) * share).to(tensor.dtype)
+
+
+def _share(b: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+    """b / owners in float64, cut off after the last digit that b has in its dtype: what is left for the last owner is
+    then no larger than b and has no digit more, so that its dtype holds it."""
+    wide, info = b.double(), torch.finfo(b.dtype)
+    digit = wide / (2 * torch.frexp(wide).mantissa) * info.eps
+    digit = digit.clamp(min=info.smallest_normal * info.eps)
+    return torch.where(b == 0, wide, (wide / owners / digit).trunc() * digit)

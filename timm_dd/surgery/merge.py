@@ -1,4 +1,5 @@
-"""Prolongation: K parts become the model itself, each part's weights in its blocks, zero outside them.
+"""Prolongation: K parts become the model itself, each part's weights in its blocks. Outside them are zeros or, for a
+correction, the weights of a model.
 
 `merge` gives a model in memory; `merge_files` does the same from disk to disk. Both are loops over `merge_rows`.
 """
@@ -18,22 +19,36 @@ from ..errors import MergeError, SplitError
 from ..planning.graphs import first_float
 from ..planning.plan import Plan
 from ..storage import files
-from ..storage.merge_files import check_mergeable, count_rows, merge_rows
+from ..storage.merge_files import Base, check_mergeable, count_rows, merge_rows, zeros
 from ..storage.tensorfile import from_raw, to_raw
 from .parts import Parts
 from .source import plan_model
 
 
-def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | None = None) -> nn.Module:
+def merge(
+    parts: Parts | str | Path,
+    *,
+    head: str = "sum",
+    model: nn.Module | None = None,
+    onto: nn.Module | None = None,
+) -> nn.Module:
     """The global model with the parts' weights, ready to train or to save.
+
+    With `onto`, whose weights are θ, it is a correction: θ + Σ_k P_k (θ_k − R_k θ), additive Schwarz, where R_k is
+    what `split` does and P_k what merging does to part k. So θ stays outside the blocks, θ_k is inside; standardised
+    filters move with the mean of their blocks; sums and means are those of the parts alone, since Σ_k P_k R_k θ = θ.
+    ``merge(split(model), onto=model)`` is the model, bit for bit; with a mean head, which `split` does not undo, all
+    of it but the head.
 
     Args:
         parts: from `split`, or the folder that `Parts.save` wrote, or ``hf-hub:USER/REPO``.
         head: ``sum`` the parts' logits, (2.16); ``mean`` for regression, (2.22).
         model: the module that was split, where parts on disk come from one.
+        onto: of the model that was split, in the parts' dtypes; it is not changed.
 
     Raises:
-        MergeError: a part is missing, damaged, not finite, or of another split.
+        MergeError: a part is missing, damaged, not finite, or of another split; `onto` is of another architecture or
+            dtype, or not finite.
     """
     if isinstance(parts, Parts):
         plan, states = parts.plan, [part.state_dict() for part in parts]
@@ -50,13 +65,27 @@ def merge(parts: Parts | str | Path, *, head: str = "sum", model: nn.Module | No
     def rows(k: int, name: str, first: int, last: int) -> np.ndarray:
         return np.atleast_1d(pieces[k][name])[first:last]
 
+    base = zeros(plan, dtypes) if onto is None else _weights(plan, dtypes, onto)
     state = {}
     for name, t in plan.tensors.items():
-        value = merge_rows(plan, name, dtypes[name], rows, 0, count_rows(t), head)
+        value = merge_rows(plan, name, dtypes[name], rows, base, 0, count_rows(t), head)
         state[name] = from_raw(value, dtypes[name]).reshape(t.shape)
-    merged = _blank(plan, model)
+    merged = _blank(plan, onto if model is None else model)
     _load(merged, state)
     return merged
+
+
+def _weights(plan: Plan, dtypes: Mapping[str, torch.dtype], model: nn.Module) -> Base:
+    """Of a model in memory, once it is found to be the plan's."""
+    if not isinstance(model, nn.Module):
+        raise MergeError(f"onto: expected a torch module, got {type(model).__name__}; merge_files takes a folder")
+    state = model.state_dict()
+    files.check_onto(plan, dtypes, state)
+
+    def rows(name: str, first: int, last: int) -> np.ndarray:
+        return np.atleast_1d(to_raw(state[name]))[first:last].copy()
+
+    return rows
 
 
 def _blank(plan: Plan, model: nn.Module | None) -> nn.Module:

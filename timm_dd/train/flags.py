@@ -145,7 +145,8 @@ def _stages(g) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="split the fine-tuned model again and go on, N times in all, in cycle-2 … of the run's folder",
+        help="split the fine-tuned model again, and merge its parts onto it, N cycles in all, in cycle-2 … of the "
+        "run's folder",
     )
     g.add_argument(
         "--reassign", action="store_true", help="in the next cycle each part gets channels of all parts of the last"

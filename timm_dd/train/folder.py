@@ -165,6 +165,11 @@ class RunFolder:
         return self.joint if self.args.joint_epochs else self.parts
 
     @property
+    def start(self) -> Path | None:
+        """The model that a later cycle was split from; the parts are merged onto it."""
+        return self.path / "start" if self.cycle > 1 else None
+
+    @property
     def composed(self) -> Path:
         return self.path / "composed"
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
@@ -17,6 +18,8 @@ from .. import models
 from ..algebra.domain import Domain
 from ..algebra.view import View
 from ..errors import TrainError
+from ..planning.plan import Plan
+from ..storage import files
 from ..storage.atomic import replace_json
 from ..surgery.parts import Parts
 from ..surgery.split import plan, split
@@ -52,6 +55,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, before: Run | None = None):
         self.args, self.ranks, self.begun = args, Ranks.from_environment(), time.time()
+        self.last = None if before is None else before.place.tuned / "last"
         self.device = self.ranks.device(args.device)
         self.train_set, self.val_set, classes = data.datasets(args)
         self.model_args = options.model_arguments(args, classes)
@@ -61,8 +65,8 @@ class Run:
         self.timer = CheckpointTimer(args.checkpoint_every)
         self.place = RunFolder.of_run(args, self.ranks) if before is None else before.place.next_cycle()
         config = models.config(empty, self.data_config)
-        self.parts = self._split(before, options.domain(args), config)
-        self.whole = self._split(before, Domain.full(args.parts), config) if args.joint_epochs else None
+        self.parts = self._split(options.domain(args), config)
+        self.whole = self._split(Domain.full(args.parts), config) if args.joint_epochs else None
         if self.whole is not None:
             check_whole(self.parts, self.whole, args.model)
         self.views = [self._views(d) for d in options.views(args)]
@@ -75,7 +79,7 @@ class Run:
     def cycle(self) -> int:
         return self.place.cycle
 
-    def _split(self, before: Run | None, domain: Domain, config: dict | None) -> Parts:
+    def _split(self, domain: Domain, config: dict | None) -> Parts:
         args = self.args
         parts = split(
             args.model,
@@ -83,17 +87,21 @@ class Run:
             domain=domain,
             narrow=args.narrow,
             img_size=tuple(self.data_config["input_size"][1:]),
-            pretrained=args.pretrained and before is None,
+            pretrained=args.pretrained and self.last is None,
             seed=args.seed,
             **self.model_args,
         )
         if args.reassign and not parts.plan.exact:
             raise TrainError(f"--reassign: {args.model} is not the same with its channels in another order")
-        if before is not None:
-            state = load_file(before.place.tuned / "last" / "model.safetensors")
-            parts.take(reassign(state, parts.plan) if args.reassign else state)
+        if self.last is not None:
+            parts.take(self._start(parts.plan))
         parts.plan = replace(parts.plan, config=config)
         return parts
+
+    def _start(self, plan: Plan) -> dict[str, torch.Tensor]:
+        """The model that this cycle splits: the last one's, its channels in another order if they are reassigned."""
+        state = load_file(self.last / files.MODEL)
+        return reassign(state, plan) if self.args.reassign else state
 
     def _views(self, domain: Domain) -> Sequence[View]:
         """What the parts see of an image on another domain than theirs.
@@ -169,6 +177,9 @@ class Run:
         seconds, joint = {"parts": max(p["seconds"] for p in trained)}, {}
         if self.args.joint_epochs:
             joint["joint"], seconds["joint"] = train_joint(context)
+        if self.place.start is not None and self.ranks.primary:
+            mine = self.parts.plan
+            files.save_state(self.place.start, self._start(mine), mine.config, {})
         tuned = tune(context)
         seconds["composed"] = tuned.pop("seconds")
         summary = {"parts": [p["top1"] for p in trained], **joint, **tuned, "seconds": seconds, **self._about()}

@@ -187,7 +187,8 @@ def tune(run: Context) -> dict[str, float]:
     """Compose, re-estimate the BatchNorm statistics, and fine-tune; returns the accuracies of the parts together and
     of the composed model after each step, and the seconds of the last."""
     if run.ranks.primary:
-        write_merged(run.folder.trained.path, run.folder.composed, "sum", run.about("composed"))
+        trained, start = run.folder.trained.path, run.folder.start
+        write_merged(trained, run.folder.composed, "sum", run.about("composed"), start)
     if run.ranks.world > 1:
         dist.barrier()
     plan, args = run.parts.plan, options.stage_options(run.args, None)
