@@ -174,7 +174,7 @@ def learners(folder, *given):
     made = []
     for k, part in enumerate(parts):
         made.append(Learner(str(k), part, parts.plan.views()[k], args, torch.device("cpu"), 4, 8, k, folder))
-        made[-1].draws = [v[k] for v in views] or made[-1].draws
+        made[-1].sight.draws = [v[k] for v in views] or made[-1].sight.draws
     return made
 
 
@@ -190,7 +190,7 @@ def test_parts_draw_the_same_views(tmp_path):
         seen += shapes
     counts = [seen.count(s) for s in ((16, 16), (32, 20), (20, 20))]
     assert sum(counts) == 60 and min(counts) > 10
-    assert not torch.equal(some[0].sees.crop(x), some[1].sees.crop(x))
+    assert not torch.equal(some[0].sight.own.crop(x), some[1].sight.own.crop(x))
     for engine in (Engine(), Packed()):
         engine.step(some, torch.randn(8, 3, 32, 32), torch.arange(8), isolate_failures=False)
 

@@ -64,7 +64,6 @@ def domain_options(p) -> None:
     p.add_argument(
         "--part-scale",
         type=float,
-        default=1.0,
         metavar="S",
         help="at which the parts see their boxes: of 0.5 half as many pixels along each axis",
     )
@@ -76,7 +75,7 @@ def domain(args: argparse.Namespace) -> Domain:
     from . import models
     from .algebra.domain import Domain, default_domain
 
-    scale = {"scale": args.part_scale}
+    scale = {} if args.part_scale is None else {"scale": args.part_scale}
     extra = {"overlap": args.overlap, "margin": args.margin}
     if args.grid == "centered8":
         return Domain.centered8(**extra, **scale)

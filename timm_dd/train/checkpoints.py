@@ -44,6 +44,11 @@ def found(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*.safetensors"), reverse=True)
 
 
+def read_newest(folder: Path) -> tuple[dict, dict] | None:
+    """(tensors, numbers) of the newest checkpoint in a folder that can be read; None if there is none."""
+    return next(filter(None, map(_read, found(folder))), None)
+
+
 def restore(learner: Learner) -> bool:
     """Go back to the newest checkpoint that can be read; whether there was one.
 

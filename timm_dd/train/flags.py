@@ -8,6 +8,7 @@ from timm.utils import ParseKwargs
 
 from .. import console
 
+PRESETS = ("paper",)
 SCALES = ("sum", "mean", "temperature")
 STAGED = {
     "epochs": dict(type=int, metavar="N", help="epochs"),
@@ -26,6 +27,9 @@ def parser(add_help: bool = True) -> argparse.ArgumentParser:
         description="Train K parts of a timm model on K sub-images, compose them, fine-tune the composed model.",
         epilog="example: torchrun --nproc-per-node 4 -m timm_dd.train --model resnet50 --parts 4 --grid 2x2 "
         "--overlap 28 --data-dir DATA --part-epochs 100 --epochs 100 -b 128 --output runs/",
+    )
+    p.add_argument(
+        "--preset", choices=PRESETS, help="defaults for these options; paper: those of gu2022, instead of the recipe"
     )
     p.add_argument(
         "-c", "--config", metavar="YAML", help="defaults for these options: a file, or one that comes with the package"
@@ -156,8 +160,8 @@ def _stages(g) -> None:
             given = {"help": argparse.SUPPRESS if name != "epochs" else f"{stage}: {kind['help']}"}
             if (stage, name) == ("joint", "epochs"):
                 given = {
-                    "default": 0,
-                    "help": "of the parts after their own, on whole images, against the loss of their sum of logits",
+                    "help": "of the parts after their own, on whole images, against the loss of their sum of logits; "
+                    "by default a sixth of theirs",
                 }
             if (stage, name) == ("part", "lr"):
                 given = {"nargs": "+", "help": "parts: learning rate, one for all or one for each"}
@@ -199,7 +203,19 @@ def _composed(g) -> None:
     g.add_argument("--repair", action="store_true", help="reset means and variances, in networks without BatchNorm")
     g.add_argument("--between-gradient", action="store_true", help="start between the blocks along the gradient")
     g.add_argument("--head-epochs", type=int, default=0, metavar="N", help="of the classifier and the last norm alone")
-    g.add_argument("--keep-momenta", action="store_true", help="the optimizer goes on with the parts' states")
+    g.add_argument(
+        "--keep-momenta",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fine-tuning goes on with the optimizer states of the parts",
+    )
+    g.add_argument(
+        "--tune-rate",
+        type=float,
+        default=0.25,
+        metavar="FACTOR",
+        help="of the learning rate, for fine-tuning, unless the parts have a rate of their own",
+    )
     g.add_argument("--rates-from-fans", action="store_true", help="parts' rates of matrices grow as their fans shrink")
     g.add_argument("--distill", type=float, default=0.0, metavar="ALPHA", help="weight of the parts' mean as a teacher")
 

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import TrainError
-from ..surgery.parts import Parts
 from . import data, options
 from .checkpoints import CheckpointTimer, restore_together
 from .engines import Engine, cores, engine, share_cores_for_parts
@@ -89,15 +87,6 @@ class SharedTimer(CheckpointTimer):
 
     def keep(self, learners: list[Learner]) -> None:
         self.timer.keep(learners)
-
-
-def check_whole(parts: Parts, whole: Parts, model: str) -> None:
-    """Raise TrainError unless the parts of boxes are those of `whole` images too."""
-    if parts.plan.tensors != whole.plan.tensors:
-        raise TrainError(
-            f"--joint-epochs: the parts of {model} have weights for the positions of their boxes, (2.13), and do not "
-            "run on whole images; use --grid full, or leave out the joint stage"
-        )
 
 
 def train_joint(run: Context) -> tuple[float, float]:

@@ -51,13 +51,41 @@ class SeededRandom:
                 self.generator.set_rng_state(before)
 
 
+class Sight:
+    """What a network sees of a batch, a function of the seeds and the update's number alone.
+
+    Attributes:
+        own: its view, or box; None for all of the batch.
+        draws: of which it sees one while it trains, update by update; networks of one run that of the same number.
+    """
+
+    def __init__(self, own: View | Box | None, args: argparse.Namespace, seed: int):
+        self.own, self.args, self.seed = own, args, seed
+        self.draws: Sequence[View | Box | None] = (own,)
+
+    def evaluating(self, x: torch.Tensor) -> torch.Tensor:
+        return self._of(x, self.own)
+
+    def training(self, x: torch.Tensor, update: int) -> torch.Tensor:
+        """In an update; with the probability --roam, of a box anywhere."""
+        seen = self.draws[Random((self.args.seed << 32) + update).randrange(len(self.draws))]
+        random = Random((self.seed << 32) + update)
+        if seen is None or random.random() >= self.args.roam:
+            return self._of(x, seen)
+        return self._of(x, seen.anywhere(x.shape[2:], random))
+
+    def _of(self, x: torch.Tensor, view: View | Box | None) -> torch.Tensor:
+        x = x if view is None else view.crop(x)
+        return x.contiguous(memory_format=torch.channels_last) if self.args.channels_last else x
+
+
 class Learner:
     """One network in training. The dropout of an update follows from `seed` and the update's number, so that learners
     that share a process do not disturb each other, and one that was interrupted goes on as if it had not been; packed
     ones (`engines.Packed`) draw together, by the first one's seed.
 
     Args:
-        sees: of a batch, a view or a box; None for all of it. While it trains, ``--roam`` moves the box.
+        sees: of a batch, a view or a box; None for all of it.
         global_batch: images of an update over all ranks, for ``--lr-base``.
         folder: for its ``summary.csv`` and its checkpoints.
 
@@ -66,7 +94,7 @@ class Learner:
         options: what its weights depend on, the updates of an epoch and the images of an update among them.
         history: loss, top1, lr, and seconds since the beginning, of each epoch that ended.
         seconds: of its epochs, validation included, and of what made it ready.
-        draws: of which of these it sees one while it trains, update by update, all parts the one of the same number.
+        sight: what it sees of a batch.
         failure: why it cannot go on; None while it can.
     """
 
@@ -82,9 +110,9 @@ class Learner:
         seed: int,
         folder: Path,
     ):
-        self.name, self.model, self.sees, self.args, self.device = name, model, sees, args, device
+        self.name, self.model, self.args, self.device = name, model, args, device
         self.seed, self.folder = seed, folder
-        self.draws: Sequence[View | Box | None] = (sees,)
+        self.sight = Sight(sees, args, seed)
         self.options = {
             **options.training_identity(args),
             "updates_per_epoch": updates_per_epoch,
@@ -96,7 +124,6 @@ class Learner:
         self.forward = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
         self.ema = ModelEmaV3(self.net, decay=args.model_ema_decay) if args.model_ema else None
         self.criterion = criterion(args)
-        self.teacher: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.micro_batches = args.grad_accum_steps
         self.around_step: Callable[[], AbstractContextManager] = nullcontext  # of the optimizer
         self.dtype = getattr(torch, args.amp_dtype)
@@ -139,11 +166,7 @@ class Learner:
             later = self.model.no_sync() if self.distributed and i + 1 < len(batches) else nullcontext()
             with later:
                 with self.random(self.updates, i), self.autocast():
-                    logits = self.forward(self.view(x_i))
-                    loss = self.criterion(logits, y_i) * (len(y_i) / len(y))
-                    if self.teacher is not None:
-                        taught = SoftTargetCrossEntropy()(logits, self.teacher(x_i)) * (len(y_i) / len(y))
-                        loss = loss.lerp(taught, self.args.distill)
+                    loss = self.criterion(self.forward(self.view(x_i)), y_i) * (len(y_i) / len(y))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
@@ -214,21 +237,13 @@ class Learner:
 
     @torch.no_grad()
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Of the result, on what the network sees."""
+        """Of the result, on what the network sees when it does not train."""
         with self.autocast():
-            return (self.forward if self.ema is None else self.result)(self._format(x, self.sees)).float()
+            return (self.forward if self.ema is None else self.result)(self.sight.evaluating(x)).float()
 
     def view(self, x: torch.Tensor) -> torch.Tensor:
-        """What the network sees of a batch in this update; with the probability --roam, of a box anywhere."""
-        sees = self.draws[Random((self.args.seed << 32) + self.updates).randrange(len(self.draws))]
-        random = Random((self.seed << 32) + self.updates)
-        if sees is None or random.random() >= self.args.roam:
-            return self._format(x, sees)
-        return self._format(x, sees.anywhere(x.shape[2:], random))
-
-    def _format(self, x: torch.Tensor, sees: View | Box | None) -> torch.Tensor:
-        x = x if sees is None else sees.crop(x)
-        return x.contiguous(memory_format=torch.channels_last) if self.args.channels_last else x
+        """What the network sees of a batch in this update."""
+        return self.sight.training(x, self.updates)
 
     # ---- what a checkpoint holds
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,8 +38,32 @@ def restore(optimizer: Optimizer, tensors: Mapping[str, torch.Tensor], numbers: 
     for key in (k for k in tensors if k.startswith(("state.", "group."))):
         kind, i, name = key.split(".", 2)
         held[kind][int(i)][name] = tensors[key]
-    groups = [held["group"][i] for i in sorted(held["group"])]
-    optimizer.load_state_dict({"state": held["state"], "param_groups": groups})
+    _load(optimizer, held["state"], [held["group"][i] for i in sorted(held["group"])])
+
+
+def names(optimizer: Optimizer, model: nn.Module) -> list[str]:
+    """The parameters of `model`, in the order in which the optimizer's states are numbered."""
+    named = {id(p): name for name, p in model.named_parameters()}
+    return [named[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def by_name(names: Sequence[str], tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> dict[str, dict]:
+    """The states in what a checkpoint holds, by the parameter's name."""
+    found: dict[str, dict] = {names[int(i)]: dict(v) for i, v in numbers["optimizer"]["state"].items()}
+    for key in (k for k in tensors if k.startswith("state.")):
+        _, i, kind = key.split(".", 2)
+        found[names[int(i)]][kind] = tensors[key]
+    return found
+
+
+def take(optimizer: Optimizer, model: nn.Module, states: Mapping[str, dict]) -> None:
+    """Go on with `states`, by the parameter's name."""
+    numbered = {i: states[name] for i, name in enumerate(names(optimizer, model)) if name in states}
+    _load(optimizer, numbered, optimizer.state_dict()["param_groups"])
+
+
+def _load(optimizer: Optimizer, states: Mapping[int, dict], groups: list) -> None:
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
     for p, values in optimizer.state.items():  # a fused update goes through memory, whatever the strides
         alike = {k: t for k, t in values.items() if isinstance(t, torch.Tensor) and t.shape == p.shape}
         values.update((k, torch.empty_like(p, dtype=t.dtype).copy_(t)) for k, t in alike.items())

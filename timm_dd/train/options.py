@@ -27,10 +27,11 @@ MAY_CHANGE_ON_RESUME = {  # no weight depends on them
     "checkpoint_every", "config", "cycles", "device", "engine", "experiment", "log_tensorboard", "log_wandb", "output",
     "pin_mem", "quiet", "resume", "validation_batch_size", "verbose", "wandb_project", "workers",
 }  # fmt: skip
+SCALE, JOINT = 0.625, 6  # of the recipe: how the parts see whole images; one joint epoch for so many of theirs
 STAGES = ("part", "joint", "baseline")
 COMPOSED = (  # nothing to parts and baseline
     "between_gradient", "block_lr", "calibrate", "distill", "head_epochs", "keep_momenta", "off_diagonal_lr",
-    "off_diagonal_noise", "refit_head", "repair", "update_bn",
+    "off_diagonal_noise", "refit_head", "repair", "tune_rate", "update_bn",
 )  # fmt: skip
 
 
@@ -38,15 +39,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options from YAML (``-c``), then the command line. Errors exit with status 2."""
     p = parser()
     given, _ = p.parse_known_args(argv)
-    if given.config is not None:
-        p.set_defaults(**_config(p, given))
+    config = _config(p, given, given.config) if given.config is not None else {}
+    preset = given.preset or config.get("preset")
+    if preset is not None:
+        p.set_defaults(**_config(p, given, f"{preset}.yaml"))
+    p.set_defaults(**config)
     args = p.parse_args(argv)
     if not 0 <= args.roam <= 1:
         p.error(f"--roam is a probability from 0 to 1, got {args.roam}")
     for name in ("parts", "grad_accum_steps", "cycles"):
         if getattr(args, name) < 1:
             p.error(f"{flag_of(name)} is a whole number from 1 up, got {getattr(args, name)}")
-    if args.joint_epochs < 0:
+    if (args.joint_epochs or 0) < 0:
         p.error(f"--joint-epochs is a whole number from 0 up, got {args.joint_epochs}")
     if args.parts == 1 and args.calibrate != "sum":
         p.error("--calibrate is for two parts or more")
@@ -65,9 +69,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _config(p: argparse.ArgumentParser, given: argparse.Namespace) -> dict:
-    """What the file of ``--config`` says; argparse reads strings in it as it reads the command line."""
-    name = given.config
+def _config(p: argparse.ArgumentParser, given: argparse.Namespace, name: str) -> dict:
+    """What a file of options says; argparse reads strings in it as it reads the command line."""
     values = _read_config(p, name)
     if not isinstance(values, dict):
         p.error(f"{name}: expected options and values, got {type(values).__name__}")
@@ -96,6 +99,8 @@ def stage_options(args: argparse.Namespace, name: str | None, part: int = 0) -> 
     By default the parts train as many epochs as the composed model, and the baseline as many as both."""
     staged = copy.copy(args)
     if name is None:
+        factor = args.tune_rate if args.part_lr is None else 1.0
+        staged.lr, staged.lr_base = None if args.lr is None else factor * args.lr, factor * args.lr_base
         return staged
     if name in ("part", "joint") and args.part_lr is not None:
         staged.lr = args.part_lr[part % len(args.part_lr)]
@@ -146,6 +151,11 @@ def check_same(before: dict, now: dict) -> None:
     other = [k for k in {**before, **now} if before.get(k) != now.get(k)]
     if other:
         raise ValueError(", ".join(f"{flag_of(k)} was {before.get(k)}, not {now.get(k)}" for k in sorted(other)))
+
+
+def follows_recipe(args: argparse.Namespace) -> bool:
+    """Whether no option says what the parts see."""
+    return not (args.grid or args.overlap or args.margin or args.part_scale or args.views)
 
 
 def views(args: argparse.Namespace) -> list[Domain]:

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from .. import models
+from .. import console, models
 from ..algebra.domain import Domain
 from ..algebra.view import View
-from ..errors import TrainError
+from ..errors import SplitError, TrainError
 from ..planning.plan import Plan
 from ..storage import files
 from ..storage.atomic import replace_json
@@ -29,7 +29,7 @@ from .checkpoints import CheckpointTimer
 from .composed import reassign
 from .decoded import decoded
 from .folder import Ranks, RunFolder
-from .joint import check_whole, train_joint
+from .joint import train_joint
 from .stages import Context, meet, train_baseline, train_parts, tune
 from .trackers import Trackers
 
@@ -65,10 +65,8 @@ class Run:
         self.timer = CheckpointTimer(args.checkpoint_every)
         self.place = RunFolder.of_run(args, self.ranks) if before is None else before.place.next_cycle()
         config = models.config(empty, self.data_config)
-        self.parts = self._split(options.domain(args), config)
-        self.whole = self._split(Domain.full(args.parts), config) if args.joint_epochs else None
-        if self.whole is not None:
-            check_whole(self.parts, self.whole, args.model)
+        self.parts = self._split(self._domain(), config)
+        self.whole = self._whole(config)
         self.views = [self._views(d) for d in options.views(args)]
 
     @property
@@ -78,6 +76,42 @@ class Run:
     @property
     def cycle(self) -> int:
         return self.place.cycle
+
+    def _plan(self, domain: Domain) -> Plan:
+        size = tuple(self.data_config["input_size"][1:])
+        return plan(
+            self.args.model, self.args.parts, domain=domain, narrow=self.args.narrow, img_size=size, **self.model_args
+        )
+
+    def _domain(self) -> Domain:
+        """What the parts see; where no option says it, the recipe's view, or boxes if the network reads positions."""
+        if not options.follows_recipe(self.args):
+            return console.domain(self.args)
+        recipe = Domain.full(self.args.parts, options.SCALE)
+        try:
+            self._plan(recipe)
+        except SplitError:
+            return console.domain(self.args)
+        return recipe
+
+    def _whole(self, config: dict | None) -> Parts | None:
+        """The parts as they are on whole images; None if there is no joint stage.
+
+        Raises:
+            TrainError: a joint stage is asked for that they cannot have.
+        """
+        args, part = self.args, options.stage_options(self.args, "part")
+        epochs = part.epochs // options.JOINT if args.joint_epochs is None else args.joint_epochs
+        whole = self._split(Domain.full(args.parts), config) if epochs else None
+        if whole is not None and whole.plan.tensors != self.parts.plan.tensors:
+            if args.joint_epochs is not None:
+                raise TrainError(
+                    f"--joint-epochs: the parts of {args.model} have weights for the positions of their boxes, (2.13), "
+                    "and do not run on whole images; use --grid full, or leave out the joint stage"
+                )
+            whole, epochs = None, 0
+        args.joint_epochs = epochs
+        return whole
 
     def _split(self, domain: Domain, config: dict | None) -> Parts:
         args = self.args
@@ -109,13 +143,11 @@ class Run:
         Raises:
             TrainError: a part is another network there.
         """
-        args, mine = self.args, self.parts.plan
-        size = tuple(self.data_config["input_size"][1:])
-        other = plan(args.model, args.parts, domain=domain, narrow=args.narrow, img_size=size, **self.model_args)
+        mine, other = self.parts.plan, self._plan(domain)
         if (other.tensors, other.edits) != (mine.tensors, mine.edits):
             raise TrainError(
-                f"--views: {args.model} reads positions, so that its parts on {domain} are not those on {mine.domain}; "
-                "leave --views out"
+                f"--views: {self.args.model} reads positions, so that its parts on {domain} are not those on "
+                f"{mine.domain}; leave --views out"
             )
         return other.views()
 

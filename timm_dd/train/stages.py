@@ -140,9 +140,9 @@ def _part_learner(run: Context, k: int, updates: int) -> Learner:
     batch = data.images_of_an_update(args)
     learner = learner_of(run, f"part {k}", run.parts[k], view, args, updates, batch, k, run.folder.parts.part(k))
     if run.views:
-        learner.draws = [views[k] for views in run.views]
+        learner.sight.draws = [views[k] for views in run.views]
     elif _made_as_seen(run, args):
-        learner.draws = [None]
+        learner.sight.draws = [None]
     return learner
 
 
