@@ -36,7 +36,7 @@ ROOMS = {
     "surgery": ["emit", "source", "packed", "parts", "split", "merge"],
     "train": (
         "flags options data decoded composed optimizers schedule learner checkpoints engines trackers loop folder "
-        "starts stages joint run demo __main__"
+        "momenta stages joint run demo __main__"
     ).split(),
 }
 

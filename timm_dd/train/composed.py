@@ -14,17 +14,70 @@ from torch import nn
 from ..errors import TrainError
 from ..planning.plan import Plan, TensorPlan
 
+RIDGE = 0.1  # of the features' mean variance
 IMAGES = 1024  # to take statistics from, for which a thousand are enough (Wu and Johnson 2021), and a temperature
 
 
-def some(loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The first batches, of `IMAGES` images in all."""
+def some(loader, images: int = IMAGES) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The first batches, of so many `images` in all."""
     seen = 0
     for x, y in loader:
         yield x, y
         seen += len(y)
-        if seen >= IMAGES:
+        if seen >= images:
             return
+
+
+@torch.no_grad()
+def refit_head(model: nn.Module, plan: Plan, loader, device: torch.device) -> None:
+    """Give the classifier the weights of a ridge regression of the classes on the composed model's features of training
+    images, in closed form, at the scale of the smallest cross entropy: the parts' classifiers know features of what
+    they saw, and not each other.
+
+    Raises:
+        TrainError: the logits come from no fully connected layer.
+    """
+    head = _classifier(model, plan)
+    sums = _moments(model, head, loader, device)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    n, features = sums[-1, -1], head.in_features
+    gram, mixed = sums[:features, :features], sums[:features, features:-1]
+    mean, target = sums[:features, -1] / n, sums[features:-1, -1] / n
+    gram, mixed = gram - n * torch.outer(mean, mean), mixed - n * torch.outer(mean, target)
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    weight = torch.linalg.solve(gram, mixed).T
+    head.weight.copy_(weight)
+    if head.bias is not None:
+        head.bias.copy_(target - weight @ mean)
+    factor = _temperature(model, loader, device)
+    for p in head.parameters():
+        p.mul_(factor)
+
+
+def _classifier(model: nn.Module, plan: Plan) -> nn.Linear:
+    """The layer that gives the logits."""
+    for name in plan.head:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.Linear):
+            return module
+    raise TrainError("--refit-head: the logits of this model come from no fully connected layer; use --no-refit-head")
+
+
+def _moments(model: nn.Module, head: nn.Linear, loader, device: torch.device) -> torch.Tensor:
+    """Sums of the products of (features, classes one-hot, 1) with each other, over training images; in float64."""
+    size = head.in_features + head.out_features + 1
+    sums, seen = torch.zeros(size, size, dtype=torch.float64, device=device), []
+    handle = head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model.eval()
+    for x, y in some(loader, max(4 * IMAGES, 10 * head.in_features)):
+        model(x.to(device))
+        rows = seen.pop().double()
+        ones = torch.ones(len(rows), 1, dtype=rows.dtype, device=device)
+        rows = torch.cat([rows, F.one_hot(y.to(device), head.out_features), ones], 1)
+        sums += rows.T @ rows
+    handle.remove()
+    return sums
 
 
 def calibrate(model: nn.Module, plan: Plan, how: str, loader, device: torch.device) -> float:
@@ -99,19 +152,13 @@ def add_noise(weights: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float
 
 
 @contextmanager
-def rates(
-    model: nn.Module, weights: Sequence[tuple[torch.Tensor, torch.Tensor]], between: float, inside: float
-) -> Iterator[None]:
-    """Around an optimizer's step: the weights between the blocks change by `between` times what it says, all others by
-    `inside` times."""
-    masks = {id(p): outside for p, outside in weights}
-    changed = [p for p in model.parameters() if inside != 1 or id(p) in masks]
-    before = [p.detach().clone() for p in changed]
+def rate_between(weights: Sequence[tuple[torch.Tensor, torch.Tensor]], factor: float) -> Iterator[None]:
+    """Around an optimizer's step: the weights between the blocks change by `factor` times what it says."""
+    before = [p.detach().clone() for p, _ in weights]
     yield
     with torch.no_grad():
-        for p, old in zip(changed, before):
-            outside = masks[id(p)].to(p.dtype) if id(p) in masks else torch.zeros_like(p)
-            p.lerp_(old, 1 - (outside * between + (1 - outside) * inside))
+        for (p, outside), old in zip(weights, before):
+            p.lerp_(old, outside.to(p.dtype) * (1 - factor))
 
 
 def reassign(state: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:

@@ -197,12 +197,11 @@ def _composed(g) -> None:
         help="of the learning rate, for the weights between the blocks while the composed model is fine-tuned",
     )
     g.add_argument(
-        "--block-lr", type=float, default=1.0, metavar="FACTOR", help="the same for the weights of the blocks"
+        "--refit-head",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="before fine-tuning, refit the composed model's classifier on its features, in closed form",
     )
-    g.add_argument("--refit-head", type=float, metavar="RIDGE", help="refit the classifier by least squares")
-    g.add_argument("--repair", action="store_true", help="reset means and variances, in networks without BatchNorm")
-    g.add_argument("--between-gradient", action="store_true", help="start between the blocks along the gradient")
-    g.add_argument("--head-epochs", type=int, default=0, metavar="N", help="of the classifier and the last norm alone")
     g.add_argument(
         "--keep-momenta",
         action=argparse.BooleanOptionalAction,
@@ -216,8 +215,6 @@ def _composed(g) -> None:
         metavar="FACTOR",
         help="of the learning rate, for fine-tuning, unless the parts have a rate of their own",
     )
-    g.add_argument("--rates-from-fans", action="store_true", help="parts' rates of matrices grow as their fans shrink")
-    g.add_argument("--distill", type=float, default=0.0, metavar="ALPHA", help="weight of the parts' mean as a teacher")
 
 
 def _run(g) -> None:

@@ -30,8 +30,7 @@ MAY_CHANGE_ON_RESUME = {  # no weight depends on them
 SCALE, JOINT = 0.625, 6  # of the recipe: how the parts see whole images; one joint epoch for so many of theirs
 STAGES = ("part", "joint", "baseline")
 COMPOSED = (  # nothing to parts and baseline
-    "between_gradient", "block_lr", "calibrate", "distill", "head_epochs", "keep_momenta", "off_diagonal_lr",
-    "off_diagonal_noise", "refit_head", "repair", "tune_rate", "update_bn",
+    "calibrate", "keep_momenta", "off_diagonal_lr", "off_diagonal_noise", "refit_head", "tune_rate", "update_bn",
 )  # fmt: skip
 
 

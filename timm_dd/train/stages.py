@@ -32,14 +32,14 @@ from ..planning.plan import Plan
 from ..storage import files
 from ..storage.merge_files import write_merged
 from ..surgery.parts import Parts
-from . import data, options, starts
+from . import data, options
 from .checkpoints import CheckpointTimer, restore
-from .composed import add_noise, between, calibrate, rates, some
+from .composed import add_noise, between, calibrate, rate_between, refit_head, some
 from .engines import Engine, cores, engine, share_cores, share_cores_for_parts
 from .folder import PartsStage, Ranks, RunFolder
 from .learner import Learner
 from .loop import TrainingLoop, evaluate
-from .schedule import create as starts_schedule
+from .momenta import carry
 from .trackers import Trackers
 
 WAIT = datetime.timedelta(days=7)  # the first rank to finish its parts waits for the last
@@ -149,10 +149,6 @@ def _part_learner(run: Context, k: int, updates: int) -> Learner:
 def learner_of(run: Context, name, model, sees, args, updates, batch, stream, folder) -> Learner:
     model = model.to(run.device, memory_format=torch.channels_last) if args.channels_last else model.to(run.device)
     learner = Learner(name, model, sees, args, run.device, updates, batch, run.seed * 1000 + stream, folder)
-    if args.rates_from_fans and sees is not None:
-        k = run.parts.plan.parts - 1 if stream >= run.parts.plan.parts else stream
-        starts.rates_from_fans(learner.optimizer, learner.net, starts.fans_of(run.parts.plan, k))
-        learner.schedule = starts_schedule(args, learner.optimizer, updates)
     folder.mkdir(parents=True, exist_ok=True)
     return learner
 
@@ -206,8 +202,6 @@ def tune(run: Context) -> dict[str, float]:
     learner.seconds = time.perf_counter() - start
     if changed:
         found["updated"] = evaluate([learner], loaders[1], Engine())[0]
-    if args.head_epochs:
-        _train_head(run, learner, plan, loaders, args)
     made_of = files.summary(plan, plan.digest())
     about = {name: {**made_of, **run.about(stage)} for name, stage in (("last", "tuned"), ("best", "best"))}
     found["tuned"] = _fit(run, learner, loaders, args.epochs, "fine-tuning", about)
@@ -239,51 +233,22 @@ def _global_learner(run: Context, name: str, model: nn.Module, args, updates: in
 def _prepare(run: Context, learner: Learner, plan: Plan, loader, args: argparse.Namespace) -> bool:
     """Make the composed model ready to be fine-tuned; whether its accuracy may be another."""
     net = learner.net
-    weights = list(between(plan, net))
+    weights = list(between(plan, net)) if args.off_diagonal_noise or args.off_diagonal_lr != 1 else []
     if args.off_diagonal_noise:
         add_noise(weights, args.off_diagonal_noise, run.seed)
-    if args.off_diagonal_lr != 1 or args.block_lr != 1:
-        learner.around_step = partial(rates, net, weights, args.off_diagonal_lr, args.block_lr)
+    if args.off_diagonal_lr != 1:
+        learner.around_step = partial(rate_between, weights, args.off_diagonal_lr)
     re_estimate = args.update_bn and any(isinstance(m, BATCH_NORMS) for m in net.modules())
-    if args.repair:
-        starts.repair(net, plan, run.parts, [view.crop for view in plan.views()], loader, run.device)
     if re_estimate:
         update_bn(some(loader), learner.model, run.device)
-    if args.between_gradient:
-        print("along the gradient", starts.along_the_gradient(net, weights, loader, run.device))
-        update_bn(some(loader), learner.model, run.device)
-    if args.refit_head is not None:
-        starts.refit_head(net, plan, loader, args.refit_head, run.device)
+    if args.refit_head:
+        refit_head(net, plan, loader, run.device)
     calibrate(net, plan, args.calibrate, loader, run.device)
     if args.keep_momenta:
-        starts.carry_momenta(learner, plan, run.folder.trained, run.parts[0])
-    if args.distill:
-        views = plan.views()
-        for part in run.parts:
-            part.eval()
-
-        @torch.no_grad()
-        def teacher(x: torch.Tensor) -> torch.Tensor:
-            return torch.stack([part(view.crop(x)).softmax(1) for part, view in zip(run.parts, views)]).mean(0)
-
-        learner.teacher = teacher
+        carry(learner, plan, run.folder.trained, run.parts[0])
     if learner.ema is not None:
         learner.ema.set(net)
-    return True
-
-
-def _train_head(run: Context, learner: Learner, plan: Plan, loaders: tuple, args: argparse.Namespace) -> None:
-    """Epochs of the classifier and of the last norm alone (FixRes, Touvron et al. 2019)."""
-    norms = [n for n, m in learner.net.named_modules() if isinstance(m, BATCH_NORMS)]
-    trained = {*plan.head, f"{norms[-1]}.weight", f"{norms[-1]}.bias"}
-    for name, p in learner.net.named_parameters():
-        p.requires_grad_(name in trained)
-    folder = learner.folder / "head"
-    head = learner_of(run, "head", learner.net, None, args, len(loaders[0]), 1, 998, folder)
-    TrainingLoop("head", loaders, args.head_epochs, run.seed, run.timer, Engine(), run.trackers).fit([head])
-    learner.seconds += head.seconds
-    for p in learner.net.parameters():
-        p.requires_grad_(True)
+    return re_estimate or bool(args.off_diagonal_noise) or args.refit_head
 
 
 def _fit(
