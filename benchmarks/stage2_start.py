@@ -64,6 +64,12 @@ VARIANTS = {
     "joint 4, a quarter of the rate": "--joint-epochs 4 --lr 0.0005",
     "joint 4, a quarter of the rate, momenta kept": "--joint-epochs 4 --lr 0.0005 --keep-momenta",
     "joint 4, head refitted": "--joint-epochs 4 --refit-head 0.1",
+    "a quarter of the rate": "--lr 0.0005",
+    "a quarter of the rate, momenta kept": "--lr 0.0005 --keep-momenta",
+    "head refitted, a quarter of the rate": "--refit-head 0.1 --lr 0.0005",
+    "head refitted, a quarter of the rate, momenta kept": "--refit-head 0.1 --lr 0.0005 --keep-momenta",
+    "joint 1, a quarter of the rate, momenta kept": "--joint-epochs 1 --lr 0.0005 --keep-momenta",
+    "joint 4, half the rate, momenta kept": "--joint-epochs 4 --lr 0.001 --keep-momenta",
     "2 cycles": "--cycles 2",
     "2 cycles, reassigned": "--cycles 2 --reassign",
 }
