@@ -13,7 +13,8 @@ import wrapt
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .algebra.domain import Box, Domain
+    from .algebra.domain import Domain
+    from .algebra.view import Box
     from .errors import FileError, MergeError, PushError, SplitError, TimmDDError, TrainError
     from .hub.push import push
     from .planning.plan import Plan
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from .surgery.split import plan, split
 
 _HOMES = {
-    "Box": "algebra.domain", "Domain": "algebra.domain", "FileError": "errors", "MergeError": "errors",
+    "Box": "algebra.view", "Domain": "algebra.domain", "FileError": "errors", "MergeError": "errors",
     "PushError": "errors", "SplitError": "errors", "TimmDDError": "errors", "TrainError": "errors",
     "merge_files": "storage.merge_files", "push": "hub.push", "merge": "surgery.merge", "Plan": "planning.plan",
     "Profile": "reports.profile", "profile": "reports.profile", "Parts": "surgery.parts", "plan": "surgery.split",

@@ -61,27 +61,34 @@ def domain_options(p) -> None:
     )
     p.add_argument("--overlap", type=int, default=0, metavar="PX", help="by how much a box is longer than its cell")
     p.add_argument("--margin", type=int, default=0, metavar="PX", help="pixels cropped from the borders beforehand")
+    p.add_argument(
+        "--part-scale",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="parts see their boxes at S of the pixels along every axis, anti-aliased: 0.5 shows 16x16 of 32x32",
+    )
     p.add_argument("--narrow", choices=["replicate"], help="keep what is narrower than K whole in every part")
 
 
 def domain(args: argparse.Namespace) -> Domain:
-    """The boxes of ``--grid``, ``--overlap`` and ``--margin``."""
+    """The boxes of ``--grid``, ``--overlap`` and ``--margin``, at ``--part-scale``."""
     from . import models
     from .algebra.domain import Domain, default_domain
 
-    extra = {"overlap": args.overlap, "margin": args.margin}
+    extra, scale = {"overlap": args.overlap, "margin": args.margin}, args.part_scale
     if args.grid == "centered8":
-        return Domain.centered8(**extra)
+        return Domain.centered8(**extra, scale=scale)
     if args.grid == "full":
-        return Domain.full(args.parts)
+        return Domain.full(args.parts, scale=scale)
     axes = models.axes(args.model)
     if args.grid == "type-b":
         if any(extra.values()):
             raise SplitError("--grid type-b takes neither --overlap nor --margin")
-        layouts = (Domain.type_b(p, axes) for p in itertools.count(1))
+        layouts = (Domain.type_b(p, axes, scale=scale) for p in itertools.count(1))
         return next(d for d in layouts if d.parts >= args.parts)  # split says if they are more
     shape = args.grid or default_domain(args.parts, axes).grid_shape
-    return Domain.grid(*shape, **extra)
+    return Domain.grid(*shape, **extra, scale=scale)
 
 
 def grid(text: str) -> str | tuple[int, ...]:

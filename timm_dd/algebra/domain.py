@@ -1,4 +1,4 @@
-"""Domains: K boxes in the input's spatial axes, one per part, possibly overlapping.
+"""Domains: K boxes in the input's spatial axes, one per part, possibly overlapping, at a scale.
 
 A `Domain` does not know the image's size; `Domain.boxes(size)` places it, in 1D, 2D or 3D. Source: gu2022 section
 2.1.2, (2.6) for boxes without overlap, (2.8) for uniform ones, section 3.1.2 for overlap, margin and eight boxes;
@@ -11,13 +11,11 @@ import abc
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from random import Random
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..errors import SplitError
+from .view import Box, View, check_scale
 
 # The places of eight boxes by the number of axes, as fractions of the way from the first possible place to the last.
 AROUND_CENTRE: dict[int, list[tuple[float, ...]]] = {
@@ -25,27 +23,6 @@ AROUND_CENTRE: dict[int, list[tuple[float, ...]]] = {
     2: [place for place in itertools.product((0, 0.5, 1), repeat=2) if place != (0.5, 0.5)],
     3: list(itertools.product((0, 1), repeat=3)),
 }
-
-
-@dataclass(frozen=True)
-class Box:
-    """A sub-image: `start` and `extent` in pixels, one number for each spatial axis."""
-
-    start: tuple[int, ...]
-    extent: tuple[int, ...]
-
-    def crop(self, x: torch.Tensor) -> torch.Tensor:
-        """A view of ``x`` (B, C, *size), of shape (B, C, *extent); of features (B, F) those of the box."""
-        for axis, (start, extent) in enumerate(zip(self.start, self.extent), start=x.ndim - len(self.start)):
-            x = x.narrow(axis, start, extent)
-        return x
-
-    def anywhere(self, size: Sequence[int], random: Random) -> Box:
-        """A box of the same extent at a random place of an image of `size`."""
-        return Box(tuple(random.randint(0, n - e) for n, e in zip(size, self.extent)), self.extent)
-
-    def __str__(self) -> str:
-        return " × ".join(f"{s}:{s + e}" for s, e in zip(self.start, self.extent))
 
 
 def spatial(shape: Sequence[int]) -> tuple[int, ...]:
@@ -59,7 +36,10 @@ class Domain(abc.ABC):
 
     Attributes:
         parts: K, the number of boxes.
+        scale: of the boxes' pixels a part sees so many along every axis, see `views`.
     """
+
+    scale: float = field(default=1.0, kw_only=True)
 
     if TYPE_CHECKING:  # a field of some, computed by others
 
@@ -74,14 +54,33 @@ class Domain(abc.ABC):
             SplitError: the domain has another number of axes, or a box would leave the image.
         """
 
-    @staticmethod
-    def full(parts: int) -> Domain:
-        """Every part sees the whole image."""
-        check_parts(parts)
-        return Full(parts)
+    def views(self, size: Sequence[int]) -> tuple[View, ...]:
+        """What the K parts see of an image of `size` pixels: the boxes, at the domain's scale.
+
+        Raises:
+            SplitError: as of `boxes`.
+        """
+        return tuple(box.view(self.scale) for box in self.boxes(size))
+
+    @abc.abstractmethod
+    def _layout(self) -> str:
+        """The boxes, in words."""
+
+    def __str__(self) -> str:
+        return self._layout() + (f", scale {self.scale:g}" if self.scale != 1 else "")
 
     @staticmethod
-    def grid(*shape: int, overlap: int = 0, margin: int = 0) -> Domain:
+    def full(parts: int, *, scale: float = 1.0) -> Domain:
+        """Every part sees the whole image; ``full(4, scale=0.625)`` shows four 20×20 pixels of 32×32.
+
+        Raises:
+            SplitError: K below 1, or a scale that is not above 0 and up to 1, here and in the following.
+        """
+        check_parts(parts)
+        return Full(parts, scale=check_scale(scale))
+
+    @staticmethod
+    def grid(*shape: int, overlap: int = 0, margin: int = 0, scale: float = 1.0) -> Domain:
         """A grid of boxes, row by row: ``grid(2, 2, overlap=4)`` gives four 20×20 boxes on 32×32.
 
         Along an axis of n pixels cut into m cells, cell i is ``[i·n // m, (i+1)·n // m)``. A box is its cell
@@ -95,10 +94,10 @@ class Domain(abc.ABC):
         if not shape or any(n < 1 for n in shape):
             raise SplitError(f"a grid needs at least one box along every axis, got {'x'.join(map(str, shape))}")
         _check_pixels(overlap, margin)
-        return Grid(tuple(shape), overlap, margin)
+        return Grid(tuple(shape), overlap, margin, scale=check_scale(scale))
 
     @staticmethod
-    def centered8(overlap: int = 0, margin: int = 0) -> Domain:
+    def centered8(overlap: int = 0, margin: int = 0, *, scale: float = 1.0) -> Domain:
         """The eight boxes of gu2022 Fig. 3.4, all of which reach the centre of the image.
 
         The figure is known here by its caption and by section 3.1.2, which says that the centre matters most. It is
@@ -110,10 +109,10 @@ class Domain(abc.ABC):
             SplitError: a negative number.
         """
         _check_pixels(overlap, margin)
-        return Centered8(overlap, margin)
+        return Centered8(overlap, margin, scale=check_scale(scale))
 
     @staticmethod
-    def type_b(p: int, axes: int = 2) -> Domain:
+    def type_b(p: int, axes: int = 2, *, scale: float = 1.0) -> Domain:
         """klawonn2023 Fig. 3, type B: a grid of p boxes along each of `axes` axes without overlap, then one as large
         across every inner corner of the grid, from the middle of a cell to that of the next: p² + (p - 1)² boxes.
 
@@ -122,10 +121,10 @@ class Domain(abc.ABC):
         """
         if p < 1 or axes not in AROUND_CENTRE:
             raise SplitError(f"type B needs at least one box along one to three axes, got {p} along {axes} axes")
-        return TypeB(p, axes)
+        return TypeB(p, axes, scale=check_scale(scale))
 
     @staticmethod
-    def custom(boxes: Sequence[Box]) -> Domain:
+    def custom(boxes: Sequence[Box], *, scale: float = 1.0) -> Domain:
         """Your own boxes, of any size, in the coordinates of the image.
 
         Raises:
@@ -138,11 +137,13 @@ class Domain(abc.ABC):
         for b in boxes:
             if min(b.start) < 0 or min(b.extent) < 1:
                 raise SplitError(f"a box starts at a pixel from 0 up and has at least one along every axis, got {b}")
-        return Custom(boxes)
+        return Custom(boxes, scale=check_scale(scale))
 
     def to_json(self) -> dict:
-        """The kind and its numbers, for `from_json`."""
-        return {"kind": type(self).__name__, **asdict(self)}
+        """The kind and its numbers, for `from_json`; no scale is scale 1."""
+        values = asdict(self)
+        scale = values.pop("scale")
+        return {"kind": type(self).__name__, **values, **({} if scale == 1 else {"scale": scale})}
 
     @staticmethod
     def from_json(d: dict) -> Domain:
@@ -153,7 +154,7 @@ class Domain(abc.ABC):
         if d["kind"] in makers:
             return makers[d["kind"]](**values)
         if d["kind"] == "Custom":
-            return Domain.custom([Box(**b) for b in values["own"]])
+            return Domain.custom([Box(**b) for b in values.pop("own")], **values)
         if d["kind"] == "Grid":
             return Domain.grid(*values.pop("grid_shape"), **values)
         raise ValueError(f"unknown domain {d['kind']!r}")
@@ -166,7 +167,7 @@ class Full(Domain):
     def boxes(self, size: Sequence[int]) -> tuple[Box, ...]:
         return (Box((0,) * len(size), tuple(size)),) * self.parts
 
-    def __str__(self) -> str:
+    def _layout(self) -> str:
         return f"full image, {self.parts} parts"
 
 
@@ -195,7 +196,7 @@ class Grid(Domain):
             runs.append((self.margin + min(max(low - overlap // 2, 0), inner - extent), extent))
         return runs
 
-    def __str__(self) -> str:
+    def _layout(self) -> str:
         return f"grid {'x'.join(map(str, self.grid_shape))}" + _extras(self.overlap, self.margin)
 
 
@@ -220,7 +221,7 @@ class Centered8(Domain):
             for place in AROUND_CENTRE[len(size)]
         )
 
-    def __str__(self) -> str:
+    def _layout(self) -> str:
         return "8 boxes around the centre" + _extras(self.overlap, self.margin)
 
 
@@ -242,7 +243,7 @@ class TypeB(Domain):
             box for runs in (cells, across) for box in _product([[(a, b - a) for a, b in axis] for axis in runs])
         )
 
-    def __str__(self) -> str:
+    def _layout(self) -> str:
         return f"type B of {'x'.join([str(self.p)] * self.axes)}"
 
 
@@ -261,7 +262,7 @@ class Custom(Domain):
                 raise SplitError(f"the box {box} leaves the image of {_px(size)}; use a smaller box or larger images")
         return self.own
 
-    def __str__(self) -> str:
+    def _layout(self) -> str:
         return f"{self.parts} custom boxes"
 
 

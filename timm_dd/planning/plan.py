@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from ..algebra.axes import FrozenAxis, block
-from ..algebra.domain import Box, Domain, spatial
+from ..algebra.domain import Domain, spatial
+from ..algebra.view import Box, View
 from ..errors import shown
 from ..text import json_text, table
 
@@ -151,6 +152,10 @@ class Plan:
         """Of the parts, in the image of `input_size`."""
         return self.domain.boxes(spatial(self.input_size))
 
+    def views(self) -> tuple[View, ...]:
+        """What the parts see of the image of `input_size`: their boxes, at the domain's scale."""
+        return self.domain.views(spatial(self.input_size))
+
     def to_json(self) -> dict:
         """What plan.json holds, as docs/format.md describes it."""
         return {
@@ -229,9 +234,9 @@ class Plan:
     def text(self, colour: bool = False) -> str:
         """A table of the layers: path, operation, shapes in the model and in a part, exact or why not."""
         largest = max(range(self.parts), key=self.params)
-        boxes = ", ".join(dict.fromkeys("×".join(map(str, b.extent)) for b in self.boxes()))
+        views = ", ".join(dict.fromkeys("×".join(map(str, v.size)) for v in self.views()))
         size = "×".join(map(str, spatial(self.input_size)))
-        head = f"{self.model or 'module'} in {self.parts} parts; {self.domain}: {boxes} of {size} pixels"
+        head = f"{self.model or 'module'} in {self.parts} parts; {self.domain}: {views} of {size} pixels"
         rows: list[tuple[str, ...]] = [("layer", "operation", "global", f"part {largest}", "")]
         rows += [_row(layer, largest, colour) for layer in self.layers]
         whole, part = self.params(), self.params(largest)

@@ -48,7 +48,11 @@ def make_plan(
     replicate: bool = False,
 ) -> Plan:
     """Plan the split of a traced `skeleton`; arguments and errors of `analyse`, and timm's name and arguments."""
-    return analyse(gm, divisor, domain, input_size, output=output, replicate=replicate).plan(model, model_args or {})
+    analysis = analyse(gm, divisor, domain, input_size, output=output, replicate=replicate)
+    plan = analysis.plan(model, model_args or {})
+    if analysis.reading.sizes.scaled:
+        _check_reads_no_positions(plan)
+    return plan
 
 
 def analyse(
@@ -72,8 +76,9 @@ def analyse(
 
     Raises:
         SplitError: an operation without a rule, a layer narrower than `divisor`, a box on which the network does not
-            run.
+            run, or a scale with a network of which no part could see another one.
     """
+    _check_scale(domain, input_size, output)
     try:
         reading = read(gm, divisor, domain, input_size, output)
         if replicate:
@@ -82,7 +87,8 @@ def analyse(
     except Inexpressible as e:
         raise SplitError(f"{e}; the largest K that works here is {_largest(gm, divisor, input_size, output)}") from e
     except WidthError as e:  # of a spatial extent, which the whole image has not
-        raise SplitError(f"the channels cannot be cut on these boxes: {e}; use Domain.full({divisor})") from e
+        remedy = f"Domain.full({divisor})" if domain.scale == 1 else "scale 1"
+        raise SplitError(f"the channels cannot be cut on these boxes: {e}; use {remedy}") from e
     if most < divisor:
         fewer = "fewer than" if width.size < divisor else "and needs two in each of"
         raise SplitError(
@@ -91,6 +97,30 @@ def analyse(
             f"{_largest(gm, divisor, input_size, output)}"
         )
     return Analysis(reading, relate(reading))
+
+
+def _check_scale(domain: Domain, input_size: Sequence[int], output: str) -> None:
+    """Raise SplitError for a scale with what has no coarser grid, or gives its boxes back."""
+    if domain.scale == 1:
+        return
+    if len(input_size) == 1:
+        raise SplitError(f"scale is for images, not for the features of an input of {input_size[0]}; use scale 1")
+    if output == "boxes":
+        raise SplitError(
+            "reconstruct gives each part's box back, pixel by pixel, which a scaled view lacks; use scale 1"
+        )
+
+
+def _check_reads_no_positions(plan: Plan) -> None:
+    """Raise SplitError if parameters or outputs belong to positions, of which a scaled view has others, (2.13)."""
+    axes = [(name, a) for name, t in {**plan.tensors, **plan.constants}.items() for a in t.axes]
+    axes += [(o.node, o.axis) for o in plan.outputs]
+    for name, axis in axes:
+        if axis is not None and axis.is_windowed:
+            raise SplitError(
+                f"{name} reads the positions of a map, and a scaled view has others; "
+                "scale is for networks with global pooling; use scale 1"
+            )
 
 
 def _largest(gm: fx.GraphModule, divisor: int, input_size: Sequence[int], output: str) -> int:

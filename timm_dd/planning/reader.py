@@ -113,7 +113,7 @@ class _Reader:
         }
         first: dict[int, str] = {}
         alias = {name: first.setdefault(id(t), name) for name, t in tensors.items()}
-        self.sizes = Sizes(gm, input_size, domain.boxes(spatial(input_size)))
+        self.sizes = Sizes(gm, input_size, domain.views(spatial(input_size)))
         self.notes = Notes(divisor, self.sizes, tensors, alias)
         self.reading = Reading(gm, domain, tuple(input_size), output, self.notes, [], [])
         self.env: dict[fx.Node, Any] = {}

@@ -1,4 +1,4 @@
-"""The shapes of every node at several input sizes: the image, each box of the domain, and probes.
+"""The shapes of every node at several input sizes: the image, each view of the domain, and probes.
 
 A part's convolutions see smaller maps than the global network's. Where such a map reaches a parameter (the first
 fully connected layer, (2.13)), the part has a `Window` of it: the positions of its box. How many follow from the
@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 from ..algebra.axes import Window
-from ..algebra.domain import Box, spatial
+from ..algebra.domain import spatial
+from ..algebra.view import View
 from ..errors import SplitError, headline
 from .graphs import evaluate_node
 
@@ -30,18 +31,19 @@ class Sizes:
     Args:
         gm: a traced `skeleton`.
         shape: the input without its batch, (C, *size), or (F,).
-        boxes: one for each part, in the coordinates of `size`.
+        views: one for each part, their boxes in the coordinates of `size`.
     """
 
-    def __init__(self, gm: fx.GraphModule, shape: Sequence[int], boxes: Sequence[Box]):
+    def __init__(self, gm: fx.GraphModule, shape: Sequence[int], views: Sequence[View]):
         size = spatial(shape)
         lead = (2, *shape[: len(shape) - len(size)])  # batch, channels
-        self.gm, self.boxes = gm, boxes
-        extents = [e for e in dict.fromkeys(b.extent for b in boxes) if e != size]
-        self.boxed = len(extents)
-        self.of_part = [1 + extents.index(b.extent) if b.extent in extents else 0 for b in boxes]
-        probes = [[n + PROBE * (i == axis) for i, n in enumerate(size)] for axis in range(len(size))] if extents else []
-        self.inputs = [(*lead, *s) for s in (size, *extents, *probes)]
+        self.gm, self.views = gm, views
+        self.scaled = any(v.scaled for v in views)
+        seen = [s for s in dict.fromkeys(v.size for v in views) if s != size]
+        self.boxed = len(seen)
+        self.of_part = [1 + seen.index(v.size) if v.size in seen else 0 for v in views]
+        probes = [[n + PROBE * (i == axis) for i, n in enumerate(size)] for axis in range(len(size))] if seen else []
+        self.inputs = [(*lead, *s) for s in (size, *seen, *probes)]
         self.envs: list[dict[fx.Node, Any]] = [{} for _ in self.inputs]
 
     def first(self, node: fx.Node, dtype: torch.dtype) -> Any:
@@ -77,12 +79,15 @@ class Sizes:
                     env[node] = resize(*args, **kwargs)
             except Exception as e:  # any operation may refuse a size in its own way
                 if i <= self.boxed:
-                    box = "×".join(map(str, self.boxes[self.of_part.index(i)].extent))
-                    raise SplitError(
-                        f"{where} does not work on a part's box of {box} pixels ({headline(e)}); "
-                        "use larger boxes (fewer parts along an axis, more overlap) or larger images"
-                    ) from e
+                    raise self._too_small(self.views[self.of_part.index(i)], where, e) from e
                 env[node] = UNKNOWN
+
+    def _too_small(self, view: View, where: str, error: Exception) -> SplitError:
+        seen, larger = ("view", "a larger scale, ") if view.scaled else ("box", "")
+        return SplitError(
+            f"{where} does not work on a part's {seen} of {'×'.join(map(str, view.size))} pixels ({headline(error)}); "
+            f"use {larger}larger boxes (fewer parts along an axis, more overlap) or larger images"
+        )
 
     def at(self, node: fx.Node) -> list[Any]:
         return [env[node] for env in self.envs]
@@ -94,7 +99,7 @@ class Sizes:
         if set(extent) == {size}:
             return size
         axis, stride = self._stride(value, dim)
-        start = (math.floor(b.start[axis] / stride + 0.5) for b in self.boxes)
+        start = (math.floor(v.box.start[axis] / stride + 0.5) for v in self.views)
         return Window(size, tuple(max(0, min(s, size - e)) for s, e in zip(start, extent)), extent)
 
     def _stride(self, value, dim: int) -> tuple[int, float]:
@@ -104,7 +109,7 @@ class Sizes:
         if len(grown) != 1 or probes[grown[0]] is UNKNOWN:
             raise SplitError(
                 f"{value.op.where()}: cannot tell which pixels the {size} positions of dim {dim} belong to; "
-                f"use Domain.full({len(self.boxes)})"
+                f"use {'scale 1' if self.scaled else f'Domain.full({len(self.views)})'}"
             )
         return grown[0], PROBE / (probes[grown[0]].shape[dim] - size)
 
@@ -116,7 +121,7 @@ class Sizes:
     def aligned(self, value, dim: int) -> bool:
         """Whether every box starts at a position of `dim` and ends inside it."""
         (axis, stride), window = self._stride(value, dim), self.window(value, dim)
-        starts = [b.start[axis] / stride for b in self.boxes]
+        starts = [v.box.start[axis] / stride for v in self.views]
         return all(s.is_integer() and s + e <= window.size for s, e in zip(starts, window.extent))
 
     def extent(self, value, dim: int) -> Callable[[int], int]:

@@ -11,7 +11,8 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from ..algebra.domain import Box, Domain
+from ..algebra.domain import Domain
+from ..algebra.view import Box
 from ..errors import SplitError
 
 SIDE, COLUMNS = 192, 6  # pixels of a panel at least, panels in a row

@@ -173,7 +173,8 @@ def profile(
     graph, plan = network.plan(parts, domain, narrow, width_divisor)
     k = max(range(parts), key=plan.params)
     part, size = network.part(graph, plan, k), plan.input_size
-    part_size = tuple(plan.boxes()[k].crop(torch.empty(1, *size, device="meta")).shape[1:])
+    seen = plan.views()[k].size
+    part_size = (*size[: len(size) - len(seen)], *seen)
     name = model if isinstance(model, str) else None
     return Profile(name, parts, plan.domain, size, part_size, k, cost(graph, size), cost(part, part_size))
 

@@ -3,6 +3,8 @@
 In float64 and eval mode, layer by layer: on the channels of part k and on the activation field of its box the global
 map is the part's, (2.15), and the logits are the sum of the parts' logits, (2.16). Which positions lie on the
 activation field is seen by computing with NaN outside the box: what is still a number there has not looked outside.
+Scaled views are on another grid than the whole image: of them (2.15) says nothing, and their parts are compared on whole
+images alone.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..algebra.axes import FrozenAxis, block
-from ..algebra.domain import Box, Domain, spatial
+from ..algebra.domain import Domain, spatial
+from ..algebra.view import Box
 from ..errors import SplitError
 from ..planning.plan import Plan
 from ..planning.planner import analyse
@@ -29,6 +32,7 @@ from ..text import table
 from .claims import Claim, claims
 
 EXACT = 1e-9  # relative, for tensors stored in float64
+SCALED = "(2.15) does not apply to scaled views, whose maps are on another grid than the composed network's."
 ROUNDINGS, COARSEST = 100, 1e-2  # of tensors stored in fewer digits
 
 
@@ -88,6 +92,7 @@ class Report:
         exact: whether the plan says that `whole` is rounding.
         box_exact: whether `box` has to be rounding too: the outputs depend on the boxes alone.
         tolerance: below which a difference is rounding.
+        scaled: whether the parts' views are scaled, so that nothing is said of them.
     """
 
     layers: tuple[LayerErrors, ...]
@@ -97,6 +102,7 @@ class Report:
     box_exact: bool
     tolerance: float
     labelled: Labelled | None = None
+    scaled: bool = False
 
     @property
     def failures(self) -> list[str]:
@@ -130,6 +136,7 @@ class Report:
                 "",
                 f"outputs against the sum of the parts': whole image {_figure(self.whole)} {claim} "
                 f"({'exact' if self.box_exact else 'no claim'})",
+                *([SCALED] if self.scaled else []),
                 *(["", self.labelled.text()] if self.labelled is not None else []),
                 "",
                 *outcome,
@@ -171,9 +178,10 @@ def verify(
     rows, outputs = claims(analyse(parts.graph, plan.divisor, plan.domain, size, output=plan.output, replicate=True))
     nets, every, x = _in_float64(model, parts, head), [*rows, *outputs], x.to("cpu", torch.float64)
     full = Domain.full(plan.parts).boxes(spatial(size))
-    box = _compare(nets, plan, every, plan.boxes(), x)
-    comparable = not _windows(plan)
-    whole = box if plan.boxes() == full else _compare(nets, plan, every, full, x) if comparable else _Differences()
+    scaled, comparable = any(view.scaled for view in plan.views()), not _windows(plan)
+    box = _Differences() if scaled else _compare(nets, plan, every, plan.boxes(), x)
+    same = not scaled and plan.boxes() == full
+    whole = box if same else _compare(nets, plan, every, full, x) if comparable else _Differences()
     return Report(
         tuple(
             LayerErrors(c.path, c.operation, whole.error([c]), box.error([c]), box.field([c]), c.exact) for c in rows
@@ -184,6 +192,7 @@ def verify(
         plan.exact and box.field(outputs) == 1,
         _tolerance(plan, parts[0].state_dict()),
         labelled,
+        scaled,
     )
 
 

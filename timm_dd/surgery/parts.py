@@ -59,14 +59,14 @@ class Parts(nn.ModuleList):
         return self._whole.module
 
     def crops(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """K views of the batch ``x`` (B, C, *size), one for each box.
+        """What the K parts see of the batch ``x`` (B, C, *size): views of it at scale 1, see `View.crop`.
 
         Raises:
             SplitError: a batch of another image size.
         """
         if tuple(x.shape[1:]) != self.plan.input_size:
             raise SplitError(f"expected images of {self.plan.input_size}, got a batch of shape {tuple(x.shape)}")
-        return tuple(box.crop(x) for box in self.plan.boxes())
+        return tuple(view.crop(x) for view in self.plan.views())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Logits of the parts, each on its box: (K, B, classes); their sum over K is (2.16). Of several outputs,
