@@ -26,7 +26,8 @@ import torch
 from common import provenance, write_table
 
 import timm_dd
-from timm_dd import Box, Domain, models
+from timm_dd import Domain, models
+from timm_dd.algebra.view import View
 from timm_dd.train import options
 from timm_dd.train.engines import cores, engine, share_cores, share_cores_for_parts
 from timm_dd.train.learner import Learner
@@ -53,14 +54,16 @@ SETTINGS = {
     "resnet32-overlap": Setting("dd_resnet32", 4, Domain.grid(2, 2, overlap=4), 32, 128),
     "resnet32-8": Setting("dd_resnet32", 8, Domain.grid(2, 4), 32, 128),
     "resnet32-16": Setting("dd_resnet32", 16, Domain.grid(4, 4), 32, 128),
+    "resnet32-scaled": Setting("dd_resnet32", 4, Domain.full(4, scale=0.625), 32, 128),
+    "resnet32-half": Setting("dd_resnet32", 4, Domain.full(4, scale=0.5), 32, 128),
     "resnet50": Setting("resnet50", 4, Domain.grid(2, 2), 224, 16),
 }
 
 
-def learner(name: str, model: torch.nn.Module, box: Box | None, batch: int, folder: str) -> Learner:
+def learner(name: str, model: torch.nn.Module, view: View | None, batch: int, folder: str) -> Learner:
     args = options.parse(["--dataset", "digits", "--channels-last", "--lr", "0.01"])
     model = model.to(memory_format=torch.channels_last).train()
-    return Learner(name, model, box, args, CPU, 1000, batch, 0, Path(folder))
+    return Learner(name, model, view, args, CPU, 1000, batch, 0, Path(folder))
 
 
 def seconds(step: Callable[[], None]) -> float:
@@ -85,8 +88,8 @@ def step_of(setting: Setting, name: str, folder: str) -> Callable[[], None]:
 
         return step
     split = timm_dd.split(setting.model, setting.parts, **setting.given)
-    boxes = split.plan.boxes()
-    parts = [learner(f"part {k}", p, box, setting.batch, folder) for k, (p, box) in enumerate(zip(split, boxes))]
+    views = split.plan.views()
+    parts = [learner(f"part {k}", p, view, setting.batch, folder) for k, (p, view) in enumerate(zip(split, views))]
     share_cores_for_parts(name, setting.parts, 1)
     by = engine(name, parts, CPU, cores())
 

@@ -106,9 +106,7 @@ def _check_scale(domain: Domain, input_size: Sequence[int], output: str) -> None
     if len(input_size) == 1:
         raise SplitError(f"scale is for images, not for the features of an input of {input_size[0]}; use scale 1")
     if output == "boxes":
-        raise SplitError(
-            "reconstruct gives each part's box back, pixel by pixel, which a scaled view lacks; use scale 1"
-        )
+        raise SplitError("reconstruct gives each part's box back, whose pixels a scaled view lacks; use scale 1")
 
 
 def _check_reads_no_positions(plan: Plan) -> None:

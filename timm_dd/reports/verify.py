@@ -3,8 +3,8 @@
 In float64 and eval mode, layer by layer: on the channels of part k and on the activation field of its box the global
 map is the part's, (2.15), and the logits are the sum of the parts' logits, (2.16). Which positions lie on the
 activation field is seen by computing with NaN outside the box: what is still a number there has not looked outside.
-Scaled views are on another grid than the whole image: of them (2.15) says nothing, and their parts are compared on whole
-images alone.
+Scaled views are on another grid than the whole image: of them (2.15) says nothing, and their parts are compared on
+whole images alone.
 """
 
 from __future__ import annotations

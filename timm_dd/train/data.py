@@ -169,10 +169,17 @@ def data_config(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, A
 
 
 def loaders(
-    args: argparse.Namespace, config: dict, train: Dataset, val: Dataset, device: torch.device, distributed: bool
+    args: argparse.Namespace,
+    config: dict,
+    train: Dataset,
+    val: Dataset,
+    device: torch.device,
+    distributed: bool,
+    train_size: Sequence[int] | None = None,
 ):
-    """timm's loaders for training and validation."""
+    """timm's loaders for training and validation; with `train_size` random resized crops are resampled to that."""
     common = _common(args, config, device, distributed)
+    smaller = {} if train_size is None else {"input_size": (config["input_size"][0], *train_size)}
     train_loader = create_loader(
         train,
         batch_size=images_of_an_update(args),
@@ -188,7 +195,7 @@ def loaders(
         auto_augment=args.aa,
         re_prob=args.reprob,
         interpolation="random",
-        **common,
+        **{**common, **smaller},
     )
     if args.no_aug or args.shift:
         train.transform = _plain(args, config, train.transform)

@@ -7,6 +7,7 @@ import argparse
 from timm.utils import ParseKwargs
 
 from .. import console
+from .views import listed
 
 SCALES = ("sum", "mean", "temperature")
 STAGED = {
@@ -133,6 +134,13 @@ def _stages(g) -> None:
         default=0.0,
         metavar="P",
         help="with probability P a part trains on a box anywhere in the images instead of on its box, update by update",
+    )
+    g.add_argument(
+        "--views",
+        type=listed,
+        metavar="VIEW,…",
+        help="of these a part trains on one, drawn update by update: box (its own), full (the whole image), with @S at "
+        "scale S, like full@0.5,box; it is evaluated on its own",
     )
     _composed(g)
     g.add_argument(

@@ -20,9 +20,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ..algebra.domain import Box
+from ..algebra.view import Box, View
 from ..errors import TrainError, headline
 from . import optimizers, options, schedule
+from .views import drawn
 
 _RANDOM = threading.Lock()  # torch has one random state for all threads
 
@@ -57,11 +58,12 @@ class Learner:
     ones (`engines.Packed`) draw together, by the first one's seed.
 
     Args:
-        box: what the network sees of a batch; None for all of it. While it trains, ``--roam`` moves the box.
+        view: what the network sees of a batch; a box is its view at scale 1, None all of it.
         global_batch: images of an update over all ranks, for ``--lr-base``.
         folder: for its ``summary.csv`` and its checkpoints.
 
     Attributes:
+        views: while it trains, of which each update draws one; its own unless set. ``--roam`` moves its box.
         updates: how many it has taken.
         options: what its weights depend on, the updates of an epoch and the images of an update among them.
         history: loss, top1, lr, and seconds since the beginning, of each epoch that ended.
@@ -73,7 +75,7 @@ class Learner:
         self,
         name: str,
         model: nn.Module,
-        box: Box | None,
+        view: View | Box | None,
         args: argparse.Namespace,
         device: torch.device,
         updates_per_epoch: int,
@@ -81,7 +83,9 @@ class Learner:
         seed: int,
         folder: Path,
     ):
-        self.name, self.model, self.box, self.args, self.device = name, model, box, args, device
+        self.name, self.model, self.args, self.device = name, model, args, device
+        self.own = view.view() if isinstance(view, Box) else view
+        self.views = (self.own,)
         self.seed, self.folder = seed, folder
         self.options = {
             **options.training_identity(args),
@@ -198,19 +202,19 @@ class Learner:
 
     @torch.no_grad()
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Of the result, on the network's box."""
+        """Of the result, on the network's view."""
         with self.autocast():
-            return (self.forward if self.ema is None else self.result)(self._format(x, self.box)).float()
+            return (self.forward if self.ema is None else self.result)(self._format(x, self.own)).float()
 
     def view(self, x: torch.Tensor) -> torch.Tensor:
-        """What the network sees of a batch in this update: its box, or with the probability --roam one anywhere."""
-        random = Random((self.seed << 32) + self.updates)
-        if self.box is None or random.random() >= self.args.roam:
-            return self._format(x, self.box)
-        return self._format(x, self.box.anywhere(x.shape[2:], random))
+        """What the network sees of a batch in this update: one of its views, with the probability --roam anywhere."""
+        view, random = drawn(self.views, self.args.seed, self.updates), Random((self.seed << 32) + self.updates)
+        if view is None or random.random() >= self.args.roam:
+            return self._format(x, view)
+        return self._format(x, view.anywhere(x.shape[2:], random))
 
-    def _format(self, x: torch.Tensor, box: Box | None) -> torch.Tensor:
-        x = x if box is None else box.crop(x)
+    def _format(self, x: torch.Tensor, view: View | None) -> torch.Tensor:
+        x = x if view is None else view.crop(x)
         return x.contiguous(memory_format=torch.channels_last) if self.args.channels_last else x
 
     # ---- what a checkpoint holds

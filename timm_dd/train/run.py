@@ -18,7 +18,7 @@ from ..storage.atomic import replace_json
 from ..surgery.parts import Parts
 from ..surgery.split import split
 from ..text import table
-from . import data, options
+from . import data, options, views
 from .checkpoints import CheckpointTimer
 from .composed import reassign
 from .decoded import decoded
@@ -81,6 +81,7 @@ class Run:
         )
         if args.reassign and not parts.plan.exact:
             raise TrainError(f"--reassign: {args.model} is not the same with its channels in another order")
+        views.check(args, parts)
         if before is not None:
             state = load_file(before.place.tuned / "last" / "model.safetensors")
             parts.take(reassign(state, parts.plan) if args.reassign else state)

@@ -30,7 +30,7 @@ from ..planning.plan import Plan
 from ..storage import files
 from ..storage.merge_files import write_merged
 from ..surgery.parts import Parts
-from . import data, options
+from . import data, options, views
 from .checkpoints import CheckpointTimer, restore
 from .composed import add_noise, between, calibrate, rate_between, some
 from .engines import Engine, cores, engine, share_cores, share_cores_for_parts
@@ -66,9 +66,11 @@ class Context:
     timer: CheckpointTimer
     trackers: Trackers
 
-    def loaders(self, args: argparse.Namespace, distributed: bool) -> tuple:
+    def loaders(self, args: argparse.Namespace, distributed: bool, train_size: tuple[int, ...] | None = None) -> tuple:
         """(train, validation)."""
-        return data.loaders(args, self.data_config, *self.sets, self.device, distributed=distributed)
+        return data.loaders(
+            args, self.data_config, *self.sets, self.device, distributed=distributed, train_size=train_size
+        )
 
     def about(self, stage: str) -> dict[str, str]:
         """What a model's metadata say of where it comes from; `stage` is its name in the run's summary."""
@@ -88,7 +90,7 @@ def train_parts(run: Context) -> None:
         return
     args = options.stage_options(run.args, "part")
     share_cores_for_parts(args.engine, args.parts, run.ranks.local_world)
-    loaders = run.loaders(args, distributed=False)
+    loaders = run.loaders(args, distributed=False, train_size=views.loader_size(args, run.parts.plan))
     learners = [_part_learner(run, k, len(loaders[0])) for k in due]
     if run.folder.resuming:
         for k, learner in zip(due, learners):
@@ -118,14 +120,16 @@ def _finish_part(run: Context, k: int, learner: Learner, loaders: tuple, epochs:
 
 
 def _part_learner(run: Context, k: int, updates: int) -> Learner:
-    args, box = options.stage_options(run.args, "part", k), run.parts.plan.boxes()[k]
+    args, plan = options.stage_options(run.args, "part", k), run.parts.plan
     batch = data.images_of_an_update(args)
-    return _learner(run, f"part {k}", run.parts[k], box, args, updates, batch, k, run.folder.part(k))
+    learner = _learner(run, f"part {k}", run.parts[k], plan.views()[k], args, updates, batch, k, run.folder.part(k))
+    learner.views = views.of_part(args, plan, k)
+    return learner
 
 
-def _learner(run: Context, name, model, box, args, updates, batch, stream, folder) -> Learner:
+def _learner(run: Context, name, model, view, args, updates, batch, stream, folder) -> Learner:
     model = model.to(run.device, memory_format=torch.channels_last) if args.channels_last else model.to(run.device)
-    learner = Learner(name, model, box, args, run.device, updates, batch, run.seed * 1000 + stream, folder)
+    learner = Learner(name, model, view, args, run.device, updates, batch, run.seed * 1000 + stream, folder)
     folder.mkdir(parents=True, exist_ok=True)
     return learner
 
@@ -167,7 +171,7 @@ def tune(run: Context) -> dict[str, float]:
     loaders = _shared_loaders(run, args)
     _load_trained(run)
     learners = [_part_learner(run, k, 1) for k in range(len(run.parts))]
-    together = evaluate(learners, loaders[1], Engine(), together=True)[-1]  # each part on its box
+    together = evaluate(learners, loaders[1], Engine(), together=True)[-1]  # each part on its view
     model = models.create(plan.model, **plan.model_args)
     files.load_composed(run.folder.composed, model)
     learner = _global_learner(run, "composed model", model, args, len(loaders[0]), run.folder.tuned)
