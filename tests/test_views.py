@@ -341,6 +341,7 @@ def test_a_run_on_scaled_views(tmp_path, capsys):
     assert "holds a run of another model or split" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_draws_views_goes_on_with_the_same_bits(tmp_path, monkeypatch, capsys):
     given = ["--views", "full@0.5,box"]
     assert run(tmp_path, "whole", *given) == 0
@@ -365,6 +366,7 @@ def test_a_run_that_draws_views_goes_on_with_the_same_bits(tmp_path, monkeypatch
     assert "--views full@0.5,box" in command and "views: full@0.5,box" in (tmp_path / "run/args.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_packed_parts_draw_the_same_views(tmp_path):
     for engine in ("sequential", "packed"):
         given = ["--views", "full@0.5,box,box@0.8", "--engine", engine, "--lr", "0.01", "--part-epochs", "1"]
