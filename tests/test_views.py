@@ -13,6 +13,8 @@ from torch import nn
 import timm_dd
 from timm_dd import Box, Domain, SplitError, TrainError
 from timm_dd.cli import main
+from timm_dd.planning.planner import analyse
+from timm_dd.reports.claims import claims
 from timm_dd.reports.verify import verify
 from timm_dd.train import data, options, views
 from timm_dd.train.learner import Learner
@@ -149,6 +151,12 @@ def test_nothing_is_claimed_of_scaled_views(domain):
     assert report.failures == [] and "(2.15) does not apply to scaled views" in report.text()
     plain = timm_dd.split("dd_resnet20_16", 4, domain=Domain.full(4), seed=1, **RESNET)
     assert "does not apply" not in verify(timm_dd.merge(plain), plain).text()
+
+
+def test_no_map_of_a_scaled_view_is_said_to_be_the_global_one():
+    parts = timm_dd.split(Fixed(nn.AdaptiveAvgPool2d(1), 1), 4, example_input=torch.empty(1, 3, 16, 16), domain=HALF)
+    rows, outputs = claims(analyse(parts.graph, 4, HALF, (3, 16, 16)))
+    assert rows and outputs and all(c.exact and not c.aligned and set(c.places) == {None} for c in (*rows, *outputs))
 
 
 def test_a_scaled_split_that_does_not_add_up_is_found():
