@@ -26,7 +26,8 @@ import torch
 from common import provenance, write_table
 
 import timm_dd
-from timm_dd import Domain, View, models
+from timm_dd import Domain, models
+from timm_dd.algebra.view import View
 from timm_dd.train import options
 from timm_dd.train.engines import cores, engine, share_cores, share_cores_for_parts
 from timm_dd.train.learner import Learner
@@ -51,18 +52,18 @@ class Setting(NamedTuple):
 SETTINGS = {
     "resnet32": Setting("dd_resnet32", 4, Domain.grid(2, 2), 32, 128),
     "resnet32-overlap": Setting("dd_resnet32", 4, Domain.grid(2, 2, overlap=4), 32, 128),
-    "resnet32-scaled": Setting("dd_resnet32", 4, Domain.full(4, scale=0.625), 32, 128),
-    "resnet32-half": Setting("dd_resnet32", 4, Domain.full(4, scale=0.5), 32, 128),
     "resnet32-8": Setting("dd_resnet32", 8, Domain.grid(2, 4), 32, 128),
     "resnet32-16": Setting("dd_resnet32", 16, Domain.grid(4, 4), 32, 128),
+    "resnet32-scaled": Setting("dd_resnet32", 4, Domain.full(4, scale=0.625), 32, 128),
+    "resnet32-half": Setting("dd_resnet32", 4, Domain.full(4, scale=0.5), 32, 128),
     "resnet50": Setting("resnet50", 4, Domain.grid(2, 2), 224, 16),
 }
 
 
-def learner(name: str, model: torch.nn.Module, sees: View | None, batch: int, folder: str) -> Learner:
+def learner(name: str, model: torch.nn.Module, view: View | None, batch: int, folder: str) -> Learner:
     args = options.parse(["--dataset", "digits", "--channels-last", "--lr", "0.01"])
     model = model.to(memory_format=torch.channels_last).train()
-    return Learner(name, model, sees, args, CPU, 1000, batch, 0, Path(folder))
+    return Learner(name, model, view, args, CPU, 1000, batch, 0, Path(folder))
 
 
 def seconds(step: Callable[[], None]) -> float:

@@ -176,7 +176,7 @@ def test_what_the_recipe_sees(run):
     """Whole images at 0.625 and a joint stage; boxes at scale 1 where the options say boxes, or the network reads
     positions, which has no joint stage either."""
     recipe = run("--model", "test_resnet")
-    assert recipe.parts.plan.domain == Domain.full(4, 0.625) and recipe.args.joint_epochs == 2
+    assert recipe.parts.plan.domain == Domain.full(4, scale=0.625) and recipe.args.joint_epochs == 2
     boxes = run("--model", "test_resnet", "--overlap", "4")
     assert boxes.parts.plan.domain == Domain.grid(2, 2, overlap=4) and boxes.args.joint_epochs == 2
     positions = run("--model", "dd_vgg3")

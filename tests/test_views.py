@@ -1,4 +1,4 @@
-"""What parts see: boxes at a scale, resampled with anti-aliasing, in 1D, 2D and 3D; one of several views an update."""
+"""Views: a box at a scale, by value; what is planned, counted, verified, merged and trained on it."""
 
 import json
 
@@ -6,242 +6,413 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RELATIVE, RUN, images, shake, sum_error
+from conftest import RUN, Plain, bytes_of_parts, check_split, images, shake
+from safetensors.torch import load_file
 from torch import nn
 
 import timm_dd
-from timm_dd import Box, Domain, SplitError, View
+from timm_dd import Box, Domain, SplitError, TrainError, console
 from timm_dd.cli import main
-from timm_dd.storage.files import part_name
-from timm_dd.train import options
-from timm_dd.train.engines import Engine, Packed
+from timm_dd.planning.planner import analyse
+from timm_dd.reports.claims import claims
+from timm_dd.reports.verify import verify
+from timm_dd.train import data, options, views
 from timm_dd.train.learner import Learner
-from timm_dd.train.run import Run
+
+CPU, HALF = torch.device("cpu"), Domain.full(4, scale=0.5)
+RESNET = {"num_classes": 10, "img_size": 32}
+
+
+# ---- by value
 
 
 def triangle(n, m):
-    """The matrix (m, n) of a triangle filter as wide as a coarse pixel, for n pixels on m."""
-    scale = n / m
-    centres = (np.arange(m) + 0.5) * scale
-    weights = np.maximum(0, 1 - abs(np.arange(n) + 0.5 - centres[:, None]) / scale)
+    """Rows of weights by which m pixels are made of n: a triangle as wide as two of the m, cut at the borders."""
+    step = n / m
+    distance = np.abs((np.arange(m)[:, None] + 0.5) * step - (np.arange(n) + 0.5)) / step
+    weights = np.maximum(0, 1 - distance)
     return torch.from_numpy(weights / weights.sum(1, keepdims=True))
 
 
 @pytest.mark.parametrize(
-    "start, extent, size", [((3,), (20,), (7,)), ((0, 4), (13, 16), (9, 4)), ((1, 0, 2), (6, 8, 5), (4, 3, 5))]
+    "image, box, scale, size",
+    [
+        ((31,), Box((3,), (20,)), 0.5, (10,)),
+        ((32,), Box((0,), (32,)), 0.03, (1,)),
+        ((32, 30), Box((2, 3), (25, 17)), 0.625, (16, 11)),
+        ((9, 14, 12), Box((1, 0, 2), (8, 13, 10)), 0.7, (6, 9, 7)),
+    ],
+    ids=str,
 )
-def test_views_by_value(start, extent, size):
-    x = images(2, 3, *(s + e + 2 for s, e in zip(start, extent)))
-    expected = Box(start, extent).crop(x)
-    for axis, (n, m) in enumerate(zip(extent, size), start=2):
-        expected = torch.tensordot(triangle(n, m), expected, ([1], [axis])).movedim(0, axis)
-    found = View(Box(start, extent), size).crop(x)
-    assert found.shape == (2, 3, *size)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+def test_a_view_is_its_box_under_a_triangle_filter(image, box, scale, size):
+    x, view = images(2, 3, *image), box.view(scale)
+    expected = box.crop(x)
+    for axis, (n, m) in enumerate(zip(box.extent, size), start=2):
+        expected = torch.tensordot(expected, triangle(n, m), ([axis], [1])).movedim(-1, axis)
+    assert view.size == size and view.scaled
+    torch.testing.assert_close(view.crop(x), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_view_of_an_image_is_torchs_anti_aliased_resize(dtype):
-    x = images(2, 3, 32, 32).to(dtype).contiguous(memory_format=torch.channels_last)
-    (view,) = set(Domain.full(4, scale=0.625).views((32, 32)))
-    exact = F.interpolate(x.float() if dtype is torch.bfloat16 else x, (20, 20), mode="bilinear", antialias=True)
-    assert view.crop(x).dtype == dtype
-    torch.testing.assert_close(view.crop(x), exact.to(dtype))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_in_two_dimensions_it_is_what_torch_interpolates(dtype, layout):
+    x = images(2, 3, 32, 32).to(dtype, memory_format=layout)
+    wide = x if dtype in (torch.float32, torch.float64) else x.float()
+    expected = F.interpolate(wide[:, :, 12:, :20], size=(10, 10), mode="bilinear", antialias=True, align_corners=False)
+    found = Box((12, 0), (20, 20)).view(0.5).crop(x)
+    assert found.dtype == dtype and torch.equal(found, expected.to(dtype))
+    assert found.is_contiguous(memory_format=layout)
 
 
-def test_a_view_at_scale_1_is_no_copy():
-    x = images(1, 3, 32, 32)
-    for view, box in zip(Domain.grid(2, 2).views((32, 32)), Domain.grid(2, 2).boxes((32, 32))):
-        assert view.crop(x).data_ptr() == box.crop(x).data_ptr() and torch.equal(view.crop(x), box.crop(x))
+def test_a_view_at_scale_one_is_a_view_of_the_batch():
+    x = torch.randn(2, 3, 32, 32)
+    for view in Domain.grid(2, 2, overlap=4, scale=1).views((32, 32)):
+        found = view.crop(x)
+        assert not view.scaled and torch.equal(found, view.box.crop(x))
+        assert found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
 
-SCALED = [
-    (Domain.full(4, scale=0.625), (32, 24), [(20, 15)] * 4),
-    (Domain.grid(2, 2, overlap=4, scale=0.5), (32, 32), [(10, 10)] * 4),
-    (Domain.centered8(scale=0.3), (20,), [(3,)] * 8),
-    (Domain.type_b(2, 3, scale=0.01), (4, 4, 4), [(1, 1, 1)] * 9),
-    (Domain.custom([Box((0,), (5,)), Box((1,), (6,))], scale=0.5), (8,), [(3,), (3,)]),
-]
+def test_parts_see_the_views_of_their_domain():
+    parts = timm_dd.split("dd_resnet20_16", 4, domain=Domain.grid(2, 2, overlap=4, scale=0.6), num_classes=10).eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = F.interpolate(x[:, :, 12:, :20], size=(12, 12), mode="bilinear", antialias=True)
+    assert torch.equal(parts.crops(x)[2], expected)
+    assert torch.equal(parts(x)[2], parts[2](expected))
+    assert "grid 2x2, overlap 4, scale 0.6: 12×12 of 32×32 pixels" in str(parts.plan)
 
 
-@pytest.mark.parametrize("domain, size, expected", SCALED, ids=[str(d) for d, *_ in SCALED])
-def test_sizes_of_views(domain, size, expected):
-    """Halves are rounded up, and no view is without pixels; JSON and back."""
-    assert [v.size for v in domain.views(size)] == expected
-    assert Domain.from_json(json.loads(json.dumps(domain.to_json()))) == domain
-    assert f"scale {domain.scale:g}" in str(domain)
+# ---- files
 
 
-def test_a_plan_says_its_scale_only_where_it_has_one():
-    for domain, said in ((Domain.full(4), False), (Domain.full(4, scale=0.5), True)):
-        plan = timm_dd.plan("resnet18", 4, domain=domain, img_size=64)
-        assert ("scale" in plan.to_json()["domain"]) == said
-        assert timm_dd.Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
-    assert "full image, 4 parts, scale 0.5: 32×32 of 64×64 pixels" in plan.text()
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **scale: Domain.full(3, **scale),
+        lambda **scale: Domain.grid(2, 3, overlap=1, margin=2, **scale),
+        lambda **scale: Domain.centered8(2, 1, **scale),
+        lambda **scale: Domain.type_b(2, axes=3, **scale),
+        lambda **scale: Domain.custom([Box((1,), (2,))], **scale),
+    ],
+)
+def test_domains_with_a_scale_are_json(make):
+    scaled, plain = make(scale=0.3), make()
+    written = json.loads(json.dumps(scaled.to_json()))
+    assert Domain.from_json(written) == scaled != plain
+    assert written.pop("scale") == 0.3 and written == json.loads(json.dumps(plain.to_json()))
+    assert Domain.from_json({**written, "scale": 1}) == plain
 
 
-@pytest.mark.parametrize("scale", [0, -0.5, 1.01, float("nan"), float("inf"), "half", True, None])
-def test_no_other_scale(scale):
-    for make in (
-        lambda: Domain.full(2, scale=scale),
-        lambda: Domain.from_json({"kind": "Full", "parts": 2, "scale": scale}),
-    ):
-        with pytest.raises(SplitError, match="a number above 0 and at most 1"):
-            make()
+@pytest.mark.parametrize("scale", [0, -1, 1.01, float("nan"), float("inf"), "0.5", None, True, [1]])
+def test_a_scale_is_above_zero_and_up_to_one(scale):
+    with pytest.raises(SplitError, match="scale is a number above 0, up to 1"):
+        Domain.full(4, scale=scale)
+    with pytest.raises(SplitError, match="scale is a number above 0, up to 1"):
+        Domain.from_json({"kind": "Full", "parts": 4, "scale": scale})
 
 
-def convolutions(axes):
-    conv, norm, pool = (
-        (nn.Conv1d, nn.BatchNorm1d, nn.AdaptiveAvgPool1d),
-        (nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d),
-        (nn.Conv3d, nn.BatchNorm3d, nn.AdaptiveAvgPool3d),
-    )[axes - 1]
-    return nn.Sequential(
-        conv(2, 8, 3, padding=1), norm(8), nn.ReLU(), conv(8, 8, 3, stride=2), pool(1), nn.Flatten(), nn.Linear(8, 5)
+def test_a_scaled_split_merges_as_any(tmp_path):
+    """The merged network is the sum of its parts on whole images, in memory and from files, and splits back."""
+    parts = timm_dd.split("dd_resnet20_16", 4, domain=Domain.full(4, scale=0.625), seed=1, **RESNET)
+    check_split(parts)
+    parts.save(tmp_path / "parts")
+    plan = json.loads((tmp_path / "parts/plan.json").read_text())
+    assert plan["domain"] == {"kind": "Full", "parts": 4, "scale": 0.625}
+    assert timm_dd.Parts.load(tmp_path / "parts").plan == parts.plan
+    timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed")
+    found, expected = load_file(tmp_path / "composed/model.safetensors"), timm_dd.merge(parts).state_dict()
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+def test_the_scale_changes_nothing_but_what_parts_see():
+    plain, scaled = (timm_dd.plan("dd_resnet20_16", 4, domain=Domain.full(4, scale=s), **RESNET) for s in (1, 0.625))
+    assert "scale" not in plain.to_json()["domain"] and plain.digest() != scaled.digest()
+    assert (plain.tensors, plain.edits, plain.exact) == (scaled.tensors, scaled.edits, scaled.exact)
+
+
+# ---- what is counted and claimed
+
+
+def test_a_view_costs_what_a_box_of_its_size_does():
+    boxes = Domain.custom([Box((0, 0), (20, 20))] * 4)
+    of_view, of_box = (
+        timm_dd.profile("dd_resnet20_16", 4, domain=d, **RESNET) for d in (Domain.full(4, scale=0.625), boxes)
     )
+    assert of_view.part == of_box.part and of_view.part_input_size == (3, 20, 20)
 
 
-@pytest.mark.parametrize("axes", [1, 2, 3])
-def test_scaled_parts_are_those_of_whole_images(axes):
-    """Theorem 2.1 (2) on whole images, whatever the parts have seen; `verify` holds them to that alone."""
-    size = (12, 16, 10)[:axes]
-    parts = timm_dd.split(
-        convolutions(axes), 4, domain=Domain.full(4, scale=0.5), example_input=torch.empty(1, 2, *size)
-    )
-    assert parts.plan.exact and parts(torch.randn(2, 2, *size)).shape == (4, 2, 5)
-    shake(parts)
+@pytest.mark.parametrize("domain", [Domain.full(4, scale=0.625), Domain.grid(2, 2, overlap=4, scale=0.8)], ids=str)
+def test_nothing_is_claimed_of_scaled_views(domain):
+    """Whole images are compared as ever; labelled ones without the claims of theorem 2.2."""
+    parts = shake(timm_dd.split("dd_resnet20_16", 4, domain=domain, seed=1, **RESNET))
+    batches = [(images(8, 3, 32, 32), torch.arange(8))]
+    report = verify(timm_dd.merge(parts).double(), parts, batches=batches)
+    assert report.exact and report.whole <= 1e-12 and all(row.whole <= 1e-12 for row in report.layers)
+    assert report.box is None and all(row.box is None for row in report.layers) and not report.box_exact
+    assert report.failures == [] and "(2.15) does not apply to scaled views" in report.text()
+    plain = timm_dd.split("dd_resnet20_16", 4, domain=Domain.full(4), seed=1, **RESNET)
+    assert "does not apply" not in verify(timm_dd.merge(plain), plain).text()
+
+
+def test_no_map_of_a_scaled_view_is_said_to_be_the_global_one():
+    parts = timm_dd.split(Fixed(nn.AdaptiveAvgPool2d(1), 1), 4, example_input=torch.empty(1, 3, 16, 16), domain=HALF)
+    rows, outputs = claims(analyse(parts.graph, 4, HALF, (3, 16, 16)))
+    assert rows and outputs and all(c.exact and not c.aligned and set(c.places) == {None} for c in (*rows, *outputs))
+
+
+def test_a_scaled_split_that_does_not_add_up_is_found():
+    parts = timm_dd.split("dd_resnet20_16", 4, domain=Domain.full(4, scale=0.625), seed=1, **RESNET)
     model = timm_dd.merge(parts)
-    assert sum_error(parts, model, images(2, 2, *size)) < RELATIVE
-    report = timm_dd.verify(model, parts)
-    assert report.failures == [] and report.whole < 1e-9 and report.box is None
-    assert "(2.15) says nothing of views at another scale" in report.text()
-    with torch.no_grad():
-        next(model.parameters()).mul_(1.01)
-    assert timm_dd.verify(model, parts).failures
+    model.fc.weight.data[0, 0] += 1
+    assert "sum of the parts' outputs, whole image" in " ".join(verify(model, parts).failures)
 
 
-def test_a_scaled_view_is_what_profile_counts():
-    whole, half = (timm_dd.profile("resnet18", 4, domain=Domain.full(4, scale=s), img_size=64) for s in (1.0, 0.5))
-    assert half.part_input_size == (3, 32, 32) and half.whole == whole.whole
-    assert (
-        half.part.multiply_adds
-        == timm_dd.profile("resnet18", 4, domain=Domain.grid(2, 2), img_size=64).part.multiply_adds
-    )
+class Fixed(nn.Module):
+    """Its fully connected layer sees four positions, whatever the image's size, or all of them."""
+
+    def __init__(self, pool, positions):
+        super().__init__()
+        self.conv, self.pool, self.fc = nn.Conv2d(3, 8, 3), pool, nn.Linear(8 * positions, 5)
+
+    def forward(self, x):
+        return self.fc(torch.flatten(self.pool(self.conv(x)), 1))
 
 
-POSITIONS = "weights for the positions of a part's map"
-BAD = [
-    (lambda: timm_dd.split("dd_vgg3", 4, domain=Domain.full(4, scale=0.5)), POSITIONS),
-    (lambda: timm_dd.split("dd_vgg3", 4, domain=Domain.grid(2, 2, overlap=16, scale=0.5)), POSITIONS),
-    (
-        lambda: timm_dd.split(nn.Linear(9, 4), 1, domain=Domain.full(1, scale=0.5), example_input=torch.empty(1, 9)),
-        "use scale 1|a larger scale",
-    ),
-    (lambda: timm_dd.split("vgg11", 4, domain=Domain.full(4, scale=0.1), img_size=224), "a larger scale"),
-    (
-        lambda: timm_dd.split(
-            nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1)), 2,
-            domain=Domain.full(2, scale=0.5), example_input=torch.empty(1, 3, 8, 8), reconstruct=True,
-        ),
-        "reconstruct is for boxes at scale 1",
-    ),
-]  # fmt: skip
+def test_a_map_of_a_fixed_size_may_be_read_position_by_position():
+    net, x = Fixed(nn.AdaptiveAvgPool2d(2), 4), torch.empty(1, 3, 16, 16)
+    check_split(timm_dd.split(net, 4, example_input=x, domain=Domain.full(4, scale=0.5)))
 
 
-@pytest.mark.parametrize("make, message", BAD, ids=["fc", "fc of boxes", "features", "too small", "reconstruct"])
-def test_bad_scales(make, message):
+def of_module(net, shape, **options):
+    return lambda: timm_dd.split(net, 4, example_input=torch.empty(1, *shape), **options)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: timm_dd.plan("vgg11", 4, domain=HALF, img_size=224),
+         "reads the positions of a map, .*global pooling; use scale 1"),
+        (of_module(Fixed(nn.Identity(), 196), (3, 16, 16), domain=HALF),
+         "^fc.weight reads the positions of a map"),
+        (of_module(Plain(8), (3, 16, 16), domain=HALF, reconstruct=True), "reconstruct gives"),
+        (of_module(nn.Linear(16, 4), (16,), domain=HALF), "not for the features of an input of 16"),
+        (of_module(Fixed(nn.AdaptiveAvgPool2d(1), 1), (3, 16, 16), domain=Domain.full(4, scale=0.1)),
+         "does not work on a part's view of 2×2 pixels .* use a larger scale"),
+        (of_module(Fixed(nn.AdaptiveAvgPool2d(1), 1), (3, 16, 16), domain=Domain.custom([Box((0, 0), (2, 2))] * 4)),
+         "does not work on a part's box of 2×2 pixels .* use larger boxes"),
+    ],
+)  # fmt: skip
+def test_what_scales_are_not_for(make, message):
     with pytest.raises(SplitError, match=message) as e:
         make()
     assert "\n" not in str(e.value)
 
 
-def test_positions_that_all_sizes_share_may_be_read():
-    """A map that is pooled to a fixed size is the same in the part."""
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4))
-    parts = timm_dd.split(net, 2, domain=Domain.full(2, scale=0.5), example_input=torch.empty(1, 3, 16, 16))
-    assert parts.plan.exact
-    shake(parts)
-    assert sum_error(parts, timm_dd.merge(parts), images(2, 3, 16, 16)) < RELATIVE
+def test_on_the_command_line(tmp_path, capsys):
+    given = ["dd_resnet20_16", "4", "--grid", "full", "--part-scale", "0.625"]
+    assert main(["plan", *given]) == 0 and "scale 0.625: 20×20 of 32×32 pixels" in capsys.readouterr().out
+    assert main(["profile", *given, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["part_input_size"] == [3, 20, 20]
+    assert (
+        main(["plan", *given, "--domain-png", str(tmp_path / "boxes.png")]) == 0 and (tmp_path / "boxes.png").exists()
+    )
+    assert main(["split", *given, "-o", str(tmp_path / "parts")]) == 0
+    assert timm_dd.Parts.load(tmp_path / "parts").plan.domain == Domain.full(4, scale=0.625)
+    capsys.readouterr()
+    for grid in ("2x2", "centered8", "type-b"):
+        assert main(["plan", "dd_resnet20_16", "8" if grid == "centered8" else "5" if grid == "type-b" else "4",
+                     "--grid", grid, "--part-scale", "0.5"]) == 0  # fmt: skip
+        assert ", scale 0.5: 8×8 of" in capsys.readouterr().out
+    assert main(["split", *given, "-o", str(tmp_path / "none"), "--part-scale", "1.5"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "scale is a number above 0, up to 1 for all pixels, got 1.5" in line and not (tmp_path / "none").exists()
 
 
 # ---- training
 
 
-def learners(folder, *given):
-    args = options.parse([*RUN, "--parts", "2", *given])
-    parts = timm_dd.split("test_resnet", 2, domain=options.domain(args), seed=0, img_size=32, num_classes=10)
-    views = [d.views((32, 32)) for d in options.views(args)]
-    made = []
-    for k, part in enumerate(parts):
-        made.append(Learner(str(k), part, parts.plan.views()[k], args, torch.device("cpu"), 4, 8, k, folder))
-        made[-1].sight.draws = [v[k] for v in views] or made[-1].sight.draws
-    return made
+class Keeps(nn.Linear):
+    """A network that keeps what it sees."""
+
+    def __init__(self):
+        super().__init__(3, 10)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x)
+        return super().forward(x.mean((2, 3)))
 
 
-def test_parts_draw_the_same_views(tmp_path):
-    """One of the list each update, all parts the same of it; evaluated on their own."""
-    some, x = learners(tmp_path, "--views", "full@0.5,box,full@0.625", "--grid", "1x2"), torch.randn(2, 3, 32, 32)
-    seen = []
-    for update in range(60):
-        for n in some:
-            n.updates = update
-        shapes = {tuple(n.view(x).shape[2:]) for n in some}
-        assert len(shapes) == 1
-        seen += shapes
-    counts = [seen.count(s) for s in ((16, 16), (32, 20), (20, 20))]
-    assert sum(counts) == 60 and min(counts) > 10
-    assert not torch.equal(some[0].sight.own.crop(x), some[1].sight.own.crop(x))
-    for engine in (Engine(), Packed()):
-        engine.step(some, torch.randn(8, 3, 32, 32), torch.arange(8), isolate_failures=False)
+def part_learner(plan, k, folder, *given):
+    args = options.parse([*RUN, *given])
+    net = Learner(f"part {k}", Keeps(), plan.views()[k], args, CPU, 300, 2, args.seed * 1000 + k, folder)
+    net.sight.draws = views.of_part(args, plan, k)
+    return net
 
 
-@pytest.mark.parametrize("text", ["full@0", "full@2", "half", "box@", "full@x", "full,,box"])
-def test_no_other_views(text, tmp_path, capsys):
-    assert main(["train", *RUN, "--parts", "2", "--views", text, "--output", str(tmp_path)]) == 1
-    assert "expected box or full, or either at a scale, like full@0.5" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+def test_each_update_draws_a_view_for_all_parts(tmp_path):
+    """From the seed and the update's number alone, each as often; a part is evaluated on its own."""
+    plan = timm_dd.plan("dd_resnet20_16", 4, domain=Domain.grid(2, 2, overlap=4, scale=0.8), **RESNET)
+    x, y, given = torch.randn(2, 3, 32, 32), torch.tensor([1, 2]), ("--views", "full@0.5,box,box@0.4")
+    expected = {}
+    for size, crop in ((16, x), (16, x[:, :, 12:, 12:]), (8, x[:, :, 12:, 12:])):
+        expected[len(expected)] = F.interpolate(crop, size=(size, size), mode="bilinear", antialias=True)
+    first, last = (part_learner(plan, k, tmp_path, *given) for k in (0, 3))
+    for _ in range(150):
+        first.step(x, y)
+        last.step(x, y)
+    kinds = [next(i for i, e in expected.items() if torch.equal(e, seen)) for seen in last.net.seen]
+    assert all(40 <= kinds.count(i) <= 60 for i in expected), kinds
+    for kind, seen in zip(kinds, first.net.seen):
+        box = x if kind == 0 else x[:, :, :20, :20]
+        assert torch.equal(seen, F.interpolate(box, size=expected[kind].shape[2:], mode="bilinear", antialias=True))
+    again = part_learner(plan, 3, tmp_path, *given)
+    again.updates = 100  # as a checkpoint says
+    again.step(x, y)
+    assert torch.equal(again.net.seen[0], last.net.seen[100])
+    other = part_learner(plan, 3, tmp_path, *given, "--seed", "1")
+    for _ in range(20):
+        other.step(x, y)
+    assert [s.shape for s in other.net.seen] != [s.shape for s in last.net.seen[:20]]
+    last.logits(x)
+    assert torch.equal(last.net.seen[-1], expected[1])
 
 
-def test_no_views_of_networks_that_read_positions(tmp_path, capsys):
-    given = [a for a in RUN if a not in ("--drop-path", "0.2")]
-    assert main(["train", *given, "--model", "dd_vgg3", "--views", "full,box", "--output", str(tmp_path)]) == 1
-    assert "dd_vgg3 reads positions" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+def test_a_view_roams(tmp_path):
+    """Its box moves, at its scale."""
+    plan = timm_dd.plan("dd_resnet20_16", 4, domain=Domain.grid(2, 2, scale=0.5), **RESNET)
+    x = torch.arange(32.0).expand(2, 3, 32, 32)
+    net = part_learner(plan, 0, tmp_path, "--roam", "1")
+    for _ in range(200):
+        net.step(x, torch.tensor([1, 2]))
+    inner = Box((0, 0), (16, 16)).view(0.5).crop(x)
+    offsets = {round(float((seen - inner)[0, 0, 0, 3]), 3) for seen in net.net.seen}
+    assert offsets == set(range(17)) and {s.shape[2:] for s in net.net.seen} == {(8, 8)}
 
 
 @pytest.mark.parametrize(
-    "given", [["--grid", "full", "--overlap", "0", "--part-scale", "0.5"], ["--views", "full@0.5,box"]]
+    "grid, scale, given, expected",
+    [
+        ("full", "0.5", ["--shift", "0"], (16, 16)),
+        ("1x1", "0.5", ["--shift", "0", "--parts", "1"], (16, 16)),
+        ("full", "0.5", ["--shift", "2"], None),
+        ("full", "0.5", ["--shift", "2", "--part-shift", "0"], (16, 16)),
+        ("full", "0.5", ["--shift", "0", "--no-aug"], None),
+        ("full", "0.5", ["--shift", "0", "--train-crop-mode", "rkrc"], None),
+        ("full", "0.5", ["--shift", "0", "--views", "box"], None),
+        ("full", "1", ["--shift", "0"], None),
+        ("2x2", "0.5", ["--shift", "0"], None),
+    ],
 )
-def test_runs_with_views(given, tmp_path, capsys):
-    """Repeated they give the same bytes; with other views they are another run."""
-    arguments = ["train", *RUN, "--parts", "2", "--part-epochs", "1", *given, "--output", str(tmp_path)]
-    for name in ("a", "b"):
-        assert main([*arguments, "--experiment", name]) == 0
-    a, b = (tmp_path / name / "parts" / "1" / part_name(1, 2) for name in ("a", "b"))
-    assert a.read_bytes() == b.read_bytes()
-    assert (" ".join(given[:2])) in json.loads((tmp_path / "a" / "summary.json").read_text())["command"]
-    other = ["--part-scale", "0.7"] if "--part-scale" in given else ["--views", "box"]
-    assert main([*arguments, *other, "--experiment", "a", "--resume"]) == 1
-    assert "another model or split" in (said := capsys.readouterr().err) or "with other options" in said
+def test_random_crops_onto_a_view_are_one_resampling(grid, scale, given, expected):
+    """The training loader gives images of the view's size, which the parts take as they are; the other loader, and
+    what the parts are evaluated on, is as ever."""
+    arguments = ["--overlap", "0", "--grid", grid, "--part-scale", scale, "--model", "dd_resnet20_16", *given]
+    args = options.stage_options(options.parse([*RUN, *arguments]), "part")
+    plan = timm_dd.plan(args.model, args.parts, domain=console.domain(args), **RESNET)
+    size = views.loader_size(args, plan)
+    assert size == expected
+    assert (views.of_part(args, plan, 0) == (None,)) == (size is not None)
+    train, val, _ = data.datasets(args)
+    config = data.data_config(args, timm_dd.models.create(args.model, num_classes=10))
+    loaders = data.loaders(args, config, train, val, CPU, distributed=False, train_size=size)
+    seen, validated = (next(iter(loader))[0].shape[2:] for loader in loaders)
+    assert seen == (size or (32, 32)) and validated == (32, 32)
 
 
-@pytest.mark.parametrize("shift, size", [("0", 16), ("2", 32)])
-def test_random_resized_crops_are_resampled_once(shift, size, tmp_path, monkeypatch):
-    """Images of which timm takes a random resized crop are made at the size of the view, those that are shifted not."""
-    given = ["--parts", "2", "--grid", "full", "--overlap", "0", "--part-scale", "0.5", "--shift", shift]
-    shapes, seen, step, logits = set(), set(), Learner.step, Learner.logits
+def run(folder, name, *given):
+    arguments = [
+        *RUN,
+        "--parts",
+        "2",
+        "--epochs",
+        "0",
+        "--val-num-samples",
+        "64",
+        "--output",
+        str(folder),
+        "--experiment",
+        name,
+        *given,
+    ]
+    return main(["train", *arguments])
 
-    def noted(learner, x, y):
-        shapes.add((learner.name, x.shape[-1], learner.view(x).shape[-1]))
-        step(learner, x, y)
 
-    def noted_logits(learner, x):
-        seen.add((learner.name, x.shape[-1]))
-        return logits(learner, x)
+def test_a_run_on_scaled_views(tmp_path, capsys):
+    """Whole images at a scale; it is not resumed at another one."""
+    given = ["--overlap", "0", "--grid", "full", "--part-scale", "0.75", "--shift", "0", "--part-epochs", "1"]
+    assert run(tmp_path, "run", *given) == 0
+    folder = tmp_path / "run"
+    assert timm_dd.Parts.load(folder / "parts").plan.domain == Domain.full(2, scale=0.75)
+    assert "--part-scale 0.75" in json.loads((folder / "summary.json").read_text())["command"]
+    capsys.readouterr()
+    assert run(tmp_path, "run", *given, "--part-scale", "0.5", "--resume") == 1
+    assert "holds a run of another model or split" in capsys.readouterr().err
 
-    monkeypatch.setattr(Learner, "step", noted)
-    monkeypatch.setattr(Learner, "logits", noted_logits)
-    args = options.parse([*RUN, *given, "--part-epochs", "1", "--engine", "sequential", "--output", str(tmp_path)])
-    Run(args).go()
-    assert shapes == {("part 0", size, 16), ("part 1", size, 16), ("composed model", 32, 32)}
-    assert {width for _, width in seen} == {32}
+
+@pytest.mark.slow
+def test_a_run_that_draws_views_goes_on_with_the_same_bits(tmp_path, monkeypatch, capsys):
+    given = ["--views", "full@0.5,box"]
+    assert run(tmp_path, "whole", *given) == 0
+    step = Learner.step
+
+    def fail(self, x, y):
+        if self.name == "part 1" and self.updates == 3:
+            raise RuntimeError("out of luck")
+        step(self, x, y)
+
+    monkeypatch.setattr(Learner, "step", fail)
+    assert run(tmp_path, "run", *given) == 1
+    monkeypatch.setattr(Learner, "step", step)
+    capsys.readouterr()
+    assert run(tmp_path, "run", "--views", "full,box", "--resume") == 1
+    assert "--views was full@0.5,box, not full,box" in capsys.readouterr().err
+    assert run(tmp_path, "run", *given, "--resume") == 0
+    assert bytes_of_parts(tmp_path / "run", 2) == bytes_of_parts(tmp_path / "whole", 2)
+    assert run(tmp_path, "box") == 0
+    assert bytes_of_parts(tmp_path / "box", 2) != bytes_of_parts(tmp_path / "whole", 2)
+    command = json.loads((tmp_path / "run/summary.json").read_text())["command"]
+    assert "--views full@0.5,box" in command and "views: full@0.5,box" in (tmp_path / "run/args.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_packed_parts_draw_the_same_views(tmp_path):
+    for engine in ("sequential", "packed"):
+        given = ["--views", "full@0.5,box,box@0.8", "--engine", engine, "--lr", "0.01", "--part-epochs", "1"]
+        assert run(tmp_path, engine, *given, "--drop-path", "0") == 0
+    for k in range(2):
+        one, packed = (
+            load_file(next((tmp_path / engine / "parts" / str(k)).glob("part*.safetensors")))
+            for engine in ("sequential", "packed")
+        )
+        assert max(float((one[name].double() - packed[name].double()).abs().max()) for name in one) < 1e-3
+
+
+@pytest.mark.parametrize("views", ["half", "full@0", "full@2", "box@", "full@x", "full,,box", ""])
+def test_views_that_are_none(views, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        run(tmp_path, "run", "--views", views)
+    assert e.value.code == 2 and "expected box or full" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--model", "dd_vgg3", "--grid", "1x2", "--views", "box,full"], "--views full: dd_vgg3 reads positions"),
+        (["--model", "dd_vgg3", "--grid", "full", "--views", "box@0.5"],
+         "--views box@0.5: head.1.weight reads the positions of a map"),
+        (["--part-scale", "0"], "scale is a number above 0"),
+    ],
+)  # fmt: skip
+def test_views_on_which_the_parts_would_be_others(given, message, tmp_path, capsys):
+    data_set = ["--dataset", "digits", "--output", str(tmp_path), "--experiment", "run"]
+    assert main(["train", *data_set, "--parts", "2", *given]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and not list(tmp_path.iterdir())
+
+
+def test_the_same_part_runs_on_every_view_of_a_network_with_global_pooling():
+    parts = timm_dd.split("dd_resnet20_16", 4, domain=Domain.grid(2, 2, overlap=4), **RESNET)
+    views.check(options.parse([*RUN, "--views", "full,box,full@0.5,box@0.25"]), parts)
+    with pytest.raises(TrainError, match="--views full@0.5: "):
+        views.check(options.parse([*RUN, "--views", "full@0.5"]), timm_dd.split("dd_vgg3", 4, domain=Domain.full(4)))

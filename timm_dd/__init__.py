@@ -14,7 +14,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .algebra.domain import Domain
-    from .algebra.view import Box, View
+    from .algebra.view import Box
     from .errors import FileError, MergeError, PushError, SplitError, TimmDDError, TrainError
     from .hub.push import push
     from .planning.plan import Plan
@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from .surgery.split import plan, split
 
 _HOMES = {
-    "Box": "algebra.view", "Domain": "algebra.domain", "View": "algebra.view", "FileError": "errors",
-    "MergeError": "errors", "PushError": "errors", "SplitError": "errors", "TimmDDError": "errors",
-    "TrainError": "errors",
+    "Box": "algebra.view", "Domain": "algebra.domain", "FileError": "errors", "MergeError": "errors",
+    "PushError": "errors", "SplitError": "errors", "TimmDDError": "errors", "TrainError": "errors",
     "merge_files": "storage.merge_files", "push": "hub.push", "merge": "surgery.merge", "Plan": "planning.plan",
     "Profile": "reports.profile", "profile": "reports.profile", "Parts": "surgery.parts", "plan": "surgery.split",
     "split": "surgery.split", "Report": "reports.verify", "verify": "reports.verify",

@@ -65,30 +65,30 @@ def domain_options(p) -> None:
         "--part-scale",
         type=float,
         metavar="S",
-        help="at which the parts see their boxes: of 0.5 half as many pixels along each axis",
+        help="parts see their boxes at S of the pixels along every axis, anti-aliased: 0.5 shows 16x16 of 32x32",
     )
     p.add_argument("--narrow", choices=["replicate"], help="keep what is narrower than K whole in every part")
 
 
 def domain(args: argparse.Namespace) -> Domain:
-    """The boxes of ``--grid``, ``--overlap`` and ``--margin``, at the scale of ``--part-scale``."""
+    """The boxes of ``--grid``, ``--overlap`` and ``--margin``, at ``--part-scale``."""
     from . import models
     from .algebra.domain import Domain, default_domain
 
-    scale = {} if args.part_scale is None else {"scale": args.part_scale}
     extra = {"overlap": args.overlap, "margin": args.margin}
+    scale = 1.0 if args.part_scale is None else args.part_scale
     if args.grid == "centered8":
-        return Domain.centered8(**extra, **scale)
+        return Domain.centered8(**extra, scale=scale)
     if args.grid == "full":
-        return Domain.full(args.parts, **scale)
+        return Domain.full(args.parts, scale=scale)
     axes = models.axes(args.model)
     if args.grid == "type-b":
         if any(extra.values()):
             raise SplitError("--grid type-b takes neither --overlap nor --margin")
-        layouts = (Domain.type_b(p, axes, **scale) for p in itertools.count(1))
+        layouts = (Domain.type_b(p, axes, scale=scale) for p in itertools.count(1))
         return next(d for d in layouts if d.parts >= args.parts)  # split says if they are more
     shape = args.grid or default_domain(args.parts, axes).grid_shape
-    return Domain.grid(*shape, **extra, **scale)
+    return Domain.grid(*shape, **extra, scale=scale)
 
 
 def grid(text: str) -> str | tuple[int, ...]:

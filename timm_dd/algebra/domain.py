@@ -1,6 +1,6 @@
-"""Domains: K boxes in the input's spatial axes, one per part, possibly overlapping, and at what scale parts see them.
+"""Domains: K boxes in the input's spatial axes, one per part, possibly overlapping, at a scale.
 
-A `Domain` does not know the image's size; `Domain.views(size)` places it, in 1D, 2D or 3D. Source: gu2022 section
+A `Domain` does not know the image's size; `Domain.boxes(size)` places it, in 1D, 2D or 3D. Source: gu2022 section
 2.1.2, (2.6) for boxes without overlap, (2.8) for uniform ones, section 3.1.2 for overlap, margin and eight boxes;
 klawonn2023 Fig. 3 for type B.
 """
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SplitError
-from .view import Box, View
+from .view import Box, View, check_scale
 
 # The places of eight boxes by the number of axes, as fractions of the way from the first possible place to the last.
 AROUND_CENTRE: dict[int, list[tuple[float, ...]]] = {
@@ -36,14 +36,10 @@ class Domain(abc.ABC):
 
     Attributes:
         parts: K, the number of boxes.
-        scale: at which a part sees its box: of 0.5 half as many pixels along each axis.
+        scale: of the boxes' pixels a part sees so many along every axis, see `views`.
     """
 
     scale: float = field(default=1.0, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not 0 < self.scale <= 1:
-            raise SplitError(f"the scale of the parts' views is a number above 0 and at most 1, got {self.scale!r}")
 
     if TYPE_CHECKING:  # a field of some, computed by others
 
@@ -59,25 +55,29 @@ class Domain(abc.ABC):
         """
 
     def views(self, size: Sequence[int]) -> tuple[View, ...]:
-        """What the K parts see of an image of `size` pixels; errors as of `boxes`."""
-        return tuple(View(box, self._pixels(box.extent)) for box in self.boxes(size))
+        """What the K parts see of an image of `size` pixels: the boxes, at the domain's scale.
 
-    def _pixels(self, extent: Sequence[int]) -> tuple[int, ...]:
-        """Of a box in its part; at least one."""
-        return tuple(max(1, math.floor(self.scale * n + 0.5)) for n in extent)
+        Raises:
+            SplitError: as of `boxes`.
+        """
+        return tuple(box.view(self.scale) for box in self.boxes(size))
+
+    @abc.abstractmethod
+    def _layout(self) -> str:
+        """The boxes, in words."""
 
     def __str__(self) -> str:
         return self._layout() + (f", scale {self.scale:g}" if self.scale != 1 else "")
 
-    @abc.abstractmethod
-    def _layout(self) -> str:
-        """The boxes in words."""
-
     @staticmethod
-    def full(parts: int, scale: float = 1.0) -> Domain:
-        """Every part sees the whole image: ``full(4, scale=0.625)`` as 20×20 of 32×32 pixels."""
+    def full(parts: int, *, scale: float = 1.0) -> Domain:
+        """Every part sees the whole image; ``full(4, scale=0.625)`` shows four 20×20 pixels of 32×32.
+
+        Raises:
+            SplitError: K below 1, or a scale that is not above 0 and up to 1, here and in the following.
+        """
         check_parts(parts)
-        return Full(parts, scale=scale)
+        return Full(parts, scale=check_scale(scale))
 
     @staticmethod
     def grid(*shape: int, overlap: int = 0, margin: int = 0, scale: float = 1.0) -> Domain:
@@ -94,10 +94,10 @@ class Domain(abc.ABC):
         if not shape or any(n < 1 for n in shape):
             raise SplitError(f"a grid needs at least one box along every axis, got {'x'.join(map(str, shape))}")
         _check_pixels(overlap, margin)
-        return Grid(tuple(shape), overlap, margin, scale=scale)
+        return Grid(tuple(shape), overlap, margin, scale=check_scale(scale))
 
     @staticmethod
-    def centered8(overlap: int = 0, margin: int = 0, scale: float = 1.0) -> Domain:
+    def centered8(overlap: int = 0, margin: int = 0, *, scale: float = 1.0) -> Domain:
         """The eight boxes of gu2022 Fig. 3.4, all of which reach the centre of the image.
 
         The figure is known here by its caption and by section 3.1.2, which says that the centre matters most. It is
@@ -109,10 +109,10 @@ class Domain(abc.ABC):
             SplitError: a negative number.
         """
         _check_pixels(overlap, margin)
-        return Centered8(overlap, margin, scale=scale)
+        return Centered8(overlap, margin, scale=check_scale(scale))
 
     @staticmethod
-    def type_b(p: int, axes: int = 2, scale: float = 1.0) -> Domain:
+    def type_b(p: int, axes: int = 2, *, scale: float = 1.0) -> Domain:
         """klawonn2023 Fig. 3, type B: a grid of p boxes along each of `axes` axes without overlap, then one as large
         across every inner corner of the grid, from the middle of a cell to that of the next: p² + (p - 1)² boxes.
 
@@ -121,10 +121,10 @@ class Domain(abc.ABC):
         """
         if p < 1 or axes not in AROUND_CENTRE:
             raise SplitError(f"type B needs at least one box along one to three axes, got {p} along {axes} axes")
-        return TypeB(p, axes, scale=scale)
+        return TypeB(p, axes, scale=check_scale(scale))
 
     @staticmethod
-    def custom(boxes: Sequence[Box], scale: float = 1.0) -> Domain:
+    def custom(boxes: Sequence[Box], *, scale: float = 1.0) -> Domain:
         """Your own boxes, of any size, in the coordinates of the image.
 
         Raises:
@@ -137,11 +137,13 @@ class Domain(abc.ABC):
         for b in boxes:
             if min(b.start) < 0 or min(b.extent) < 1:
                 raise SplitError(f"a box starts at a pixel from 0 up and has at least one along every axis, got {b}")
-        return Custom(boxes, scale=scale)
+        return Custom(boxes, scale=check_scale(scale))
 
     def to_json(self) -> dict:
-        """The kind and its numbers, for `from_json`; a scale of 1 goes without saying."""
-        return {"kind": type(self).__name__, **{k: v for k, v in asdict(self).items() if (k, v) != ("scale", 1)}}
+        """The kind and its numbers, for `from_json`; no scale is scale 1."""
+        values = asdict(self)
+        scale = values.pop("scale")
+        return {"kind": type(self).__name__, **values, **({} if scale == 1 else {"scale": scale})}
 
     @staticmethod
     def from_json(d: dict) -> Domain:

@@ -153,7 +153,7 @@ class Plan:
         return self.domain.boxes(spatial(self.input_size))
 
     def views(self) -> tuple[View, ...]:
-        """Of the parts, of the image of `input_size`."""
+        """What the parts see of the image of `input_size`: their boxes, at the domain's scale."""
         return self.domain.views(spatial(self.input_size))
 
     def to_json(self) -> dict:
@@ -234,9 +234,9 @@ class Plan:
     def text(self, colour: bool = False) -> str:
         """A table of the layers: path, operation, shapes in the model and in a part, exact or why not."""
         largest = max(range(self.parts), key=self.params)
-        boxes = ", ".join(dict.fromkeys("×".join(map(str, v.size)) for v in self.views()))
+        views = ", ".join(dict.fromkeys("×".join(map(str, v.size)) for v in self.views()))
         size = "×".join(map(str, spatial(self.input_size)))
-        head = f"{self.model or 'module'} in {self.parts} parts; {self.domain}: {boxes} of {size} pixels"
+        head = f"{self.model or 'module'} in {self.parts} parts; {self.domain}: {views} of {size} pixels"
         rows: list[tuple[str, ...]] = [("layer", "operation", "global", f"part {largest}", "")]
         rows += [_row(layer, largest, colour) for layer in self.layers]
         whole, part = self.params(), self.params(largest)

@@ -33,9 +33,7 @@ class Analysis:
         return tuple(self.relations.approximations)
 
     def plan(self, model: str | None, model_args: dict) -> Plan:
-        plan = assemble(self.reading, self.relations, model, model_args)
-        _check_scale(plan)
-        return plan
+        return assemble(self.reading, self.relations, model, model_args)
 
 
 def make_plan(
@@ -50,7 +48,11 @@ def make_plan(
     replicate: bool = False,
 ) -> Plan:
     """Plan the split of a traced `skeleton`; arguments and errors of `analyse`, and timm's name and arguments."""
-    return analyse(gm, divisor, domain, input_size, output=output, replicate=replicate).plan(model, model_args or {})
+    analysis = analyse(gm, divisor, domain, input_size, output=output, replicate=replicate)
+    plan = analysis.plan(model, model_args or {})
+    if analysis.reading.sizes.scaled:
+        _check_reads_no_positions(plan)
+    return plan
 
 
 def analyse(
@@ -74,8 +76,9 @@ def analyse(
 
     Raises:
         SplitError: an operation without a rule, a layer narrower than `divisor`, a box on which the network does not
-            run.
+            run, or a scale with a network of which no part could see another one.
     """
+    _check_scale(domain, input_size, output)
     try:
         reading = read(gm, divisor, domain, input_size, output)
         if replicate:
@@ -84,7 +87,8 @@ def analyse(
     except Inexpressible as e:
         raise SplitError(f"{e}; the largest K that works here is {_largest(gm, divisor, input_size, output)}") from e
     except WidthError as e:  # of a spatial extent, which the whole image has not
-        raise SplitError(f"the channels cannot be cut on these boxes: {e}; use Domain.full({divisor})") from e
+        remedy = f"Domain.full({divisor})" if domain.scale == 1 else "scale 1"
+        raise SplitError(f"the channels cannot be cut on these boxes: {e}; use {remedy}") from e
     if most < divisor:
         fewer = "fewer than" if width.size < divisor else "and needs two in each of"
         raise SplitError(
@@ -95,17 +99,25 @@ def analyse(
     return Analysis(reading, relate(reading))
 
 
-def _check_scale(plan: Plan) -> None:
-    """Raise SplitError if parts see coarser images than their weights for positions could be placed in, (2.13)."""
-    if plan.domain.scale == 1:
+def _check_scale(domain: Domain, input_size: Sequence[int], output: str) -> None:
+    """Raise SplitError for a scale with what has no coarser grid, or gives its boxes back."""
+    if domain.scale == 1:
         return
-    if plan.output == "boxes":
-        raise SplitError(f"reconstruct is for boxes at scale 1, got {plan.domain}")
-    for name, t in {**plan.tensors, **plan.constants}.items():
-        if any(axis is not None and axis.is_windowed for axis in t.axes):
+    if len(input_size) == 1:
+        raise SplitError(f"scale is for images, not for the features of an input of {input_size[0]}; use scale 1")
+    if output == "boxes":
+        raise SplitError("reconstruct gives each part's box back, whose pixels a scaled view lacks; use scale 1")
+
+
+def _check_reads_no_positions(plan: Plan) -> None:
+    """Raise SplitError if parameters or outputs belong to positions, of which a scaled view has others, (2.13)."""
+    axes = [(name, a) for name, t in {**plan.tensors, **plan.constants}.items() for a in t.axes]
+    axes += [(o.node, o.axis) for o in plan.outputs]
+    for name, axis in axes:
+        if axis is not None and axis.is_windowed:
             raise SplitError(
-                f"{plan.domain}: {name} has weights for the positions of a part's map, which have no place in the "
-                "whole image's at another scale; use scale 1, or a network with global pooling"
+                f"{name} reads the positions of a map, and a scaled view has others; "
+                "scale is for networks with global pooling; use scale 1"
             )
 
 

@@ -31,18 +31,19 @@ class Sizes:
     Args:
         gm: a traced `skeleton`.
         shape: the input without its batch, (C, *size), or (F,).
-        views: one for each part, of an image of `size`.
+        views: one for each part, their boxes in the coordinates of `size`.
     """
 
     def __init__(self, gm: fx.GraphModule, shape: Sequence[int], views: Sequence[View]):
         size = spatial(shape)
         lead = (2, *shape[: len(shape) - len(size)])  # batch, channels
         self.gm, self.views = gm, views
-        extents = [e for e in dict.fromkeys(v.size for v in views) if e != size]
-        self.boxed = len(extents)
-        self.of_part = [1 + extents.index(v.size) if v.size in extents else 0 for v in views]
-        probes = [[n + PROBE * (i == axis) for i, n in enumerate(size)] for axis in range(len(size))] if extents else []
-        self.inputs = [(*lead, *s) for s in (size, *extents, *probes)]
+        self.scaled = any(v.scaled for v in views)
+        seen = [s for s in dict.fromkeys(v.size for v in views) if s != size]
+        self.boxed = len(seen)
+        self.of_part = [1 + seen.index(v.size) if v.size in seen else 0 for v in views]
+        probes = [[n + PROBE * (i == axis) for i, n in enumerate(size)] for axis in range(len(size))] if seen else []
+        self.inputs = [(*lead, *s) for s in (size, *seen, *probes)]
         self.envs: list[dict[fx.Node, Any]] = [{} for _ in self.inputs]
 
     def first(self, node: fx.Node, dtype: torch.dtype) -> Any:
@@ -78,12 +79,15 @@ class Sizes:
                     env[node] = resize(*args, **kwargs)
             except Exception as e:  # any operation may refuse a size in its own way
                 if i <= self.boxed:
-                    box = "×".join(map(str, self.views[self.of_part.index(i)].size))
-                    raise SplitError(
-                        f"{where} does not work on a part's box of {box} pixels ({headline(e)}); "
-                        "use larger boxes (fewer parts along an axis, more overlap), a larger scale, or larger images"
-                    ) from e
+                    raise self._too_small(self.views[self.of_part.index(i)], where, e) from e
                 env[node] = UNKNOWN
+
+    def _too_small(self, view: View, where: str, error: Exception) -> SplitError:
+        seen, larger = ("view", "a larger scale, ") if view.scaled else ("box", "")
+        return SplitError(
+            f"{where} does not work on a part's {seen} of {'×'.join(map(str, view.size))} pixels ({headline(error)}); "
+            f"use {larger}larger boxes (fewer parts along an axis, more overlap) or larger images"
+        )
 
     def at(self, node: fx.Node) -> list[Any]:
         return [env[node] for env in self.envs]
@@ -105,7 +109,7 @@ class Sizes:
         if len(grown) != 1 or probes[grown[0]] is UNKNOWN:
             raise SplitError(
                 f"{value.op.where()}: cannot tell which pixels the {size} positions of dim {dim} belong to; "
-                f"use Domain.full({len(self.views)})"
+                f"use {'scale 1' if self.scaled else f'Domain.full({len(self.views)})'}"
             )
         return grown[0], PROBE / (probes[grown[0]].shape[dim] - size)
 

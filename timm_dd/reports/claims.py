@@ -28,9 +28,9 @@ class Claim:
         node, path, operation: where.
         kind: they are the global map's channels (SHARD), or the global map (COPY), or it is their sum (PARTIAL).
         channels: part k's channels in each dim, None where it has all; without the batch.
-        places: the positions of part k's box in each dim, None where it sees all; without the batch.
+        places: the positions of part k's box in each dim, None where it sees all, or another grid; without the batch.
         exact: to rounding, every part seeing the whole image.
-        aligned: what part k computes from its box are numbers of the global map, at `places`.
+        aligned: what part k computes from its box are numbers of the global map, at `places`; never of scaled views.
     """
 
     node: str
@@ -47,7 +47,8 @@ def claims(analysis: Analysis) -> tuple[list[Claim], list[Claim]]:
     """The claims of the rows of a plan, and of its outputs; `analysis` is from `analyse`."""
     reading, misplaced = analysis.reading, set[Value]()
     for value in reading.notes.values:
-        if not misplaced.isdisjoint(value.inputs) or not _is_aligned(reading.sizes, value):
+        moved = reading.sizes.scaled or not misplaced.isdisjoint(value.inputs)
+        if moved or not _is_aligned(reading.sizes, value):
             misplaced.add(value)
     layers = rows(reading, analysis.relations)
     return (

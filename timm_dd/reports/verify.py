@@ -3,6 +3,8 @@
 In float64 and eval mode, layer by layer: on the channels of part k and on the activation field of its box the global
 map is the part's, (2.15), and the logits are the sum of the parts' logits, (2.16). Which positions lie on the
 activation field is seen by computing with NaN outside the box: what is still a number there has not looked outside.
+Scaled views are on another grid than the whole image: of them (2.15) says nothing, and their parts are compared on
+whole images alone.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from ..text import table
 from .claims import Claim, claims
 
 EXACT = 1e-9  # relative, for tensors stored in float64
+SCALED = "(2.15) does not apply to scaled views, whose maps are on another grid than the composed network's."
 ROUNDINGS, COARSEST = 100, 1e-2  # of tensors stored in fewer digits
 
 
@@ -133,11 +136,7 @@ class Report:
                 "",
                 f"outputs against the sum of the parts': whole image {_figure(self.whole)} {claim} "
                 f"({'exact' if self.box_exact else 'no claim'})",
-                *(
-                    ["(2.15) says nothing of views at another scale: compared on whole images alone"]
-                    if self.scaled
-                    else []
-                ),
+                *([SCALED] if self.scaled else []),
                 *(["", self.labelled.text()] if self.labelled is not None else []),
                 "",
                 *outcome,
@@ -179,7 +178,7 @@ def verify(
     rows, outputs = claims(analyse(parts.graph, plan.divisor, plan.domain, size, output=plan.output, replicate=True))
     nets, every, x = _in_float64(model, parts, head), [*rows, *outputs], x.to("cpu", torch.float64)
     full = Domain.full(plan.parts).boxes(spatial(size))
-    scaled = plan.domain.scale != 1
+    scaled = any(view.scaled for view in plan.views())
     box = _Differences() if scaled else _compare(nets, plan, every, plan.boxes(), x)
     comparable = not _windows(plan)
     as_box = plan.boxes() == full and not scaled

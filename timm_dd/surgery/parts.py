@@ -59,7 +59,7 @@ class Parts(nn.ModuleList):
         return self._whole.module
 
     def crops(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """K views of the batch ``x`` (B, C, *size), what each part sees of it.
+        """What the K parts see of the batch ``x`` (B, C, *size): views of it at scale 1, see `View.crop`.
 
         Raises:
             SplitError: a batch of another image size.
@@ -69,7 +69,7 @@ class Parts(nn.ModuleList):
         return tuple(view.crop(x) for view in self.plan.views())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Logits of the parts, each on its view: (K, B, classes); their sum over K is (2.16). Of several outputs,
+        """Logits of the parts, each on its box: (K, B, classes); their sum over K is (2.16). Of several outputs,
         each is stacked; reconstructions of boxes of several sizes are a list."""
         outputs = [part(crop) for part, crop in zip(self, self.crops(x))]
         shapes = {y.shape for y in outputs if isinstance(y, torch.Tensor)}

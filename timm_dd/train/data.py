@@ -177,9 +177,9 @@ def loaders(
     distributed: bool,
     train_size: Sequence[int] | None = None,
 ):
-    """timm's loaders for training and validation; images to train on are of `train_size`, by default of the config's
-    input size."""
-    train_config = config if train_size is None else {**config, "input_size": (config["input_size"][0], *train_size)}
+    """timm's loaders for training and validation; with `train_size` random resized crops are resampled to that."""
+    common = _common(args, config, device, distributed)
+    smaller = {} if train_size is None else {"input_size": (config["input_size"][0], *train_size)}
     train_loader = create_loader(
         train,
         batch_size=images_of_an_update(args),
@@ -195,11 +195,11 @@ def loaders(
         auto_augment=args.aa,
         re_prob=args.reprob,
         interpolation="random",
-        **_common(args, train_config, device, distributed),
+        **{**common, **smaller},
     )
     if args.no_aug or args.shift:
-        train.transform = _plain(args, train_config, train.transform)
-    return train_loader, _validation_loader(args, config, val, _common(args, config, device, distributed))
+        train.transform = _plain(args, config, train.transform)
+    return train_loader, _validation_loader(args, config, val, common)
 
 
 def _mixup(args: argparse.Namespace) -> FastCollateMixup:

@@ -7,6 +7,7 @@ import argparse
 from timm.utils import ParseKwargs
 
 from .. import console
+from .views import listed
 
 PRESETS = ("paper",)
 SCALES = ("sum", "mean", "temperature")
@@ -132,16 +133,18 @@ def _stages(g) -> None:
     for name, kind in STAGED.items():
         g.add_argument(flag_of(name), default=defaults.get(name), **kind)
     g.add_argument(
-        "--views",
-        metavar="VIEW,…",
-        help="what a part trains on, one drawn each update: box, its own; full, the whole image; @0.5: at that scale",
-    )
-    g.add_argument(
         "--roam",
         type=float,
         default=0.0,
         metavar="P",
         help="with probability P a part trains on a box anywhere in the images instead of on its box, update by update",
+    )
+    g.add_argument(
+        "--views",
+        type=listed,
+        metavar="VIEW,…",
+        help="of these a part trains on one, drawn update by update: box (its own), full (the whole image), with @S at "
+        "scale S, like full@0.5,box; it is evaluated on its own",
     )
     _composed(g)
     g.add_argument(

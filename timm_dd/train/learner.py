@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..algebra.view import Box, View
 from ..errors import TrainError, headline
 from . import optimizers, options, schedule
+from .views import drawn
 
 _RANDOM = threading.Lock()  # torch has one random state for all threads
 
@@ -68,7 +69,7 @@ class Sight:
 
     def training(self, x: torch.Tensor, update: int) -> torch.Tensor:
         """In an update; with the probability --roam, of a box anywhere."""
-        seen = self.draws[Random((self.args.seed << 32) + update).randrange(len(self.draws))]
+        seen = drawn(self.draws, self.args.seed, update)
         random = Random((self.seed << 32) + update)
         if seen is None or random.random() >= self.args.roam:
             return self._of(x, seen)

@@ -8,17 +8,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..algebra.domain import Domain
 from ..console import domain as domain  # of the boxes, for who trains parts without a run
 from ..errors import TrainError, headline
 from .flags import STAGED, flag_of, parser
@@ -154,31 +151,7 @@ def check_same(before: dict, now: dict) -> None:
 
 def follows_recipe(args: argparse.Namespace) -> bool:
     """Whether no option says what the parts see."""
-    return not (args.grid or args.overlap or args.margin or args.part_scale or args.views)
-
-
-def views(args: argparse.Namespace) -> list[Domain]:
-    """What ``--views`` names; empty if it is not given.
-
-    Raises:
-        TrainError: no such view.
-    """
-    own, found = domain(args), []
-    for text in args.views.split(",") if args.views else ():
-        kind, at, scale = text.strip().partition("@")
-        try:
-            factor = float(scale) if at else None
-        except ValueError:
-            factor = math.nan
-        if kind not in ("box", "full") or factor is not None and not 0 < factor <= 1:
-            raise TrainError(
-                f"--views {args.views}: expected box or full, or either at a scale, like full@0.5, got {text!r}"
-            )
-        if kind == "full":
-            found.append(Domain.full(args.parts, 1.0 if factor is None else factor))
-        else:
-            found.append(own if factor is None else replace(own, scale=factor))
-    return found
+    return not (args.grid or args.overlap or args.margin or args.part_scale is not None or args.views)
 
 
 def model_arguments(args: argparse.Namespace, classes: int | None) -> dict:

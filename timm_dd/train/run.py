@@ -6,7 +6,6 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from safetensors.torch import load_file
 
 from .. import console, models
 from ..algebra.domain import Domain
-from ..algebra.view import View
 from ..errors import SplitError, TrainError
 from ..planning.plan import Plan
 from ..storage import files
@@ -24,7 +22,7 @@ from ..storage.atomic import replace_json
 from ..surgery.parts import Parts
 from ..surgery.split import plan, split
 from ..text import table
-from . import data, options
+from . import data, options, views
 from .checkpoints import CheckpointTimer
 from .composed import reassign
 from .decoded import decoded
@@ -67,7 +65,7 @@ class Run:
         config = models.config(empty, self.data_config)
         self.parts = self._split(self._domain(), config)
         self.whole = self._whole(config)
-        self.views = [self._views(d) for d in options.views(args)]
+        views.check(args, self.parts)
 
     @property
     def folder(self) -> Path:
@@ -87,7 +85,7 @@ class Run:
         """What the parts see; where no option says it, the recipe's view, or boxes if the network reads positions."""
         if not options.follows_recipe(self.args):
             return console.domain(self.args)
-        recipe = Domain.full(self.args.parts, options.SCALE)
+        recipe = Domain.full(self.args.parts, scale=options.SCALE)
         try:
             self._plan(recipe)
         except SplitError:
@@ -137,20 +135,6 @@ class Run:
         state = load_file(self.last / files.MODEL)
         return reassign(state, plan) if self.args.reassign else state
 
-    def _views(self, domain: Domain) -> Sequence[View]:
-        """What the parts see of an image on another domain than theirs.
-
-        Raises:
-            TrainError: a part is another network there.
-        """
-        mine, other = self.parts.plan, self._plan(domain)
-        if (other.tensors, other.edits) != (mine.tensors, mine.edits):
-            raise TrainError(
-                f"--views: {self.args.model} reads positions, so that its parts on {domain} are not those on "
-                f"{mine.domain}; leave --views out"
-            )
-        return other.views()
-
     def go(self) -> dict:
         """Both stages, and the baseline if asked for; writes and prints the summary on the first rank."""
         if self.ranks.primary:
@@ -196,7 +180,6 @@ class Run:
             seed=self.args.seed + self.cycle - 1,
             parts=self.parts,
             whole=self.whole,
-            views=self.views,
             model_args=self.model_args,
             data_config=self.data_config,
             sets=[decoded(s, self.place.decoded / f"{n}.safetensors", self.args.workers) for n, s in named.items()],

@@ -24,15 +24,13 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import Dataset
 
 from .. import models
-from ..algebra.domain import spatial
-from ..algebra.view import View
 from ..errors import TrainError
 from ..planning.graphs import BATCH_NORMS
 from ..planning.plan import Plan
 from ..storage import files
 from ..storage.merge_files import write_merged
 from ..surgery.parts import Parts
-from . import data, options
+from . import data, options, views
 from .checkpoints import CheckpointTimer, restore
 from .composed import add_noise, between, calibrate, rate_between, refit_head, some
 from .engines import Engine, cores, engine, share_cores, share_cores_for_parts
@@ -53,7 +51,6 @@ class Context:
         folder: of the run.
         seed: of the order of images, and of dropout.
         parts: as they were split; later as they were trained.
-        views: of --views, each of all parts.
         whole: the same parts as they are on whole images, for the joint stage; None if there is none.
         model_args: for `timm.create_model`.
         sets: (train, validation).
@@ -66,7 +63,6 @@ class Context:
     seed: int
     parts: Parts
     whole: Parts | None
-    views: Sequence[Sequence[View]]
     model_args: dict
     data_config: dict
     sets: Sequence[Dataset]
@@ -95,8 +91,7 @@ def train_parts(run: Context) -> None:
         return
     args = options.stage_options(run.args, "part")
     share_cores_for_parts(args.engine, args.parts, run.ranks.local_world)
-    seen = run.parts.plan.views()[0].size if _made_as_seen(run, args) else None
-    loaders = run.loaders(args, distributed=False, train_size=seen)
+    loaders = run.loaders(args, distributed=False, train_size=views.loader_size(args, run.parts.plan))
     learners = [_part_learner(run, k, len(loaders[0])) for k in due]
     if run.folder.resuming:
         for k, learner in zip(due, learners):
@@ -110,14 +105,6 @@ def train_parts(run: Context) -> None:
             run.folder.parts.fail(k, learner.failure)
         else:
             finish_part(run, run.folder.parts, run.parts.plan, k, learner, accuracy(learner, loaders, shared=False))
-
-
-def _made_as_seen(run: Context, args: argparse.Namespace) -> bool:
-    """Whether training images are made at the size at which the parts see them, resampled once: all parts see the whole
-    image, of which timm's random resized crop is taken."""
-    view, *others = dict.fromkeys(run.parts.plan.views())
-    whole = view.box.extent == spatial(run.parts.plan.input_size)
-    return whole and not others and not run.views and not args.shift and not args.no_aug
 
 
 def finish_part(run: Context, stage: PartsStage, plan: Plan, k: int, learner: Learner, top1: float) -> None:
@@ -139,10 +126,7 @@ def _part_learner(run: Context, k: int, updates: int) -> Learner:
     args, view = options.stage_options(run.args, "part", k), run.parts.plan.views()[k]
     batch = data.images_of_an_update(args)
     learner = learner_of(run, f"part {k}", run.parts[k], view, args, updates, batch, k, run.folder.parts.part(k))
-    if run.views:
-        learner.sight.draws = [views[k] for views in run.views]
-    elif _made_as_seen(run, args):
-        learner.sight.draws = [None]
+    learner.sight.draws = views.of_part(args, run.parts.plan, k)
     return learner
 
 
