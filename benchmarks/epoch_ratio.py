@@ -5,12 +5,13 @@
 Global network and parts take turns of four steps, in one process, on a batch that stands in memory: forward, backward
 and optimizer, without a loader. Four, since the steps of an epoch follow each other too: the first step after another
 network's finds the caches cold. A ratio is the global network's median turn over the parts'; "limit" is that of
-their multiply-adds, all K parts together. --rounds sets how often; names of settings as arguments take only these.
+their multiply-adds, all K parts together. --rounds sets how often; names of settings as arguments measure only these again.
 Peak memory is that of three steps in a separate process, above what it held before it built the networks; "tensors"
 is the same with MALLOC_MMAP_THRESHOLD_ set, so that glibc's malloc gives back at once what is freed.
 """
 
 import argparse
+import csv
 import gc
 import multiprocessing
 import os
@@ -56,6 +57,7 @@ SETTINGS = {
     "resnet32-16": Setting("dd_resnet32", 16, Domain.grid(4, 4), 32, 128),
     "resnet32-scaled": Setting("dd_resnet32", 4, Domain.full(4, scale=0.625), 32, 128),
     "resnet32-half": Setting("dd_resnet32", 4, Domain.full(4, scale=0.5), 32, 128),
+    "resnet32-whole": Setting("dd_resnet32", 4, Domain.full(4), 32, 128),
     "resnet50": Setting("resnet50", 4, Domain.grid(2, 2), 224, 16),
 }
 
@@ -181,7 +183,7 @@ def draw(table: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     names, width = list(dict.fromkeys(row["setting"] for row in table)), 0.8 / len(ENGINES)
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots()
     for i, by in enumerate(ENGINES):
         ratios = [float(row["ratio"]) for row in table if row["engine"] == by]
@@ -204,13 +206,14 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="SETTING", help=", ".join(SETTINGS))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    origin, table, path = provenance(), [], Path(__file__).with_suffix(".csv")
-    for row in rows(args.settings or list(SETTINGS), args.rounds):
+    origin, path, names = provenance(), Path(__file__).with_suffix(".csv"), args.settings or list(SETTINGS)
+    table = [row for row in csv.DictReader(path.open()) if row["setting"] not in names]
+    for row in rows(names, args.rounds):
         table.append({**row, **origin})
         print("  ".join(map(str, row.values())), flush=True)
-    if not args.settings:
-        write_table(path, table, list(table[0]))
-        draw(table, path.with_suffix(".png"))
+    table.sort(key=lambda row: list(SETTINGS).index(row["setting"]))
+    write_table(path, table, list(table[0]))
+    draw(table, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
