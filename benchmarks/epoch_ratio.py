@@ -5,7 +5,7 @@
 Global network and parts take turns of four steps, in one process, on a batch that stands in memory: forward, backward
 and optimizer, without a loader. Four, since the steps of an epoch follow each other too: the first step after another
 network's finds the caches cold. A ratio is the global network's median turn over the parts'; "limit" is that of
-their multiply-adds, all K parts together. --rounds sets how often; names of settings as arguments measure only these again.
+their multiply-adds, all K parts together. --rounds sets how often; names of settings measure these alone again.
 Peak memory is that of three steps in a separate process, above what it held before it built the networks; "tensors"
 is the same with MALLOC_MMAP_THRESHOLD_ set, so that glibc's malloc gives back at once what is freed.
 """
