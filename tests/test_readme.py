@@ -144,6 +144,7 @@ def test_ratios_are_those_of_the_table():
     starts = {
         "resnet32": "4 | 16×16",
         "resnet32-overlap": "4 | 20×20",
+        "resnet32-scaled": "4 | whole images at 20×20",
         "resnet32-8": "8 | 16×8",
         "resnet32-16": "16 | 8×8",
     }
