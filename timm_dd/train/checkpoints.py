@@ -55,7 +55,12 @@ def restore(learner: Learner) -> bool:
     Raises:
         TrainError: it is of another network or optimizer.
     """
-    return any(_restore(learner, path) for path in found(learner.folder))
+    for path in found(learner.folder):
+        held = _read(path)
+        if held is not None:
+            _restore(learner, path, held)
+            return True
+    return False
 
 
 def restore_together(learners: Sequence[Learner], common: Callable[[set], set]) -> None:
@@ -71,14 +76,14 @@ def restore_together(learners: Sequence[Learner], common: Callable[[set], set]) 
     theirs = [_readable(n.folder) for n in learners]
     shared = common(set.intersection(*map(set, theirs)))
     if shared:
-        for learner, paths in zip(learners, theirs):
-            _restore(learner, paths[max(shared)])
+        for learner, states in zip(learners, theirs):
+            _restore(learner, *states[max(shared)])
 
 
-def _readable(folder: Path) -> dict[tuple[int, int], Path]:
-    """The checkpoints in a folder that can be read, by updates and epochs that ended."""
+def _readable(folder: Path) -> dict[tuple[int, int], tuple[Path, tuple[dict, dict]]]:
+    """The checkpoints in a folder that can be read, with what they hold, by updates and epochs that ended."""
     held = {path: _read(path) for path in found(folder)}
-    return {(h[1]["updates"], len(h[1]["history"])): path for path, h in held.items() if h is not None}
+    return {(h[1]["updates"], len(h[1]["history"])): (path, h) for path, h in held.items() if h is not None}
 
 
 def _read(path: Path) -> tuple[dict, dict] | None:
@@ -91,11 +96,8 @@ def _read(path: Path) -> tuple[dict, dict] | None:
         return None
 
 
-def _restore(learner: Learner, path: Path) -> bool:
-    """Go back to a checkpoint; whether it can be read."""
-    held = _read(path)
-    if held is None:
-        return False
+def _restore(learner: Learner, path: Path, held: tuple[dict, dict]) -> None:
+    """Go back to what a checkpoint holds."""
     try:
         learner.restore(*held)
     except (RuntimeError, ValueError, KeyError) as e:
@@ -103,7 +105,6 @@ def _restore(learner: Learner, path: Path) -> bool:
             f"{path} does not fit ({headline(e)}); resume with the options it was trained with, "
             f"or remove {learner.folder} to train this network again"
         ) from e
-    return True
 
 
 class CheckpointTimer:

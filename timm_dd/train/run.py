@@ -20,7 +20,7 @@ from ..planning.plan import Plan
 from ..storage import files
 from ..storage.atomic import replace_json
 from ..surgery.parts import Parts
-from ..surgery.split import plan, split
+from ..surgery.split import split
 from ..text import table
 from . import data, options, views
 from .checkpoints import CheckpointTimer
@@ -63,7 +63,7 @@ class Run:
         self.timer = CheckpointTimer(args.checkpoint_every)
         self.place = RunFolder.of_run(args, self.ranks) if before is None else before.place.next_cycle()
         config = models.config(empty, self.data_config)
-        self.parts = self._split(self._domain(), config)
+        self.parts = self._as_seen(config)
         self.whole = self._whole(config)
         views.check(args, self.parts)
 
@@ -75,22 +75,15 @@ class Run:
     def cycle(self) -> int:
         return self.place.cycle
 
-    def _plan(self, domain: Domain) -> Plan:
-        size = tuple(self.data_config["input_size"][1:])
-        return plan(
-            self.args.model, self.args.parts, domain=domain, narrow=self.args.narrow, img_size=size, **self.model_args
-        )
-
-    def _domain(self) -> Domain:
-        """What the parts see; where no option says it, the recipe's view, or boxes if the network reads positions."""
-        if not options.follows_recipe(self.args):
-            return console.domain(self.args)
-        recipe = Domain.full(self.args.parts, scale=options.SCALE)
-        try:
-            self._plan(recipe)
-        except SplitError:
-            return console.domain(self.args)
-        return recipe
+    def _as_seen(self, config: dict | None) -> Parts:
+        """The parts on what they see; where no option says it, the recipe's view, or boxes if the network reads
+        positions."""
+        if options.follows_recipe(self.args):
+            try:
+                return self._split(Domain.full(self.args.parts, scale=options.SCALE), config)
+            except SplitError:
+                pass
+        return self._split(console.domain(self.args), config)
 
     def _whole(self, config: dict | None) -> Parts | None:
         """The parts as they are on whole images; None if there is no joint stage.
