@@ -58,11 +58,13 @@ class Sight:
     Attributes:
         own: its view, or box; None for all of the batch.
         draws: of which it sees one while it trains, update by update; networks of one run that of the same number.
+        layout: of the batch in memory, the network's own.
     """
 
     def __init__(self, own: View | Box | None, args: argparse.Namespace, seed: int):
         self.own, self.args, self.seed = own, args, seed
         self.draws: Sequence[View | Box | None] = (own,)
+        self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
 
     def evaluating(self, x: torch.Tensor) -> torch.Tensor:
         return self._of(x, self.own)
@@ -77,7 +79,7 @@ class Sight:
 
     def _of(self, x: torch.Tensor, view: View | Box | None) -> torch.Tensor:
         x = x if view is None else view.crop(x)
-        return x.contiguous(memory_format=torch.channels_last) if self.args.channels_last else x
+        return x if self.layout is torch.contiguous_format else x.contiguous(memory_format=self.layout)
 
 
 class Learner:
