@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..algebra.view import Box, View
 from ..errors import TrainError, headline
 from . import optimizers, options, schedule
+from .layout import layout
 from .views import drawn
 
 _RANDOM = threading.Lock()  # torch has one random state for all threads
@@ -61,10 +62,9 @@ class Sight:
         layout: of the batch in memory, the network's own.
     """
 
-    def __init__(self, own: View | Box | None, args: argparse.Namespace, seed: int):
-        self.own, self.args, self.seed = own, args, seed
+    def __init__(self, own: View | Box | None, args: argparse.Namespace, seed: int, layout: torch.memory_format):
+        self.own, self.args, self.seed, self.layout = own, args, seed, layout
         self.draws: Sequence[View | Box | None] = (own,)
-        self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
 
     def evaluating(self, x: torch.Tensor) -> torch.Tensor:
         return self._of(x, self.own)
@@ -113,9 +113,11 @@ class Learner:
         seed: int,
         folder: Path,
     ):
+        held_in = layout(model, args, device)
+        model = model.to(device, memory_format=held_in)
         self.name, self.model, self.args, self.device = name, model, args, device
         self.seed, self.folder = seed, folder
-        self.sight = Sight(sees, args, seed)
+        self.sight = Sight(sees, args, seed, held_in)
         self.options = {
             **options.training_identity(args),
             "updates_per_epoch": updates_per_epoch,

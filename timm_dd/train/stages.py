@@ -35,7 +35,6 @@ from .checkpoints import CheckpointTimer, restore
 from .composed import add_noise, between, calibrate, rate_between, refit_head, some
 from .engines import Engine, cores, engine, share_cores, share_cores_for_parts
 from .folder import PartsStage, Ranks, RunFolder
-from .layout import layout
 from .learner import Learner
 from .loop import TrainingLoop, evaluate
 from .momenta import carry
@@ -132,10 +131,7 @@ def _part_learner(run: Context, k: int, updates: int) -> Learner:
 
 
 def learner_of(run: Context, name, model, sees, args, updates, batch, stream, folder) -> Learner:
-    held_in = layout(model, args, run.device)
-    model = model.to(run.device, memory_format=held_in)
     learner = Learner(name, model, sees, args, run.device, updates, batch, run.seed * 1000 + stream, folder)
-    learner.sight.layout = held_in
     folder.mkdir(parents=True, exist_ok=True)
     return learner
 
