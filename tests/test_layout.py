@@ -25,6 +25,7 @@ LAYERS = [
     {"planning"},
     {"storage"},
     {"surgery"},
+    {"two_level"},
     {"reports", "hub", "train"},
     {"cli", ""},
 ]
@@ -34,6 +35,7 @@ ROOMS = {
     "planning": ["graphs", "trace", "shapes", "rules", "reader", "relations", "plan", "assemble", "planner"],
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
     "surgery": ["emit", "source", "packed", "parts", "split", "merge"],
+    "two_level": ["aggregate", "files", "network"],
     "train": (
         "views flags options data decoded composed optimizers schedule layout learner checkpoints engines trackers "
         "loop folder momenta stages joint run demo __main__"

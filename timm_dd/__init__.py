@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .surgery.merge import merge
     from .surgery.parts import Parts
     from .surgery.split import plan, split
+    from .two_level.network import TwoLevel
 
 _HOMES = {
     "Box": "algebra.view", "Domain": "algebra.domain", "FileError": "errors", "MergeError": "errors",
@@ -31,6 +32,7 @@ _HOMES = {
     "merge_files": "storage.merge_files", "push": "hub.push", "merge": "surgery.merge", "Plan": "planning.plan",
     "Profile": "reports.profile", "profile": "reports.profile", "Parts": "surgery.parts", "plan": "surgery.split",
     "split": "surgery.split", "Report": "reports.verify", "verify": "reports.verify",
+    "TwoLevel": "two_level.network",
 }  # fmt: skip
 
 __all__ = [*_HOMES, "__version__"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -50,11 +50,25 @@ def save_parts(
     Raises:
         FileError: the folder cannot be written, or a file has no form for a dtype or an argument of the model.
     """
-    digest = plan.digest()
     with output_folder(folder) as aside:
-        for k, state in enumerate(states):
-            write_part(aside(part_name(k, plan.parts)), plan, digest, k, state, seed, epoch)
-        aside(PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
+        write_parts(aside, plan, states, seed, epoch)
+
+
+def write_parts(
+    aside: Callable[[str], Path],
+    plan: Plan,
+    states: Iterable[Mapping[str, torch.Tensor]],
+    seed: int | None,
+    epoch: int | None,
+) -> dict[str, Path]:
+    """As `save_parts`, into a folder that is being written; the parts' files, and where they are until then."""
+    digest, written = plan.digest(), {}
+    for k, state in enumerate(states):
+        name = part_name(k, plan.parts)
+        written[name] = aside(name)
+        write_part(written[name], plan, digest, k, state, seed, epoch)
+    aside(PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
+    return written
 
 
 def save_part(folder: Path, plan: Plan, k: int, state: Mapping[str, torch.Tensor], seed: int, epoch: int) -> None:
@@ -134,7 +148,7 @@ def load_composed(folder: str | Path, model: nn.Module) -> None:
         MergeError: no such file, damaged, or of another model.
     """
     path = _model_path(Path(folder))
-    with _reading(path, "compose the parts again"):
+    with reading(path, "compose the parts again"):
         state = load_file(path)
     try:
         for name, t in model.state_dict(keep_vars=True).items():
@@ -147,7 +161,7 @@ def load_composed(folder: str | Path, model: nn.Module) -> None:
 def is_correction(folder: str | Path) -> bool:
     """Whether a composed model was merged onto another one; errors as of `load_composed`."""
     path = _model_path(Path(folder))
-    with _reading(path, "compose the parts again"), TensorFile(path) as file:
+    with reading(path, "compose the parts again"), TensorFile(path) as file:
         return file.metadata.get("merge") == CORRECTION
 
 
@@ -172,7 +186,7 @@ class PartsFolder:
     """
 
     def __init__(self, folder: str | Path):
-        self.path = _local(folder, PLAN, "*part-*.safetensors")
+        self.path = local(folder, PLAN, "*part-*.safetensors")
         described, self.digest = _read_plan(self.path / PLAN)
         try:
             self.plan = Plan.from_json(described)
@@ -191,7 +205,7 @@ class PartsFolder:
             MergeError: missing, there twice, truncated, of another K, model or plan, or with a tensor of a wrong shape.
         """
         path = self._part_path(k)
-        with _reading(path):
+        with reading(path):
             file = self._files.enter_context(TensorFile(path))
         self._opened[k] = file
         _check_metadata(path, _identity(self.plan, k, self.digest), file.metadata)
@@ -207,7 +221,7 @@ class PartsFolder:
             MergeError: its bytes are not those that were written, or a tensor is not finite.
         """
         path = self._opened[k].path
-        with _reading(path):
+        with reading(path):
             sealed, infinite = self._opened[k].scan()
         if not sealed:
             raise MergeError(
@@ -229,18 +243,29 @@ class PartsFolder:
         """
         path = self.open(k).path
         self.check(k)
-        with _reading(path):
+        with reading(path):
             return load_file(path)
 
+    def present(self) -> list[int]:
+        """The parts that have a file.
+
+        Raises:
+            MergeError: none has.
+        """
+        found = [k for k in range(self.plan.parts) if any(p.is_file() for p in self._places(k))]
+        if not found:
+            self._part_path(0)  # which says so
+        return found
+
     def history(self) -> tuple[int | None, int | None]:
-        """Seed and epoch of part 0, which is open."""
-        metadata = self._opened[0].metadata
+        """Seed and epoch of the first part that is open."""
+        metadata = next(iter(self._opened.values())).metadata
         return _count(metadata.get("seed")), _count(metadata.get("epoch"))
 
     def _part_path(self, k: int) -> Path:
         """Part k's file, in the folder itself or, as a training run leaves it, in a folder of that part."""
         name = part_name(k, self.plan.parts)
-        found = [p for p in (self.path / name, self.path / str(k) / name) if p.is_file()]
+        found = [p for p in self._places(k) if p.is_file()]
         if len(found) == 1:
             return found[0]
         if found:
@@ -249,6 +274,10 @@ class PartsFolder:
         raise MergeError(
             f"{name} is missing in {self.path}, which has {len(others)} of {self.plan.parts} parts; train or copy it"
         )
+
+    def _places(self, k: int) -> tuple[Path, Path]:
+        name = part_name(k, self.plan.parts)
+        return self.path / name, self.path / str(k) / name
 
     def close(self) -> None:
         self._files.close()
@@ -271,8 +300,8 @@ class ModelFile:
     """
 
     def __init__(self, folder: str | Path):
-        self._path = _model_path(_local(folder, MODEL))
-        with _reading(self._path, _COPY_AGAIN):
+        self._path = _model_path(local(folder, MODEL))
+        with reading(self._path, _COPY_AGAIN):
             self._file = TensorFile(self._path)
 
     def check(self, plan: Plan, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -307,7 +336,7 @@ def _count(text: str | None) -> int | None:
     return int(text) if text is not None and text.isdecimal() else None
 
 
-def _local(folder: str | Path, *names: str) -> Path:
+def local(folder: str | Path, *names: str) -> Path:
     """The folder itself; of one on the Hub, the files with these `names`."""
     if not str(folder).startswith("hf-hub:"):
         return Path(folder)
@@ -352,7 +381,7 @@ _OTHER_WEIGHTS = "take weights from before they diverged"
 
 
 @contextlib.contextmanager
-def _reading(path: Path, remedy: str = "write this part again") -> Iterator[None]:
+def reading(path: Path, remedy: str = "write this part again") -> Iterator[None]:
     try:
         yield
     except READ_ERRORS as e:

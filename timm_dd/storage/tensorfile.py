@@ -32,6 +32,7 @@ NAMES = {name: dtype for dtype, name in DTYPES.items()}
 RAW = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in DTYPES}
 EXPONENT = {torch.float64: 0x7FF << 52, torch.float32: 0xFF << 23, torch.float16: 0x1F << 10, torch.bfloat16: 0xFF << 7}
 PIECE = 1 << 20  # bytes that are read or written at a time: they stay in the processor's cache
+SEAL = "xxh3_128"  # where the checksum stands in the metadata
 UNSEALED = "0" * 32
 
 
@@ -67,7 +68,7 @@ def write(
     Raises:
         FileError: a dtype that is not among `DTYPES`.
     """
-    seal = {"xxh3_128": UNSEALED} if sealed else {}
+    seal = {SEAL: UNSEALED} if sealed else {}
     header: dict = {"__metadata__": {**seal, "format": "pt", **metadata}}
     end = 0
     for name, (shape, dtype) in specs.items():
@@ -154,7 +155,7 @@ class TensorFile:
     def scan(self) -> tuple[bool, str | None]:
         """Read everything once: whether its bytes are those that were sealed, and the first tensor that is not
         finite."""
-        seal = self.metadata.get("xxh3_128", "").encode() or b"-"
+        seal = self.metadata.get(SEAL, "").encode() or b"-"
         digest = xxhash.xxh3_128(self._bytes(0, self._begin).replace(seal, UNSEALED.encode(), 1))
         infinite = None
         for dtype, start, stop in self._stretches():

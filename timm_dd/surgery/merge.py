@@ -51,6 +51,7 @@ def merge(
             dtype, or not finite.
     """
     if isinstance(parts, Parts):
+        parts.check_complete()
         plan, states = parts.plan, [part.state_dict() for part in parts]
         model = parts.origin if model is None else model
         for k, state in enumerate(states):

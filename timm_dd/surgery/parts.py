@@ -29,6 +29,7 @@ class Parts(nn.ModuleList):
         plan: how they were split.
         seed: of their fresh weights; None if not known.
         epoch: how many they were trained for, for their files; None if not known. Set it as you train.
+        members: which of the plan's K parts these are; all of them, but where `load` dropped the missing ones.
     """
 
     def __init__(
@@ -38,9 +39,11 @@ class Parts(nn.ModuleList):
         graph: fx.GraphModule,
         module: nn.Module | None = None,
         seed: int | None = None,
+        members: Sequence[int] | None = None,
     ):
         super().__init__(modules)
         self.plan, self.seed = plan, seed
+        self.members = tuple(range(plan.parts) if members is None else members)
         self.epoch: int | None = None
         self._whole = _Whole(graph, module)
 
@@ -59,14 +62,15 @@ class Parts(nn.ModuleList):
         return self._whole.module
 
     def crops(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the K parts see of the batch ``x`` (B, C, *size): views of it at scale 1, see `View.crop`.
+        """What the parts see of the batch ``x`` (B, C, *size): views of it at scale 1, see `View.crop`.
 
         Raises:
             SplitError: a batch of another image size.
         """
         if tuple(x.shape[1:]) != self.plan.input_size:
             raise SplitError(f"expected images of {self.plan.input_size}, got a batch of shape {tuple(x.shape)}")
-        return tuple(view.crop(x) for view in self.plan.views())
+        views = self.plan.views()
+        return tuple(views[k].crop(x) for k in self.members)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Logits of the parts, each on its box: (K, B, classes); their sum over K is (2.16). Of several outputs,
@@ -87,7 +91,7 @@ class Parts(nn.ModuleList):
 
     def take(self, state: Mapping[str, torch.Tensor]) -> None:
         """Give every part its slices of a global model's `state` dict."""
-        for k, part in enumerate(self):
+        for k, part in zip(self.members, self):
             names = part.state_dict()
             part.load_state_dict({name: restrict(state[name], self.plan.tensors[name], k, self.plan) for name in names})
 
@@ -96,28 +100,41 @@ class Parts(nn.ModuleList):
 
         Raises:
             FileError: the folder cannot be written, or a file has no form for a dtype or an argument of the model.
+            MergeError: some were dropped when they were loaded.
         """
+        self.check_complete()
         files.save_parts(folder, self.plan, [part.state_dict() for part in self], self.seed, self.epoch)
 
+    def check_complete(self) -> None:
+        """Raise MergeError unless all parts of the plan are here."""
+        if len(self) < self.plan.parts:
+            raise MergeError(
+                f"these are {len(self)} of {self.plan.parts} parts, the others are missing; load all of them"
+            )
+
     @classmethod
-    def load(cls, folder: str | Path, model: nn.Module | None = None) -> Parts:
+    def load(cls, folder: str | Path, model: nn.Module | None = None, *, missing: str = "refuse") -> Parts:
         """The parts that `save` wrote. `model` is the module that was split, where it was not a timm name.
+
+        Args:
+            missing: ``drop`` gives those that have a file; otherwise a missing one is an error.
 
         Raises:
             MergeError: a part is missing or damaged, or belongs to another split.
         """
         with files.PartsFolder(folder) as opened:
-            plan, states = opened.plan, [opened.load(k) for k in range(opened.plan.parts)]
+            plan, members = opened.plan, opened.present() if missing == "drop" else range(opened.plan.parts)
+            states = [opened.load(k) for k in members]
             seed, epoch = opened.history()
         try:
             network = Network.of_plan(plan, model)
             graph = network.trace()
-            modules = [_loaded(graph, plan, k, network.module, state) for k, state in enumerate(states)]
+            modules = [_loaded(graph, plan, k, network.module, state) for k, state in zip(members, states)]
         except (SplitError, KeyError, AttributeError, IndexError, TypeError, RuntimeError) as e:
             raise MergeError(
                 f"{folder}: the plan does not fit its model ({headline(e)}); use the version of timm that split it"
             ) from e
-        parts = cls(modules, plan, graph, network.origin, seed)
+        parts = cls(modules, plan, graph, network.origin, seed, members)
         parts.epoch = epoch
         return parts
 

@@ -1,0 +1,1 @@
+"""The second level: the K parts decide together, without a global network (CNN-DNN of klawonn2023)."""

@@ -1,0 +1,65 @@
+"""How K decisions become one: their mean, a majority, the sum of logits, or a dense network that weighs them.
+
+Outputs of the parts are (K, B, C) logits. C = 1 tells two classes apart, by the sigmoid; from two classes on it is the
+softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Of the classes, of logits (…, C), in float32 or finer."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.sigmoid() if logits.shape[-1] == 1 else logits.softmax(-1)
+
+
+def mean(logits: torch.Tensor) -> torch.Tensor:
+    """The parts' mean probabilities, (K, B, C) -> (B, C)."""
+    return probabilities(logits).mean(0)
+
+
+def vote(logits: torch.Tensor) -> torch.Tensor:
+    """Majority: the share of the votes for each class, (K, B, C) -> (B, C). The sum of probabilities counts for less
+    than one vote, so that it decides ties."""
+    p = probabilities(logits)
+    parts, one = len(p), p.shape[-1] == 1
+    p = torch.cat([1 - p, p], -1) if one else p
+    votes = F.one_hot(p.argmax(-1), p.shape[-1]).sum(0) + p.sum(0) / (parts + 1)
+    shares = votes * (parts + 1) / (parts * (parts + 2))
+    return shares[..., 1:] if one else shares
+
+
+def total(logits: torch.Tensor) -> torch.Tensor:
+    """The sum of the logits, (K, B, C) -> (B, C): what the composed network says where (2.16) holds."""
+    return logits.sum(0)
+
+
+WITHOUT_WEIGHTS = {"mean": mean, "vote": vote, "sum": total}
+AGGREGATIONS = (*WITHOUT_WEIGHTS, "dnn")
+
+
+class CoarseNet(nn.Sequential):
+    """The global coarse net: fully connected layers on the K·C probabilities, ReLU and dropout after each but the last.
+
+    (B, K·C) probabilities -> (B, C) logits.
+
+    Source: klawonn2023 section 3.2 and Fig. 4; widths 128-64-32 in sections 5.1 and 5.2, with 20 % dropout in 5.3.
+    """
+
+    def __init__(self, parts: int, classes: int, widths: Sequence[int], dropout: float = 0.0):
+        sizes = [parts * classes, *widths]
+        layers: list[nn.Module] = []
+        for before, after in zip(sizes, sizes[1:]):
+            layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(dropout)]
+        super().__init__(*layers, nn.Linear(sizes[-1], classes))
+
+
+def side_by_side(logits: torch.Tensor) -> torch.Tensor:
+    """What a `CoarseNet` reads: (K, B, C) logits -> (B, K·C) probabilities."""
+    return probabilities(logits).movedim(0, 1).flatten(1)

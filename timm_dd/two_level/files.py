@@ -1,0 +1,146 @@
+"""A two-level network on disk.
+
+two-level/
+    two_level.json                             how they decide, where the parts are, checksums, versions
+    coarse.safetensors                         the weights of the coarse net, sealed; of ``dnn`` alone
+    plan.json, part-0000k-of-0000K.safetensors   as `Parts.save` writes them
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ..errors import MergeError, headline, shown
+from ..storage.atomic import output_folder
+from ..storage.files import PLAN, PartsFolder, local, part_name, reading, write_parts
+from ..storage.tensorfile import SEAL, TensorFile, write_state
+from ..surgery.parts import Parts
+from ..text import json_text
+from ..version import __version__
+
+FORMAT = 1
+ABOUT, COARSE = "two_level.json", "coarse.safetensors"
+LARGEST = 10 << 20  # bytes of two_level.json: names of classes
+_AGAIN = "copy or write this network again"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What two_level.json says of the network; see `TwoLevel`."""
+
+    how: str
+    regression: bool
+    classes: int
+    widths: tuple[int, ...]
+    dropout: float
+    class_names: tuple[str, ...] | None
+
+    @classmethod
+    def from_json(cls, d: Mapping[str, Any]) -> Description:
+        """KeyError, TypeError or ValueError if nothing is described."""
+        names = d["class_names"]
+        about = {f.name: d[f.name] for f in fields(cls)}
+        about |= {"widths": tuple(d["widths"]), "class_names": None if names is None else tuple(names)}
+        for name, kind in (("how", str), ("regression", bool), ("dropout", (int, float))):
+            if not isinstance(about[name], kind):
+                raise ValueError(f"unexpected {name} {shown(about[name])}")
+        if not all(isinstance(name, str) for name in names or ()):
+            raise ValueError(f"unexpected class_names {shown(names)}")
+        return cls(**about)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a two-level network lies: its folder, that of its parts, and the checksums of their files."""
+
+    folder: Path
+    parts: Path
+    checksums: Mapping[str, str]
+
+    @property
+    def about(self) -> Path:
+        return self.folder / ABOUT
+
+
+def save(folder: str | Path, parts: Parts, about: Description, coarse: nn.Module | None) -> None:
+    """Write a two-level network with its parts: all files, or none; errors as of `TwoLevel.save`."""
+    parts.check_complete()
+    with output_folder(folder) as aside:
+        states = [part.state_dict() for part in parts]
+        written = write_parts(aside, parts.plan, states, parts.seed, parts.epoch)
+        if coarse is not None:
+            written[COARSE] = aside(COARSE)
+            about_file = {"timm_dd.format": str(FORMAT), "timm_dd": __version__}
+            write_state(written[COARSE], coarse.state_dict(), about_file, sealed=True)
+        checksums = {name: _checksum(path) for name, path in written.items()}
+        head = {"format": FORMAT, "timm_dd": __version__, "timm": version("timm"), "parts": "."}
+        text = json_text({**head, **asdict(about), "checksums": checksums})
+        aside(ABOUT).write_text(text, encoding="utf-8")
+
+
+def describe(folder: str | Path) -> tuple[Description, Place]:
+    """What two_level.json says.
+
+    Raises:
+        MergeError: no such file, damaged, or of another format.
+    """
+    path = local(folder, ABOUT, COARSE, PLAN, "*part-*.safetensors") / ABOUT
+    if not path.is_file():
+        raise MergeError(f"no {ABOUT} in {folder}; expected a folder written by TwoLevel.save")
+    with reading(path, _AGAIN):
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"more than {LARGEST:,} bytes")
+        d = json.loads(path.read_bytes())
+    if not isinstance(d, dict) or d.get("format") != FORMAT:
+        found = d.get("format") if isinstance(d, dict) else type(d).__name__
+        raise MergeError(f"{path} has format {shown(found)}, timm_dd {__version__} reads format {FORMAT}")
+    try:
+        parts, checksums = Path(d["parts"]), dict(d["checksums"])
+        return Description.from_json(d), Place(path.parent, path.parent / parts, checksums)
+    except (KeyError, TypeError, ValueError) as e:
+        raise MergeError(f"{path} is not whole ({type(e).__name__}: {headline(e)}); {_AGAIN}") from e
+
+
+def check_parts(place: Place, members: Iterable[int]) -> None:
+    """Raise MergeError unless these are the parts that the network was made of."""
+    with PartsFolder(place.parts) as opened:
+        for k in members:
+            file = opened.open(k)
+            if place.checksums.get(part_name(k, opened.plan.parts)) != file.metadata.get(SEAL):
+                raise MergeError(
+                    f"{file.path} is not the part that {place.about} was made of; use the parts that go with it"
+                )
+
+
+def load_coarse(place: Place, coarse: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a coarse net, for `coarse`.
+
+    Raises:
+        MergeError: missing, damaged, or of other sizes.
+    """
+    path, expected = place.folder / COARSE, {name: tuple(t.shape) for name, t in coarse.state_dict().items()}
+    with reading(path, _AGAIN), TensorFile(path) as file:
+        sealed, infinite = file.scan()
+        found = {name: entry.shape for name, entry in file.tensors.items()}
+        state, seal = load_file(path), file.metadata.get(SEAL)
+    if found != expected:
+        raise MergeError(f"{path} is of a coarse net of other sizes than {ABOUT} says; {_AGAIN}")
+    if not sealed or seal != place.checksums.get(COARSE):
+        raise MergeError(f"{path} is damaged or was changed: it has another checksum; {_AGAIN}")
+    if infinite is not None:
+        raise MergeError(f"{path}: {shown(infinite)} is not finite; train the coarse net again")
+    return state
+
+
+def _checksum(path: Path) -> str:
+    with TensorFile(path) as file:
+        return file.metadata[SEAL]
