@@ -66,11 +66,14 @@ class First(Subset):
         self.dataset.transform = value
 
 
-def datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset, int | None]:
+def datasets(args: argparse.Namespace, world: int = 1) -> tuple[Dataset, Dataset, int | None]:
     """(train, validation, number of classes or None).
 
+    Args:
+        world: ranks that share the images in the second stage.
+
     Raises:
-        TrainError: no such folder, or no images in it.
+        TrainError: no such folder, no images in it, or too few for a batch on every rank.
     """
     if args.dataset == "digits":
         sets = _digits(train=True), _digits(train=False)
@@ -83,11 +86,19 @@ def datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset, int | None]:
         train = First(train, args.train_num_samples, args.seed)
     if args.val_num_samples:
         val = First(val, args.val_num_samples, args.seed)
-    if len(train) < images_of_an_update(args):
-        raise TrainError(
-            f"{len(train)} training images make no batch of {images_of_an_update(args)}; use a smaller --batch-size"
-        )
+    _check_enough(args, len(train), len(val), world)
     return train, val, classes
+
+
+def _check_enough(args: argparse.Namespace, train: int, val: int, world: int) -> None:
+    """Raise TrainError if a loader would be empty; of training images the last ones, fewer than a batch, are left out."""
+    batch, share = images_of_an_update(args), -(-train // world)  # the sampler fills up the last rank's
+    if share < batch:
+        of_each = f" on each of {world} ranks, which share them" if world > 1 else ""
+        fewer = f", or {train // batch} ranks" if 1 < train // batch < world else ""
+        raise TrainError(f"{train} training images make no batch of {batch}{of_each}; use a smaller --batch-size{fewer}")
+    if not val:
+        raise TrainError("no validation images, and no accuracy without them")
 
 
 def images_of_an_update(args: argparse.Namespace) -> int:

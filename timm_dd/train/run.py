@@ -55,7 +55,7 @@ class Run:
         self.args, self.ranks, self.begun = args, Ranks.from_environment(), time.time()
         self.last = None if before is None else before.place.tuned / "last"
         self.device = self.ranks.device(args.device)
-        self.train_set, self.val_set, classes = data.datasets(args)
+        self.train_set, self.val_set, classes = data.datasets(args, self.ranks.world)
         self.model_args = options.model_arguments(args, classes)
         args.num_classes = self.model_args["num_classes"]
         empty = models.create_empty(args.model, **self.model_args)
