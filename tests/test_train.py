@@ -4,7 +4,10 @@ import argparse
 import csv
 import json
 import math
+import multiprocessing
+import os
 import shutil
+import signal
 import sys
 import tarfile
 from collections import Counter
@@ -244,6 +247,26 @@ def test_the_order_of_images_follows_from_seed_and_epoch():
     assert torch.equal(epoch(1, 0), epoch(1, 0))
     assert not torch.equal(epoch(1, 0), epoch(1, 1))
     assert not torch.equal(epoch(1, 0), epoch(2, 0))
+
+
+def test_workers_go_on_when_they_are_asked_to_stop():
+    """Whoever asks a whole process group asks them too: every image comes all the same, in the loaders' order."""
+    args = options.parse([*RUN, "--parts", "2", "-j", "2", "-b", "16"])
+    train, val, _ = data.datasets(args)
+    config = data.data_config(args, timm.create_model("test_resnet", num_classes=10))
+    loaders = data.loaders(args, config, train, val, torch.device("cpu"), distributed=False)
+
+    def epoch(loader, *signals):
+        data.seed_epoch(1, 0)
+        batches = iter(loader)
+        images = [next(batches)[0]]
+        for number in signals:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, number)
+        return torch.cat([*images, *(x for x, _ in batches)])
+
+    for loader in loaders:
+        assert torch.equal(epoch(loader), epoch(loader, signal.SIGTERM, signal.SIGINT))
 
 
 # ---- the schedule of section 3.1.1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -243,7 +244,16 @@ def _common(args: argparse.Namespace, config: dict, device: torch.device, distri
         pin_memory=args.pin_mem,
         device=device,
         persistent_workers=False,  # new workers are seeded every epoch, see seed_epoch
+        worker_seeding=begin_worker,
     )
+
+
+def begin_worker(info) -> int:
+    """What a loader's worker does first: who asks a run to stop may ask all its processes, and its first process needs
+    the others until it has saved; they end with it. Returns the seed that torch gave it, for timm."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    return info.seed
 
 
 def _plain(args: argparse.Namespace, config: dict, transform):
