@@ -35,7 +35,7 @@ ROOMS = {
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
     "surgery": ["emit", "source", "packed", "parts", "split", "merge"],
     "train": (
-        "views flags options data decoded composed optimizers schedule layout learner checkpoints engines trackers "
+        "views flags config checks options data decoded composed optimizers schedule layout learner checkpoints engines trackers "
         "loop folder momenta stages joint run demo __main__"
     ).split(),
 }

@@ -97,7 +97,9 @@ def _check_enough(args: argparse.Namespace, train: int, val: int, world: int) ->
     if share < batch:
         of_each = f" on each of {world} ranks, which share them" if world > 1 else ""
         fewer = f", or {train // batch} ranks" if 1 < train // batch < world else ""
-        raise TrainError(f"{train} training images make no batch of {batch}{of_each}; use a smaller --batch-size{fewer}")
+        raise TrainError(
+            f"{train} training images make no batch of {batch}{of_each}; use a smaller --batch-size{fewer}"
+        )
     if not val:
         raise TrainError("no validation images, and no accuracy without them")
 
@@ -272,4 +274,4 @@ def seed_epoch(seed: int, epoch: int) -> None:
     value = seed * 1_000_003 + epoch
     random.seed(value)
     np.random.seed(value % 2**32)
-    torch.manual_seed(value)
+    torch.manual_seed(value % 2**64)
