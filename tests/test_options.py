@@ -93,7 +93,8 @@ def test_a_wrong_value_in_a_file_is_refused(text, file, capsys):
 
 
 OUT_OF_RANGE = [
-    "--batch-size 0", "--validation-batch-size 0", "--workers -1", "--smoothing 1.5", "--smoothing 1", "--mixup -1", "--crop-pct -1", "--crop-pct nan",
+    "--batch-size 0", "--validation-batch-size 0", "--workers -1", "--smoothing 1.5", "--smoothing 1",
+    "--mixup -1", "--crop-pct -1", "--crop-pct nan",
     "--epochs -1", "--part-epochs -1", "--hflip 2", "--model-ema-decay 2", "--train-num-samples -5",
     "--val-num-samples 0", f"--seed {2**64}", "--lr nan", "--joint-lr inf", "--part-lr -1", "--opt-betas 0.9 1.5",
     "--std 0 1 1", "--scale 0 1", "--scale 1 0.5", "--img-size 0", "--device foo", "--device mps",

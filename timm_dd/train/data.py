@@ -92,7 +92,7 @@ def datasets(args: argparse.Namespace, world: int = 1) -> tuple[Dataset, Dataset
 
 
 def _check_enough(args: argparse.Namespace, train: int, val: int, world: int) -> None:
-    """Raise TrainError if a loader would be empty; of training images the last ones, fewer than a batch, are left out."""
+    """Raise TrainError unless every rank has a batch in the second stage: the rest of less than a batch is left out."""
     batch, share = images_of_an_update(args), -(-train // world)  # the sampler fills up the last rank's
     if share < batch:
         of_each = f" on each of {world} ranks, which share them" if world > 1 else ""
