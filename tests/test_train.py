@@ -4,7 +4,10 @@ import argparse
 import csv
 import json
 import math
+import multiprocessing
+import os
 import shutil
+import signal
 import sys
 import tarfile
 from collections import Counter
@@ -25,8 +28,9 @@ from timm_dd.planning.trace import trace
 from timm_dd.storage.files import part_name
 from timm_dd.storage.merge_files import write_merged
 from timm_dd.surgery.merge import merge
-from timm_dd.train import data, options, schedule, stages
+from timm_dd.train import composed, data, options, schedule, stages
 from timm_dd.train.learner import Learner
+from timm_dd.train.run import Run
 
 
 def test_a_run_leaves_what_the_documentation_says(one):
@@ -245,6 +249,26 @@ def test_the_order_of_images_follows_from_seed_and_epoch():
     assert not torch.equal(epoch(1, 0), epoch(2, 0))
 
 
+def test_workers_go_on_when_they_are_asked_to_stop():
+    """Whoever asks a whole process group asks them too: every image comes all the same, in the loaders' order."""
+    args = options.parse([*RUN, "--parts", "2", "-j", "2", "-b", "16"])
+    train, val, _ = data.datasets(args)
+    config = data.data_config(args, timm.create_model("test_resnet", num_classes=10))
+    loaders = data.loaders(args, config, train, val, torch.device("cpu"), distributed=False)
+
+    def epoch(loader, *signals):
+        data.seed_epoch(1, 0)
+        batches = iter(loader)
+        images = [next(batches)[0]]
+        for number in signals:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, number)
+        return torch.cat([*images, *(x for x, _ in batches)])
+
+    for loader in loaders:
+        assert torch.equal(epoch(loader), epoch(loader, signal.SIGTERM, signal.SIGINT))
+
+
 # ---- the schedule of section 3.1.1
 
 
@@ -340,6 +364,24 @@ def test_bad_input(make, status, message, tmp_path, folder, capsys):
         assert errors.count("\n") == 1
     if "loss" not in message:  # a run that had begun keeps what it has
         assert not output.exists()
+
+
+@pytest.mark.parametrize("ranks, batch, enough", [(1, 36, True), (2, 24, False), (2, 18, True), (3, 13, False)])
+def test_every_rank_has_a_batch(ranks, batch, enough, tmp_path, monkeypatch, capsys):
+    """Of 36 images; a rank's share in the second stage is what counts, and nothing begins before."""
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(Run, "go", lambda self: {})
+    given = [*RUN, "--train-num-samples", "36", "-b", str(batch), "--output", str(tmp_path), "--experiment", "run"]
+    assert main(["train", *given]) == (0 if enough else 1)
+    if not enough:
+        assert f"make no batch of {batch} on each of {ranks} ranks" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_statistics_are_of_some_images():
+    """Those of none would wipe the network's."""
+    with pytest.raises(TrainError, match="no batch to take statistics from"):
+        list(composed.some([]))
 
 
 def test_a_run_does_not_overwrite_another(one, capsys):

@@ -110,7 +110,7 @@ def _restore(learner: Learner, path: Path, held: tuple[dict, dict]) -> None:
 class CheckpointTimer:
     """Says when checkpoints are due: every `every` seconds, and at once when the process is asked to stop.
 
-    As a context it takes SIGTERM and Ctrl-C as requests; `torch.utils.data`'s workers, which inherit that, go on.
+    As a context it takes SIGTERM and Ctrl-C as requests; workers of loaders go on, see `data.begin_worker`.
     """
 
     def __init__(self, every: float | None):

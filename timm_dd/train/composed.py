@@ -19,13 +19,19 @@ IMAGES = 1024  # to take statistics from, for which a thousand are enough (Wu an
 
 
 def some(loader, images: int = IMAGES) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The first batches, of so many `images` in all."""
+    """The first batches, of so many `images` in all.
+
+    Raises:
+        TrainError: there are none, and statistics of nothing would wipe those of the network.
+    """
     seen = 0
     for x, y in loader:
         yield x, y
         seen += len(y)
         if seen >= images:
             return
+    if not seen:
+        raise TrainError("no batch to take statistics from; use a smaller --batch-size, or fewer ranks")
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,11 +67,14 @@ class First(Subset):
         self.dataset.transform = value
 
 
-def datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset, int | None]:
+def datasets(args: argparse.Namespace, world: int = 1) -> tuple[Dataset, Dataset, int | None]:
     """(train, validation, number of classes or None).
 
+    Args:
+        world: ranks that share the images in the second stage.
+
     Raises:
-        TrainError: no such folder, or no images in it.
+        TrainError: no such folder, no images in it, or too few for a batch on every rank.
     """
     if args.dataset == "digits":
         sets = _digits(train=True), _digits(train=False)
@@ -83,11 +87,21 @@ def datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset, int | None]:
         train = First(train, args.train_num_samples, args.seed)
     if args.val_num_samples:
         val = First(val, args.val_num_samples, args.seed)
-    if len(train) < images_of_an_update(args):
-        raise TrainError(
-            f"{len(train)} training images make no batch of {images_of_an_update(args)}; use a smaller --batch-size"
-        )
+    _check_enough(args, len(train), len(val), world)
     return train, val, classes
+
+
+def _check_enough(args: argparse.Namespace, train: int, val: int, world: int) -> None:
+    """Raise TrainError unless every rank has a batch in the second stage: the rest of less than a batch is left out."""
+    batch, share = images_of_an_update(args), -(-train // world)  # the sampler fills up the last rank's
+    if share < batch:
+        of_each = f" on each of {world} ranks, which share them" if world > 1 else ""
+        fewer = f", or {train // batch} ranks" if 1 < train // batch < world else ""
+        raise TrainError(
+            f"{train} training images make no batch of {batch}{of_each}; use a smaller --batch-size{fewer}"
+        )
+    if not val:
+        raise TrainError("no validation images, and no accuracy without them")
 
 
 def images_of_an_update(args: argparse.Namespace) -> int:
@@ -232,7 +246,16 @@ def _common(args: argparse.Namespace, config: dict, device: torch.device, distri
         pin_memory=args.pin_mem,
         device=device,
         persistent_workers=False,  # new workers are seeded every epoch, see seed_epoch
+        worker_seeding=begin_worker,
     )
+
+
+def begin_worker(info) -> int:
+    """What a loader's worker does first: who asks a run to stop may ask all its processes, and its first process needs
+    the others until it has saved; they end with it. Returns the seed that torch gave it, for timm."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    return info.seed
 
 
 def _plain(args: argparse.Namespace, config: dict, transform):
@@ -251,4 +274,4 @@ def seed_epoch(seed: int, epoch: int) -> None:
     value = seed * 1_000_003 + epoch
     random.seed(value)
     np.random.seed(value % 2**32)
-    torch.manual_seed(value)
+    torch.manual_seed(value % 2**64)

@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from ..errors import FileError, headline
 from ..storage.atomic import locked, replacing
+from .data import begin_worker
 
 SHARE = 8  # a set may take one of so many parts of the machine's memory
 BATCH = 64
@@ -81,7 +82,9 @@ def _decode(dataset: Dataset, workers: int) -> list[tuple[np.ndarray, tuple[int,
     images: list = []
     held, limit = 0, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // SHARE
     generator = torch.Generator()  # not the one that augmentation draws from
-    loader = DataLoader(dataset, BATCH, num_workers=workers, collate_fn=_pixels, generator=generator)
+    loader = DataLoader(
+        dataset, BATCH, num_workers=workers, collate_fn=_pixels, generator=generator, worker_init_fn=_begin_worker
+    )
     for batch in tqdm(loader, desc="decoding", leave=False, disable=None):  # for terminals
         if batch is None:
             return None
@@ -90,6 +93,10 @@ def _decode(dataset: Dataset, workers: int) -> list[tuple[np.ndarray, tuple[int,
         if held * len(dataset) > limit * len(images):
             return None
     return images
+
+
+def _begin_worker(_: int) -> None:
+    begin_worker(get_worker_info())
 
 
 def _pixels(batch: list) -> list | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
 
 from timm.utils import ParseKwargs
 
@@ -21,8 +22,25 @@ STAGED = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one line: the usage of so many options is a page."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; --help lists the options\n")
+
+
+class Keywords(ParseKwargs):
+    """timm's, which reads ``KEY=VALUE``; an error for what is not."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        odd = next((v for v in values if "=" not in v or not v.partition("=")[0].isidentifier()), None)
+        if odd is not None:
+            raise argparse.ArgumentError(self, f"expected KEY=VALUE, got {odd!r}")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def parser(add_help: bool = True) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         add_help=add_help,
         prog="timm-dd train",
         description="Train K parts of a timm model on K sub-images, compose them, fine-tune the composed model.",
@@ -91,7 +109,7 @@ def _model(g) -> None:
     g.add_argument("--num-classes", type=int, metavar="N", help="by default the data set's")
     g.add_argument("--drop", type=float, metavar="P")
     g.add_argument("--drop-path", type=float, metavar="P")
-    g.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
+    g.add_argument("--model-kwargs", nargs="*", default={}, action=Keywords, metavar="KEY=VALUE")
     g.add_argument("--parts", type=int, default=4, metavar="K")
     console.domain_options(g)
 

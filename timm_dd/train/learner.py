@@ -44,7 +44,7 @@ class SeededRandom:
             return
         with _RANDOM:
             before = self.generator.get_rng_state()
-            self.generator.manual_seed((micro_batch << 52) + (self.seed << 32) + update)
+            self.generator.manual_seed(((micro_batch << 52) + (self.seed << 32) + update) % 2**64)
             seeded = self.generator.get_rng_state()
             try:
                 yield

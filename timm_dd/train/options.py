@@ -10,14 +10,11 @@ import copy
 import json
 import shlex
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from ..console import domain as domain  # of the boxes, for who trains parts without a run
-from ..errors import TrainError, headline
+from ..errors import TrainError
+from . import checks, config
 from .flags import STAGED, flag_of, parser
 
 MAY_CHANGE_ON_RESUME = {  # no weight depends on them
@@ -35,25 +32,27 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options from YAML (``-c``), then the command line. Errors exit with status 2."""
     p = parser()
     given, _ = p.parse_known_args(argv)
-    config = _config(p, given, given.config) if given.config is not None else {}
-    preset = given.preset or config.get("preset")
+    said = {} if given.config is None else config.read(p, given.config)
+    preset = given.preset or said.get("preset")
     if preset is not None:
-        p.set_defaults(**_config(p, given, f"{preset}.yaml"))
-    p.set_defaults(**config)
+        p.set_defaults(**config.read(p, f"{preset}.yaml"))
+    p.set_defaults(**said)
     args = p.parse_args(argv)
-    if not 0 <= args.roam <= 1:
-        p.error(f"--roam is a probability from 0 to 1, got {args.roam}")
-    for name in ("parts", "grad_accum_steps", "cycles"):
-        if getattr(args, name) < 1:
-            p.error(f"{flag_of(name)} is a whole number from 1 up, got {getattr(args, name)}")
-    if (args.joint_epochs or 0) < 0:
-        p.error(f"--joint-epochs is a whole number from 0 up, got {args.joint_epochs}")
+    checks.check(p, args)
+    _check_together(p, args)
+    return args
+
+
+def _check_together(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What depends on several options."""
     if args.parts == 1 and args.calibrate != "sum":
         p.error("--calibrate is for two parts or more")
-    if isinstance(args.part_lr, (int, float)):  # from YAML
-        args.part_lr = [args.part_lr]
     if args.part_lr is not None and len(args.part_lr) not in (1, args.parts):
         p.error(f"--part-lr has one rate for all {args.parts} parts or one for each, got {len(args.part_lr)}")
+    for name in ("scale", "ratio"):
+        low, high = getattr(args, name)
+        if low > high:
+            p.error(f"{flag_of(name)} goes from the smaller to the larger, got {low} {high}")
     if args.mixup and args.batch_size % 2:
         p.error(f"--mixup mixes pairs: --batch-size is even, got {args.batch_size}")
     if not args.dataset and not args.data_dir:
@@ -62,31 +61,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         s = stage_options(args, stage)
         if s.decay_rates and len(s.decay_rates) != len(s.decay_milestones or ()):
             p.error(f"{len(s.decay_rates)} decay rates for {len(s.decay_milestones or ())} milestones; give as many")
-    return args
-
-
-def _config(p: argparse.ArgumentParser, given: argparse.Namespace, name: str) -> dict:
-    """What a file of options says; argparse reads strings in it as it reads the command line."""
-    values = _read_config(p, name)
-    if not isinstance(values, dict):
-        p.error(f"{name}: expected options and values, got {type(values).__name__}")
-    unknown = sorted(set(values) - vars(given).keys())
-    if unknown:
-        p.error(f"{name} has options that do not exist: {', '.join(unknown)}")
-    return values
-
-
-def _read_config(p: argparse.ArgumentParser, name: str) -> Any:
-    path, ours = Path(name), resources.files(__package__) / "configs"
-    if not path.is_file():
-        path = ours / name
-    if not path.is_file():
-        have = ", ".join(sorted(f.name for f in ours.iterdir() if f.name.endswith(".yaml")))
-        p.error(f"no config {name!r}; expected a YAML file, or one of {have}")
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as e:
-        p.error(f"{name} is not YAML: {headline(e)}")
 
 
 def stage_options(args: argparse.Namespace, name: str | None, part: int = 0) -> argparse.Namespace:
@@ -128,17 +102,7 @@ def command(args: argparse.Namespace) -> str:
         value = getattr(args, name)
         if value == default or name in MAY_CHANGE_ON_RESUME:
             continue
-        flag = flag_of(name)
-        if name == "data_dir":
-            words += [flag, Path(value).name]
-        elif name == "grid" and not isinstance(value, str):
-            words += [flag, "x".join(map(str, value))]
-        elif isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        elif isinstance(value, dict):
-            words += [flag, *(f"{k}={v}" for k, v in value.items())]
-        else:
-            words += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
+        words += config.words(name, Path(value).name if name == "data_dir" else value)
     return shlex.join(words)
 
 

@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 
 from .. import console, models
 from ..algebra.domain import Domain
-from ..errors import SplitError, TrainError
+from ..errors import SplitError, TrainError, headline
 from ..planning.plan import Plan
 from ..storage import files
 from ..storage.atomic import replace_json
 from ..surgery.parts import Parts
 from ..surgery.split import split
 from ..text import table
-from . import data, options, views
+from . import checkpoints, data, options, views
 from .checkpoints import CheckpointTimer
 from .composed import reassign
 from .decoded import decoded
@@ -55,7 +55,7 @@ class Run:
         self.args, self.ranks, self.begun = args, Ranks.from_environment(), time.time()
         self.last = None if before is None else before.place.tuned / "last"
         self.device = self.ranks.device(args.device)
-        self.train_set, self.val_set, classes = data.datasets(args)
+        self.train_set, self.val_set, classes = data.datasets(args, self.ranks.world)
         self.model_args = options.model_arguments(args, classes)
         args.num_classes = self.model_args["num_classes"]
         empty = models.create_empty(args.model, **self.model_args)
@@ -140,8 +140,13 @@ class Run:
         with self.timer, Trackers(self.args, self.folder, self.ranks.rank) as trackers:
             try:
                 summary = self._carry_out(trackers)
-            except RuntimeError:  # other ranks that stop take the process group with them, and workers the loader
-                self.timer.check("the last checkpoints are kept")
+            except RuntimeError as e:  # other ranks that stop take the process group with them
+                self.timer.check(self._kept())
+                if "DataLoader worker (pid" in str(e):
+                    raise TrainError(
+                        f"a worker of the data loader was killed ({headline(e)}); {self._kept()}; if memory is short "
+                        "use fewer --workers"
+                    ) from e
                 raise
         if self.ranks.primary:
             replace_json(self.place.summary, summary)
@@ -152,6 +157,11 @@ class Run:
         if self.ranks.primary and self.cycle == self.args.cycles:
             shutil.rmtree(self.place.decoded, ignore_errors=True)
         return summary
+
+    def _kept(self) -> str:
+        """What a run that stops now leaves."""
+        written = any(checkpoints.found(path) for path in self.folder.rglob("*") if path.is_dir())
+        return "the last checkpoints are kept" if written else "no checkpoint was written yet"
 
     def _title(self) -> str:
         plan = self.parts.plan

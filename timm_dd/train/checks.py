@@ -1,0 +1,66 @@
+"""What each option may be, whether it came from the command line or from a file: numbers in their ranges, and no option
+without an effect."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from .flags import STAGED, flag_of
+
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "a whole number from 1 up": (
+        lambda n: n >= 1,
+        "batch_size cycles grad_accum_steps img_size input_size num_classes parts plateau_epochs train_num_samples "
+        "val_num_samples validation_batch_size",
+    ),
+    "a whole number from 0 up": (
+        lambda n: n >= 0,
+        "decay_milestones epochs margin overlap shift warmup_epochs workers",
+    ),
+    "a number from 0 up": (
+        lambda x: x >= 0,
+        "checkpoint_every color_jitter decay_rate decay_rates lr lr_base min_lr mixup momentum off_diagonal_lr "
+        "off_diagonal_noise tune_rate warmup_lr weight_decay",
+    ),
+    "a number above 0": (lambda x: x > 0, "clip_grad decay_epochs opt_eps part_scale ratio std"),
+    "a number above 0 and up to 1": (lambda x: 0 < x <= 1, "crop_pct scale"),
+    "a number from 0 and below 1": (lambda x: 0 <= x < 1, "opt_betas smoothing"),
+    "a number from 0 to 1": (lambda x: 0 <= x <= 1, "model_ema_decay"),
+    "a probability from 0 to 1": (lambda x: 0 <= x <= 1, "drop drop_path hflip reprob roam vflip"),
+    "a number": (lambda x: True, "mean"),
+    "a whole number of 64 bits": (lambda n: -(2**63) <= n < 2**63, "seed"),
+}
+
+
+def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with status 2 and one line unless `args` are what their flags may be."""
+    for expected, (holds, names) in RANGES.items():
+        for flag, value in _given(args, names.split()):
+            if not (math.isfinite(value) and holds(value)):
+                p.error(f"{flag} is {expected}, got {value}")
+    for name, value in vars(args).items():
+        if isinstance(value, str) and "\0" in value:
+            p.error(f"{flag_of(name)} has a null character in {value!r}")
+    if args.device is not None and not _is_device(args.device):
+        p.error(f"--device is cuda or cpu, got {args.device!r}")
+
+
+def _given(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[str, float]]:
+    """The flags of these names, those of single stages too, with each of their numbers."""
+    for name in names:
+        for full in (name, *(f"{stage}_{name}" for stage in ("part", "joint", "baseline") if name in STAGED)):
+            value = getattr(args, full)
+            for number in value if isinstance(value, (list, tuple)) else () if value is None else (value,):
+                yield flag_of(full), number
+
+
+def _is_device(name: str) -> bool:
+    try:
+        return torch.device(name).type in ("cpu", "cuda")
+    except RuntimeError:
+        return False
