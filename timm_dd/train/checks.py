@@ -15,12 +15,13 @@ from .flags import STAGED, flag_of
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a whole number from 1 up": (
         lambda n: n >= 1,
-        "batch_size cycles grad_accum_steps img_size input_size num_classes parts plateau_epochs train_num_samples "
+        "batch_size coarse_views coarse_widths cycles grad_accum_steps img_size input_size num_classes parts "
+        "plateau_epochs train_num_samples "
         "val_num_samples validation_batch_size",
     ),
     "a whole number from 0 up": (
         lambda n: n >= 0,
-        "decay_milestones epochs margin overlap shift warmup_epochs workers",
+        "coarse_epochs decay_milestones epochs margin overlap shift warmup_epochs workers",
     ),
     "a number from 0 up": (
         lambda x: x >= 0,
@@ -29,7 +30,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "a number above 0": (lambda x: x > 0, "clip_grad decay_epochs opt_eps part_scale ratio std"),
     "a number above 0 and up to 1": (lambda x: 0 < x <= 1, "crop_pct scale"),
-    "a number from 0 and below 1": (lambda x: 0 <= x < 1, "opt_betas smoothing"),
+    "a number from 0 and below 1": (lambda x: 0 <= x < 1, "coarse_dropout opt_betas smoothing"),
     "a number from 0 to 1": (lambda x: 0 <= x <= 1, "model_ema_decay"),
     "a probability from 0 to 1": (lambda x: 0 <= x <= 1, "drop drop_path hflip reprob roam vflip"),
     "a number": (lambda x: True, "mean"),

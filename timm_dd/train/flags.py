@@ -8,6 +8,7 @@ from typing import NoReturn
 from timm.utils import ParseKwargs
 
 from .. import console
+from ..two_level.aggregate import AGGREGATIONS, WIDTHS
 from .views import listed
 
 PRESETS = ("paper",)
@@ -165,6 +166,7 @@ def _stages(g) -> None:
         "scale S, like full@0.5,box; it is evaluated on its own",
     )
     _composed(g)
+    _second_level(g)
     g.add_argument(
         "--cycles",
         type=int,
@@ -235,6 +237,25 @@ def _composed(g) -> None:
         default=0.25,
         metavar="FACTOR",
         help="of the learning rate, for fine-tuning, unless the parts have a rate of their own",
+    )
+
+
+def _second_level(g) -> None:
+    """What the parts decide together, without a composed model."""
+    g.add_argument(
+        "--aggregate",
+        nargs="+",
+        default=[],
+        choices=AGGREGATIONS,
+        help="let the parts decide together, each on its view: by the mean of their probabilities, a majority, the sum "
+        "of their logits, or a dense network (two-level/ in the run's folder; with --epochs 0 instead of fine-tuning)",
+    )
+    widths = {"type": int, "nargs": "*", "default": [*WIDTHS], "metavar": "N"}
+    g.add_argument("--coarse-widths", **widths, help="hidden layers of the dense network")
+    g.add_argument("--coarse-epochs", type=int, default=50, metavar="N", help="of the dense network")
+    g.add_argument("--coarse-dropout", type=float, default=0.0, metavar="P", help="after each of its hidden layers")
+    g.add_argument(
+        "--coarse-views", type=int, default=1, metavar="N", help="how often it sees each image, augmented anew"
     )
 
 

@@ -174,6 +174,10 @@ class RunFolder:
         return self.path / "composed"
 
     @property
+    def two_level(self) -> Path:
+        return self.path / "two-level"
+
+    @property
     def tuned(self) -> Path:
         return self.path / "global"
 

@@ -23,6 +23,7 @@ MAY_CHANGE_ON_RESUME = {  # no weight depends on them
 }  # fmt: skip
 SCALE, JOINT = 0.625, 6  # of the recipe: how the parts see whole images; one joint epoch for so many of theirs
 STAGES = ("part", "joint", "baseline")
+SECOND_LEVEL = ("aggregate", "coarse_dropout", "coarse_epochs", "coarse_views", "coarse_widths")
 COMPOSED = (  # nothing to parts and baseline
     "calibrate", "keep_momenta", "off_diagonal_lr", "off_diagonal_noise", "refit_head", "tune_rate", "update_bn",
 )  # fmt: skip
@@ -90,9 +91,14 @@ def training_identity(args: argparse.Namespace) -> dict:
     relevant = {
         k: v
         for k, v in vars(args).items()
-        if k not in MAY_CHANGE_ON_RESUME and not k.startswith(("part_", "joint_", "baseline"))
+        if k not in {*MAY_CHANGE_ON_RESUME, *SECOND_LEVEL} and not k.startswith(("part_", "joint_", "baseline"))
     }
     return json.loads(json.dumps(relevant))
+
+
+def of_second_level(args: argparse.Namespace) -> dict:
+    """The options on which the parts' common decision depends, besides the parts; as JSON."""
+    return json.loads(json.dumps({k: getattr(args, k) for k in SECOND_LEVEL}))
 
 
 def command(args: argparse.Namespace) -> str:

@@ -22,7 +22,7 @@ from ..storage.atomic import replace_json
 from ..surgery.parts import Parts
 from ..surgery.split import split
 from ..text import table
-from . import checkpoints, data, options, views
+from . import checkpoints, coarse, data, options, views
 from .checkpoints import CheckpointTimer
 from .composed import reassign
 from .decoded import decoded
@@ -58,6 +58,7 @@ class Run:
         self.train_set, self.val_set, classes = data.datasets(args, self.ranks.world)
         self.model_args = options.model_arguments(args, classes)
         args.num_classes = self.model_args["num_classes"]
+        coarse.check(args, len(self.train_set))
         empty = models.create_empty(args.model, **self.model_args)
         self.data_config = data.data_config(args, empty)
         self.timer = CheckpointTimer(args.checkpoint_every)
@@ -195,12 +196,22 @@ class Run:
         seconds, joint = {"parts": max(p["seconds"] for p in trained)}, {}
         if self.args.joint_epochs:
             joint["joint"], seconds["joint"] = train_joint(context)
+        second = {}
+        if self.args.aggregate and self.ranks.primary:
+            second["two_level"], seconds["two_level"] = coarse.decide_together(context)
         if self.place.start is not None and self.ranks.primary:
             mine = self.parts.plan
             files.save_state(self.place.start, self._start(mine), mine.config, {})
         tuned = tune(context)
         seconds["composed"] = tuned.pop("seconds")
-        summary = {"parts": [p["top1"] for p in trained], **joint, **tuned, "seconds": seconds, **self._about()}
+        summary = {
+            "parts": [p["top1"] for p in trained],
+            **second,
+            **joint,
+            **tuned,
+            "seconds": seconds,
+            **self._about(),
+        }
         if self.args.baseline and self.cycle == 1:
             summary["baseline"], summary["seconds"]["baseline"] = train_baseline(context)
         return summary
@@ -224,6 +235,9 @@ def summary_table(summary: dict, args: argparse.Namespace) -> str:
     for k, accuracy in enumerate(summary["parts"]):
         rows.append([f"part {k}, its own box", f"{accuracy:.2f}", trained, of_parts if k == 0 else ""])
     rows.append(["sum of the parts, own boxes", f"{summary['together']:.2f}", "", ""])
+    for how, accuracy in summary.get("two_level", {}).items():
+        trained, took = (str(args.coarse_epochs), f"{seconds['two_level']:.1f}") if how == "dnn" else ("", "")
+        rows.append([f"two levels, {how}", f"{accuracy:.2f}", trained, took])
     if "joint" in summary:
         rows.append(
             ["joint, whole images", f"{summary['joint']:.2f}", str(args.joint_epochs), f"{seconds['joint']:.1f}"]

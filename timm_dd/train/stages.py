@@ -92,7 +92,7 @@ def train_parts(run: Context) -> None:
     args = options.stage_options(run.args, "part")
     share_cores_for_parts(args.engine, args.parts, run.ranks.local_world)
     loaders = run.loaders(args, distributed=False, train_size=views.loader_size(args, run.parts.plan))
-    learners = [_part_learner(run, k, len(loaders[0])) for k in due]
+    learners = [part_learner(run, k, len(loaders[0])) for k in due]
     if run.folder.resuming:
         for k, learner in zip(due, learners):
             run.folder.parts.forget_failure(k)
@@ -122,7 +122,7 @@ def finish_part(run: Context, stage: PartsStage, plan: Plan, k: int, learner: Le
     stage.finish(k, summary)
 
 
-def _part_learner(run: Context, k: int, updates: int) -> Learner:
+def part_learner(run: Context, k: int, updates: int) -> Learner:
     args, view = options.stage_options(run.args, "part", k), run.parts.plan.views()[k]
     batch = data.images_of_an_update(args)
     learner = learner_of(run, f"part {k}", run.parts[k], view, args, updates, batch, k, run.folder.parts.part(k))
@@ -173,7 +173,7 @@ def tune(run: Context) -> dict[str, float]:
     plan, args = run.parts.plan, options.stage_options(run.args, None)
     loaders = _shared_loaders(run, args)
     load_trained(run.folder.parts, run.parts)
-    learners = [_part_learner(run, k, 1) for k in range(len(run.parts))]
+    learners = [part_learner(run, k, 1) for k in range(len(run.parts))]
     together = evaluate(learners, loaders[1], Engine(), together=True)[-1]  # each part on its box
     model = models.create(plan.model, **plan.model_args)
     files.load_composed(run.folder.composed, model)

@@ -42,6 +42,7 @@ def total(logits: torch.Tensor) -> torch.Tensor:
 
 WITHOUT_WEIGHTS = {"mean": mean, "vote": vote, "sum": total}
 AGGREGATIONS = (*WITHOUT_WEIGHTS, "dnn")
+WIDTHS = (128, 64, 32)  # of a coarse net, klawonn2023 section 5.1
 
 
 class CoarseNet(nn.Sequential):

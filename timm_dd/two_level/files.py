@@ -9,6 +9,7 @@ two-level/
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -71,18 +72,30 @@ class Place:
         return self.folder / ABOUT
 
 
-def save(folder: str | Path, parts: Parts, about: Description, coarse: nn.Module | None) -> None:
-    """Write a two-level network with its parts: all files, or none; errors as of `TwoLevel.save`."""
+def save(
+    folder: str | Path, parts: Parts, about: Description, coarse: nn.Module | None, linked: Path | None = None
+) -> None:
+    """Write a two-level network: all files, or none; errors as of `TwoLevel.save`.
+
+    Args:
+        linked: a folder that has the parts; without it they are written too.
+    """
     parts.check_complete()
     with output_folder(folder) as aside:
-        states = [part.state_dict() for part in parts]
-        written = write_parts(aside, parts.plan, states, parts.seed, parts.epoch)
+        if linked is None:
+            states = [part.state_dict() for part in parts]
+            written = write_parts(aside, parts.plan, states, parts.seed, parts.epoch)
+        else:
+            with PartsFolder(linked) as opened:
+                written = {part_name(k, parts.plan.parts): opened.open(k).path for k in parts.members}
         if coarse is not None:
             written[COARSE] = aside(COARSE)
             about_file = {"timm_dd.format": str(FORMAT), "timm_dd": __version__}
             write_state(written[COARSE], coarse.state_dict(), about_file, sealed=True)
         checksums = {name: _checksum(path) for name, path in written.items()}
         head = {"format": FORMAT, "timm_dd": __version__, "timm": version("timm"), "parts": "."}
+        if linked is not None:
+            head["parts"] = os.path.relpath(linked, folder)
         text = json_text({**head, **asdict(about), "checksums": checksums})
         aside(ABOUT).write_text(text, encoding="utf-8")
 

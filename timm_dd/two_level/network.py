@@ -15,9 +15,8 @@ from ..compat import tree_map_only
 from ..errors import MergeError, SplitError
 from ..surgery.parts import Parts
 from . import files
-from .aggregate import AGGREGATIONS, WITHOUT_WEIGHTS, CoarseNet, side_by_side
+from .aggregate import AGGREGATIONS, WIDTHS, WITHOUT_WEIGHTS, CoarseNet, side_by_side
 
-WIDTHS = (128, 64, 32)  # klawonn2023 section 5.1
 TRAINED = 4  # a weight, its gradient, and two moments of Adam
 
 
@@ -142,9 +141,10 @@ class TwoLevel(nn.Module):
             FileError: the folder cannot be written.
             MergeError: some parts were dropped when they were loaded.
         """
-        files.save(folder, self.parts, self._description(), self.coarse)
+        files.save(folder, self.parts, self.description(), self.coarse)
 
-    def _description(self) -> files.Description:
+    def description(self) -> files.Description:
+        """What its files say of it."""
         return files.Description(self.how, self.regression, self.classes, self.widths, self.dropout, self.class_names)
 
     @classmethod

@@ -1,0 +1,106 @@
+"""The second level of a run: its figures, its folder, and what a kill leaves."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import MODULE, RUN, torchrun
+
+from timm_dd import Parts, TwoLevel
+from timm_dd.cli import main
+from timm_dd.train import coarse, data, options
+
+HOWS = ["mean", "vote", "sum", "dnn"]
+GIVEN = [
+    *RUN, "--grid", "2x2", "--joint-epochs", "0", "--epochs", "0", "--part-epochs", "4", "--opt", "adamw",
+    "--lr", "0.01", "--drop-path", "0", "--shift", "4", "--train-num-samples", "768", "-b", "32",
+]  # fmt: skip
+COARSE = [*GIVEN, "--aggregate", *HOWS, "--coarse-widths", "16", "8", "--coarse-views", "2", "--coarse-epochs", "30"]
+FILES = ["two_level.json", "coarse.safetensors"]
+
+
+def train(folder, *given):
+    return main(["train", *(given or COARSE), "--output", str(folder), "--experiment", "run"])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two-level")
+    assert train(folder) == 0
+    return folder / "run"
+
+
+def labelled_images(run):
+    plan, args = Parts.load(run / "parts").plan, options.parse(RUN)
+    return data.validation(args, {**plan.config["pretrained_cfg"], "input_size": plan.input_size})
+
+
+def accuracy(network, run):
+    """As whoever loads it counts, on images that are read anew."""
+    with torch.no_grad():
+        right = [network.eval()(x).argmax(1) == y for x, y in labelled_images(run)]
+    return 100 * int(torch.cat(right).sum()) / 360
+
+
+def test_what_is_loaded_has_the_accuracy_of_the_table(run):
+    summary = json.loads((run / "summary.json").read_text())
+    found = summary["two_level"]
+    assert list(found) == HOWS
+    parts = Parts.load(run / "parts")
+    for how in HOWS[:3]:
+        assert accuracy(TwoLevel(parts, how), run) == found[how]
+    two = TwoLevel.load(run / "two-level")
+    assert (two.how, two.widths, accuracy(two, run)) == ("dnn", (16, 8), found["dnn"])
+    assert found["dnn"] > max(summary["parts"])
+    assert sorted(p.name for p in (run / "two-level").iterdir()) == sorted([*FILES, "summary.json"])
+
+
+def test_a_run_without_a_dense_network_keeps_the_first_way(tmp_path):
+    assert train(tmp_path, *GIVEN, "--aggregate", "vote", "mean") == 0
+    assert TwoLevel.load(tmp_path / "run" / "two-level").how == "vote"
+    assert not (tmp_path / "run" / "two-level" / "coarse.safetensors").exists()
+
+
+def test_resuming_trains_it_again_only_with_other_options(run, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(coarse, "_train", lambda *a, by=coarse._train: calls.append(a) or by(*a))
+    before = (run / "two-level" / "coarse.safetensors").read_bytes()
+    assert train(run.parent, *COARSE, "--resume") == 0 and not calls
+    assert train(run.parent, *COARSE, "--coarse-dropout", "0.2", "--resume") == 0 and len(calls) == 1
+    assert TwoLevel.load(run / "two-level").dropout == 0.2
+    assert train(run.parent, *COARSE, "--resume") == 0 and len(calls) == 2
+    assert (run / "two-level" / "coarse.safetensors").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_in_it_ends_with_the_same_bits(tmp_path):
+    given = [*COARSE, "--coarse-epochs", "300"]
+    assert train(tmp_path / "whole", *given) == 0
+    words = [sys.executable, *MODULE, *given, "--output", str(tmp_path), "--experiment", "run"]
+    kept = tmp_path / "run" / "two-level" / "probabilities.safetensors"
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
+        while not kept.exists():
+            assert process.poll() is None
+        process.kill()
+    assert not (tmp_path / "run" / "two-level" / "summary.json").exists()
+    assert train(tmp_path, *given, "--resume") == 0
+    for name in FILES:
+        folders = (tmp_path / "whole" / "run", tmp_path / "run")
+        assert len({(folder / "two-level" / name).read_bytes() for folder in folders}) == 1
+    assert not kept.exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_same_bits(run, tmp_path):
+    done = torchrun(2, *COARSE, "--output", str(tmp_path), "--experiment", "run")
+    assert done.returncode == 0, done.stderr
+    for name in FILES:
+        assert (tmp_path / "run" / "two-level" / name).read_bytes() == (run / "two-level" / name).read_bytes()
+
+
+def test_probabilities_beyond_memory(tmp_path, capsys):
+    assert train(tmp_path, *COARSE, "--coarse-views", "100000000") == 1
+    assert "GB of probabilities" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
