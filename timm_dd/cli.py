@@ -33,6 +33,7 @@ def parser(whole: bool = False) -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_verify(commands)
     _add_push(commands)
+    _add_export(commands)
     return p
 
 
@@ -106,6 +107,13 @@ def _add_push(commands) -> None:
     p.add_argument(
         "--dry-run", nargs="?", const="", metavar="DIR", help="write what would be pushed, by default to REPO"
     )
+
+
+def _add_export(commands) -> None:
+    what, example = "a trained network as ONNX or torch.export's archive", "export runs/x -o model.onnx"
+    p = _command(commands, "export", _export, what, example)
+    p.add_argument("folder", metavar="RUN", help="a run's folder, a composed model, or a two-level network")
+    p.add_argument("-o", "--output", required=True, metavar="FILE", help="model.onnx or model.pt2")
 
 
 def _command(commands, name: str, run: Callable, help: str, example: str) -> argparse.ArgumentParser:
@@ -226,6 +234,12 @@ def _push(args: argparse.Namespace) -> None:
     target = args.dry_run or args.repo.split("/")[-1]
     write_repository(args.folder, args.repo, target)
     print(f"{target}: what would be pushed; edit README.md, then timm-dd push {target} {args.repo}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .export import export
+
+    print(f"{args.output}: a batch of any size; differs from the network by {export(args.folder, args.output):.0e}")
 
 
 def _demo(args: argparse.Namespace) -> None:

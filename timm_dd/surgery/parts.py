@@ -76,8 +76,8 @@ class Parts(nn.ModuleList):
         """Logits of the parts, each on its box: (K, B, classes); their sum over K is (2.16). Of several outputs,
         each is stacked; reconstructions of boxes of several sizes are a list."""
         outputs = [part(crop) for part, crop in zip(self, self.crops(x))]
-        shapes = {y.shape for y in outputs if isinstance(y, torch.Tensor)}
-        return default_collate(outputs) if len(shapes) <= 1 else outputs
+        shapes = [y.shape for y in outputs if isinstance(y, torch.Tensor)]  # perhaps symbolic ones, of no hash
+        return default_collate(outputs) if all(s == shapes[0] for s in shapes) else outputs
 
     def packed(self) -> PackedGraph:
         """All parts as one `torch.fx.GraphModule` on stacked crops, with copies of their weights:

@@ -1,0 +1,109 @@
+"""A trained network for whoever has no timm_dd: as ONNX, or as an archive of torch.export. What is written is read back
+and run beside the network itself, at two batch sizes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from .errors import FileError, MergeError, headline
+from .storage.atomic import replacing
+from .two_level.files import ABOUT
+from .two_level.network import TwoLevel
+
+TOLERANCE = 1e-5  # of the largest score
+BATCHES = (1, 3)
+Scores = Callable[[torch.Tensor], torch.Tensor]
+
+
+def export(folder: str | Path, output: str | Path) -> float:
+    """Write the network in a folder as ``.onnx`` or ``.pt2``, with a batch of any size; images are (B, C, *size).
+
+    Args:
+        folder: of a composed model, of a two-level network, or of a run, whose fine-tuned model it is then.
+
+    Returns:
+        The largest difference to the network's own scores, relative to the largest of these.
+
+    Raises:
+        MergeError: no network in the folder.
+        FileError: it has no such form, or another result; nothing is written.
+    """
+    output = Path(output)
+    if output.suffix not in FORMS:
+        raise FileError(f"{output}: expected a file name that ends with {' or '.join(FORMS)}")
+    model, size = _load(Path(folder))
+    model.eval()
+    with replacing(output) as temporary:
+        try:
+            scores = FORMS[output.suffix](model, torch.zeros(2, *size), temporary)
+        except OSError:
+            raise
+        except ImportError as e:
+            raise FileError(f"{output}: {e}; pip install 'timm_dd[export]'") from e
+        except Exception as e:  # torch's exporters fail in many ways
+            raise FileError(f"{folder} has no form as {output.suffix} ({headline(e)}); try the other one") from e
+        return _check(model, scores, size, output)
+
+
+def _load(folder: Path) -> tuple[nn.Module, tuple[int, ...]]:
+    """The network, and (C, *size) of its images."""
+    if (folder / ABOUT).exists():
+        two = TwoLevel.load(folder)
+        return two, two.parts.plan.input_size
+    place = folder / "global" / "best" if (folder / "args.yaml").exists() else folder
+    if not (place / "config.json").exists():
+        raise MergeError(f"no network in {folder}; expected a run's folder, a composed model, or a two-level network")
+    try:
+        model = timm.create_model(f"local-dir:{place}", pretrained=True)
+    except Exception as e:  # of timm, torch and safetensors
+        raise MergeError(f"{place} is no model of timm ({headline(e)}); compose its parts again") from e
+    return model, tuple(timm.data.resolve_model_data_config(model)["input_size"])
+
+
+def _onnx(model: nn.Module, x: torch.Tensor, path: Path) -> Scores:
+    import onnxruntime  # type: ignore[import-untyped]
+
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # its own progress, and advice to itself
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model, (x,), dynamo=True, dynamic_shapes=_dynamic(), input_names=["images"], output_names=["scores"]
+        )
+    assert program is not None  # it is None where a path is given
+    program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _archive(model: nn.Module, x: torch.Tensor, path: Path) -> Scores:
+    held = io.BytesIO()
+    torch.export.save(torch.export.export(model, (x,), dynamic_shapes=_dynamic()), held)
+    path.write_bytes(held.getvalue())
+    held.seek(0)
+    return torch.export.load(held).module()
+
+
+def _dynamic() -> tuple[dict, ...]:
+    return ({0: torch.export.Dim("batch")},)
+
+
+FORMS = {".onnx": _onnx, ".pt2": _archive}
+
+
+def _check(model: nn.Module, scores: Scores, size: tuple[int, ...], output: Path) -> float:
+    generator, worst = torch.Generator().manual_seed(0), 0.0
+    with torch.no_grad():
+        for n in BATCHES:
+            x = torch.randn(n, *size, generator=generator)
+            expected, found = model(x), scores(x)
+            worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+    if not worst <= TOLERANCE:
+        raise FileError(f"{output}: its scores differ from the network's by {worst:.1e} of the largest; not written")
+    return worst
