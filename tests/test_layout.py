@@ -35,8 +35,8 @@ ROOMS = {
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
     "surgery": ["emit", "source", "packed", "parts", "split", "merge"],
     "train": (
-        "views flags config checks options data decoded composed optimizers schedule layout learner checkpoints engines "
-        "trackers loop folder momenta stages joint run demo __main__"
+        "views flags config checks options data decoded composed optimizers schedule layout learner checkpoints "
+        "engines trackers loop folder momenta stages joint run demo __main__"
     ).split(),
 }
 

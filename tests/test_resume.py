@@ -183,6 +183,19 @@ def test_what_a_run_was_trained_with_stays(one, tmp_path, capsys):
     assert main(arguments) == 0 and same_files(one, tmp_path / "one", "global/last/model.safetensors")
 
 
+@pytest.mark.parametrize(
+    "given", ["--part-lr 0.1", "--epochs 2 --part-epochs 2", "--baseline-epochs 4", "--train-num-samples 320", "-b 32"]
+)
+def test_a_run_that_is_not_gone_on_with_stays_as_it_is(given, one, tmp_path, capsys):
+    """Whatever has other options, parts or the whole: nothing is written before it is refused."""
+    shutil.copytree(one, tmp_path / "one")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    resume = ["--baseline", "--resume", str(tmp_path / "one")]
+    assert main(["train", *RUN, "--parts", "4", *resume, *given.split()]) == 1
+    assert "other options" in (error := capsys.readouterr().err) or "does not fit" in error
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
 def test_leftovers_of_a_killed_process_are_removed(one, tmp_path):
     shutil.copytree(one, tmp_path / "one")
     left = [tmp_path / "one" / name for name in ("parts/0/.summary.json.x", "global/last/.model.safetensors.y")]

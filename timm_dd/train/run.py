@@ -131,11 +131,9 @@ class Run:
     def go(self) -> dict:
         """Both stages, and the baseline if asked for; writes and prints the summary on the first rank."""
         if self.ranks.primary:
-            self.place.open(self.parts.plan, self.begun)
+            self.place.open(self.parts.plan, self.train_set, self.begun)
             print(self._title(), flush=True)
         if self.place.resuming and self.cycle < self.args.cycles and self.place.done:
-            for k in range(self.args.parts):
-                self.place.parts.check(k)
             return json.loads(self.place.summary.read_text())
         with self.timer, Trackers(self.args, self.folder, self.ranks.rank) as trackers:
             try:
