@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import itertools
 import json
 import os
+import socket
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +19,7 @@ import torch
 import yaml
 from torch.utils.data import Dataset
 
-from ..errors import TrainError
+from ..errors import FileError, TrainError
 from ..planning.plan import Plan
 from ..storage import files
 from ..storage.atomic import output_folder, remove_temporaries, replace_json
@@ -187,6 +192,36 @@ class RunFolder:
         return self.root / "decoded"
 
     # ---- a run begins, or goes on
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While the block runs no other process trains here. Who was killed holds nothing.
+
+        Raises:
+            FileError: another does.
+        """
+        made = [path for path in (self.root, *self.root.parents) if not path.exists()]
+        with output_folder(self.root):  # made, if it is not there, and writable
+            pass
+        path = self.root / "lock"
+        with open(path, "a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                lock.seek(0)
+                raise FileError(f"another process trains here: {lock.read()}; {self.root}") from e
+            except OSError:  # a file system without locks
+                pass
+            lock.truncate(0)
+            lock.write(f"{socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%F %T')}")
+            lock.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                for folder in made:  # those of a run that was refused are empty
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
 
     def open(self, plan: Plan, train: Dataset, begun: float) -> None:
         """Write ``plan.json`` and ``args.yaml``, and remove what processes that were killed before `begun` left.

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 def create(model: nn.Module, args: argparse.Namespace, lr: float) -> Optimizer:
     """timm's, in torch's fused form where there is one: an update is one call for all tensors. Not where gradients are
-    scaled: torch's fused SGD makes NaN of them on CPUs."""
+    scaled: if the first ones overflow, as they often do, torch's fused SGD goes on with momenta that nobody has set."""
     given = {**optimizer_kwargs(args), "lr": lr}
     plain = create_optimizer_v2(model, **given)
     fused = "fused" in plain.defaults and not scales(args)
