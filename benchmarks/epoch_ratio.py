@@ -30,7 +30,7 @@ import timm_dd
 from timm_dd import Domain, models
 from timm_dd.algebra.view import View
 from timm_dd.train import options
-from timm_dd.train.engines import cores, engine, share_cores, share_cores_for_parts
+from timm_dd.train.engines import cores_of_rank, engine, part_threads, share_cores
 from timm_dd.train.learner import Learner
 
 CPU = torch.device("cpu")
@@ -92,11 +92,11 @@ def step_of(setting: Setting, name: str, folder: str) -> Callable[[], None]:
     split = timm_dd.split(setting.model, setting.parts, **setting.given)
     views = split.plan.views()
     parts = [learner(f"part {k}", p, view, setting.batch, folder) for k, (p, view) in enumerate(zip(split, views))]
-    share_cores_for_parts(name, setting.parts, 1)
-    by = engine(name, parts, CPU, cores())
+    torch.set_num_threads(part_threads(name, setting.parts, 1))
+    by = engine(name, parts, CPU, cores_of_rank(1))
 
     def steps() -> None:
-        share_cores_for_parts(name, setting.parts, 1)
+        torch.set_num_threads(part_threads(name, setting.parts, 1))
         by.step(parts, x, y, isolate_failures=False)
 
     return steps

@@ -1,10 +1,13 @@
 """Nothing is lost: runs that are killed, stopped or resumed, parts that fail, checkpoints."""
 
 import json
+import math
 import os
 import random
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +25,7 @@ from timm_dd.train import checkpoints, optimizers, options
 from timm_dd.train.learner import Learner
 from timm_dd.train.run import Run
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LONGER = [*RUN, "--parts", "4", "--part-epochs", "3", "--epochs", "3", "--checkpoint-every", "0.05"]
 WEIGHTS = ("composed/model.safetensors", "global/last/model.safetensors", "global/best/model.safetensors")
 
@@ -183,6 +187,53 @@ def test_what_a_run_was_trained_with_stays(one, tmp_path, capsys):
     assert main(arguments) == 0 and same_files(one, tmp_path / "one", "global/last/model.safetensors")
 
 
+@pytest.mark.parametrize(
+    "given", ["--part-lr 0.1", "--epochs 2 --part-epochs 2", "--baseline-epochs 4", "--train-num-samples 320", "-b 32"]
+)
+def test_a_run_that_is_not_gone_on_with_stays_as_it_is(given, one, tmp_path, capsys):
+    """Whatever has other options, parts or the whole: nothing is written before it is refused."""
+    shutil.copytree(one, tmp_path / "one")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    resume = ["--baseline", "--resume", str(tmp_path / "one")]
+    assert main(["train", *RUN, "--parts", "4", *resume, *given.split()]) == 1
+    assert "other options" in (error := capsys.readouterr().err) or "does not fit" in error
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path):
+    """`timm-dd train … 2>&1 | head -1`: to its end, with nobody to tell."""
+    given = [*RUN, "--parts", "2", "--part-epochs", "1", "--output", str(tmp_path), "--experiment", "run"]
+    command = shlex.join([sys.executable, "-W", "default", *MODULE, *given])
+    script = f"set -o pipefail; {command} 2>&1 | head -1"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (0, 1, "")
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_one_process_trains_in_a_folder(one, tmp_path, capsys, monkeypatch):
+    """Another is told who does, and changes nothing; one that was killed holds nothing."""
+    shutil.copytree(one, tmp_path / "one")
+    (tmp_path / "one" / "lock").write_text("of one that was killed, which said more than its follower")
+    given = ["train", *RUN, "--parts", "4", "--resume", str(tmp_path / "one")]
+    carry_out, seen = Run._carry_out, []
+
+    def twice(self, trackers):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        capsys.readouterr()
+        code = f"import sys; from timm_dd.cli import main; sys.exit(main({given!r}))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        seen.append((done.returncode, done.stderr))
+        return carry_out(self, trackers)
+
+    monkeypatch.setattr(Run, "_carry_out", twice)
+    assert main(given) == 0
+    ((status, error),) = seen
+    assert status == 1 and error.count("\n") == 1
+    assert f"another process trains here: {socket.gethostname()}, pid {os.getpid()}, since 2" in error
+    assert not (tmp_path / "one" / "lock").exists()
+
+
 def test_leftovers_of_a_killed_process_are_removed(one, tmp_path):
     shutil.copytree(one, tmp_path / "one")
     left = [tmp_path / "one" / name for name in ("parts/0/.summary.json.x", "global/last/.model.safetensors.y")]
@@ -269,6 +320,32 @@ def test_fused_updates_are_the_plain_ones(opt, tmp_path):
         other.step()
     for p, q in zip(ours.parameters(), plain.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_scaled_gradients_are_those_of_the_loss(opt, device, tmp_path):
+    """Updates with a scaler are those of a plain optimizer on gradients without the scale; what overflows is left out,
+    and leaves nothing of memory that nobody has set, here NaN, in the next."""
+    torch.use_deterministic_algorithms(True)
+    args = options.parse([*RUN, "--opt", opt, "--amp", "--amp-dtype", "float16", "--weight-decay", "0"])
+    model, expected = (torch.nn.Linear(4, 3, device=device) for _ in range(2))
+    expected.load_state_dict(model.state_dict())
+    found = Learner("model", model, None, args, torch.device(device), 5, 4, 7, tmp_path)
+    plain = create_optimizer_v2(expected, **{**optimizer_kwargs(args), "lr": found.lr})
+    for overflows in (True, False, False):
+        loss = torch.zeros((), device=device)
+        found.optimizer.zero_grad()
+        for p, q in zip(model.parameters(), expected.parameters()):
+            q.grad = torch.randn_like(q)
+            loss = loss + (p * q.grad * (math.inf if overflows else 1)).sum()
+        found.scaler.scale(loss).backward()
+        found.update(loss.detach(), 4)
+        if not overflows:
+            plain.step()
+    torch.use_deterministic_algorithms(False)
+    for p, q in zip(model.parameters(), expected.parameters()):
+        torch.testing.assert_close(p, q)
 
 
 def test_an_optimizer_whose_state_is_not_saved(tmp_path):

@@ -245,7 +245,8 @@ def _export(args: argparse.Namespace) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from .train.demo import demo
 
-    demo(args.output, args.seed)
+    with console.without_readers():
+        demo(args.output, args.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,8 +9,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from .errors import SplitError, TimmDDError
 
@@ -49,6 +49,41 @@ def run(name: str, function: Callable[[argparse.Namespace], int | None], args: a
             traceback.print_exc()
         print(f"timm-dd {name}: {e}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def without_readers() -> Iterator[None]:
+    """A command that does more than print goes on when nobody reads what it prints any more."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(_Unread(sys.stdout)))
+        stack.enter_context(contextlib.redirect_stderr(_Unread(sys.stderr)))
+        yield
+
+
+class _Unread:
+    """A stream that is silent from when its reader has gone."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with self._or_silence():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._or_silence():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _or_silence(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def domain_options(p) -> None:

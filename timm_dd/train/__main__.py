@@ -12,7 +12,9 @@ from .run import train
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 the work failed, with one line on stderr; 2 the command line was wrong."""
-    return console.run("train", lambda args: train(args) and None, options.parse(argv))
+    args = options.parse(argv)
+    with console.without_readers():
+        return console.run("train", lambda args: train(args) and None, args)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from ..errors import TrainError, headline
 from ..storage import tensorfile
 from ..storage.atomic import replacing
+from . import options
 from .learner import Learner
 
 KEPT = 2
@@ -88,12 +89,31 @@ def _readable(folder: Path) -> dict[tuple[int, int], tuple[Path, tuple[dict, dic
 
 def _read(path: Path) -> tuple[dict, dict] | None:
     """(tensors, numbers); None of half a file, from a disk that lost power: the one before it is whole."""
+    numbers = _numbers(path)
+    try:
+        return None if numbers is None else (load_file(path), numbers)
+    except (SafetensorError, OSError):
+        return None
+
+
+def _numbers(path: Path) -> dict | None:
+    """Of a checkpoint, without its tensors."""
     try:
         with safe_open(path, "pt") as f:
-            numbers = json.loads((f.metadata() or {})["learner"])
-        return load_file(path), numbers
+            return json.loads((f.metadata() or {})["learner"])
     except (SafetensorError, OSError, ValueError, KeyError):
         return None
+
+
+def check(folder: Path, now: dict) -> None:
+    """Raise TrainError if the newest checkpoint in a folder that can be read is of other options than `now`."""
+    for path in found(folder):
+        numbers = _numbers(path)
+        if numbers is not None:
+            try:
+                return options.check_same({k: v for k, v in numbers["options"].items() if k in now}, now)
+            except ValueError as e:
+                raise _misfit(path, e) from e
 
 
 def _restore(learner: Learner, path: Path, held: tuple[dict, dict]) -> None:
@@ -101,10 +121,14 @@ def _restore(learner: Learner, path: Path, held: tuple[dict, dict]) -> None:
     try:
         learner.restore(*held)
     except (RuntimeError, ValueError, KeyError) as e:
-        raise TrainError(
-            f"{path} does not fit ({headline(e)}); resume with the options it was trained with, "
-            f"or remove {learner.folder} to train this network again"
-        ) from e
+        raise _misfit(path, e) from e
+
+
+def _misfit(path: Path, why: Exception) -> TrainError:
+    return TrainError(
+        f"{path} does not fit ({headline(why)}); resume with the options it was trained with, "
+        f"or remove {path.parent} to train this network again"
+    )
 
 
 class CheckpointTimer:

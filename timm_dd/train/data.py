@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import FastCollateMixup, create_dataset, create_loader, resolve_data_config
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision import transforms
 
 from ..errors import TrainError, headline
@@ -107,6 +107,15 @@ def _check_enough(args: argparse.Namespace, train: int, val: int, world: int) ->
 def images_of_an_update(args: argparse.Namespace) -> int:
     """On one rank."""
     return args.batch_size * args.grad_accum_steps
+
+
+def pace(args: argparse.Namespace, train: Dataset, ranks: int) -> dict[str, int]:
+    """Updates of an epoch and images of an update, of ranks that share the images; nothing of a stream, whose loader
+    counts as it goes."""
+    if isinstance(train, IterableDataset):
+        return {}
+    batch = images_of_an_update(args)
+    return {"updates_per_epoch": -(-len(train) // ranks) // batch, "images": batch * ranks}
 
 
 def _digits(train: bool) -> Digits:

@@ -285,6 +285,13 @@ def _run(g) -> None:
         "the fastest in a trial, on CPUs of those that give the same bits",
     )
     g.add_argument(
+        "--part-threads",
+        type=int,
+        metavar="N",
+        help="threads of an operation in the part stage, on which its last bits depend; by default a K-th of the cores "
+        "that OMP_NUM_THREADS and the container allow",
+    )
+    g.add_argument(
         "--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the networks with torch.compile"
     )
     g.add_argument("--seed", type=int, default=42)

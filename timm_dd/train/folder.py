@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import itertools
 import json
 import os
+import socket
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 import yaml
+from torch.utils.data import Dataset
 
-from ..errors import TrainError
+from ..errors import FileError, TrainError
 from ..planning.plan import Plan
 from ..storage import files
 from ..storage.atomic import output_folder, remove_temporaries, replace_json
 from ..text import json_text
-from . import options
+from . import checkpoints, data, options
 
 
 @dataclass(frozen=True)
@@ -191,20 +197,70 @@ class RunFolder:
 
     # ---- a run begins, or goes on
 
-    def open(self, plan: Plan, begun: float) -> None:
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While the block runs no other process trains here. Who was killed holds nothing.
+
+        Raises:
+            FileError: another does.
+        """
+        made = [path for path in (self.root, *self.root.parents) if not path.exists()]
+        with output_folder(self.root):  # made, if it is not there, and writable
+            pass
+        path = self.root / "lock"
+        with open(path, "a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                lock.seek(0)
+                raise FileError(f"another process trains here: {lock.read()}; {self.root}") from e
+            except OSError:  # a file system without locks
+                pass
+            lock.truncate(0)
+            lock.write(f"{socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%F %T')}")
+            lock.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                for folder in made:  # those of a run that was refused are empty
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+
+    def open(self, plan: Plan, train: Dataset, begun: float) -> None:
         """Write ``plan.json`` and ``args.yaml``, and remove what processes that were killed before `begun` left.
+
+        Args:
+            train: the training images.
 
         Raises:
             TrainError: the folder holds another run, or one that is not to be resumed.
         """
         if (self.path / "args.yaml").exists():
             self._check_run(plan)
+            self._check_options(train)
         given = yaml.safe_dump(vars(self.args), default_flow_style=None)
         self.write_plan(self.parts, plan)
         with output_folder(self.path) as aside:
             aside(files.PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
             aside("args.yaml").write_text(f"{self._signature}\n{given}")  # the last to land: with it there is a run
         remove_temporaries(self.path, begun)
+
+    def _check_options(self, train: Dataset) -> None:
+        """Raise TrainError if a part that is done, or a network that has a checkpoint, was trained with other options,
+        or on other numbers of images; before anything is written."""
+        for stage in (self.parts, self.joint) if self.args.joint_epochs else (self.parts,):
+            for k in range(self.args.parts):
+                if stage.is_done(k):
+                    stage.check(k)
+                else:
+                    self._check_checkpoint(stage.part(k), stage.name, train, 1, k)
+        for folder, name in ((self.tuned, None), (self.baseline, "baseline")):
+            self._check_checkpoint(folder, name, train, self.ranks.world)
+
+    def _check_checkpoint(self, folder: Path, stage: str | None, train: Dataset, ranks: int, k: int = 0) -> None:
+        args = options.stage_options(self.args, stage, k)
+        checkpoints.check(folder, {**options.training_identity(args), **data.pace(args, train, ranks)})
 
     def write_plan(self, stage: PartsStage, plan: Plan) -> None:
         """Make a stage's folder, with the plan of its parts."""

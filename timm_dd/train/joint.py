@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from . import data, options
 from .checkpoints import CheckpointTimer, restore_together
-from .engines import Engine, cores, engine, share_cores_for_parts
+from .engines import Engine, cores_of_rank, engine
 from .learner import Learner, within_memory
 from .loop import TrainingLoop
 from .stages import Context, accuracy, finish_part, learner_of, load_trained
@@ -115,14 +115,16 @@ def _train(run: Context, mine: list[int], group: dist.ProcessGroup | None) -> No
     args, stage = options.stage_options(run.args, "joint"), run.folder.joint
     if run.ranks.primary:
         run.folder.write_plan(stage, run.whole.plan)
-    share_cores_for_parts(args.engine, args.parts, run.ranks.local_world)
+    torch.set_num_threads(run.args.part_threads)
     loaders = run.loaders(args, distributed=False)
     load_trained(run.folder.parts, run.whole)
     learners = [_learner(run, k, len(loaders[0])) for k in mine]
     if run.folder.resuming:
         restore_together(learners, partial(_common, group=group))
     timer = run.timer if group is None else SharedTimer(run.timer, group, run.device)
-    with engine(args.engine, learners, run.device, cores() // run.ranks.local_world, partial(Joint, group=group)) as by:
+    with engine(
+        args.engine, learners, run.device, cores_of_rank(run.ranks.local_world), partial(Joint, group=group)
+    ) as by:
         shared = (run.seed, timer, by, run.trackers)
         TrainingLoop("joint", loaders, args.epochs, *shared, reports=run.ranks.primary, shared=False).fit(learners)
     for k, learner in zip(mine, learners):

@@ -132,7 +132,7 @@ class Learner:
         self.micro_batches = args.grad_accum_steps
         self.around_step: Callable[[], AbstractContextManager] = nullcontext  # of the optimizer
         self.dtype = getattr(torch, args.amp_dtype)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp and self.dtype is torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=optimizers.scales(args))
         self.random = SeededRandom(seed, device)
         self.updates, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []

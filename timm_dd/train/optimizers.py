@@ -13,10 +13,17 @@ from torch.optim import Optimizer
 
 
 def create(model: nn.Module, args: argparse.Namespace, lr: float) -> Optimizer:
-    """timm's, in torch's fused form where there is one: an update is one call for all tensors."""
+    """timm's, in torch's fused form where there is one: an update is one call for all tensors. Not where gradients are
+    scaled: if the first ones overflow, as they often do, torch's fused SGD goes on with momenta that nobody has set."""
     given = {**optimizer_kwargs(args), "lr": lr}
     plain = create_optimizer_v2(model, **given)
-    return create_optimizer_v2(model, **given, fused=True) if "fused" in plain.defaults else plain
+    fused = "fused" in plain.defaults and not scales(args)
+    return create_optimizer_v2(model, **given, fused=True) if fused else plain
+
+
+def scales(args: argparse.Namespace) -> bool:
+    """Whether gradients are scaled, since those of float16 would vanish."""
+    return args.amp and args.amp_dtype == "float16"
 
 
 def state(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

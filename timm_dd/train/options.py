@@ -19,7 +19,7 @@ from .flags import STAGED, flag_of, parser
 
 MAY_CHANGE_ON_RESUME = {  # no weight depends on them
     "checkpoint_every", "config", "cycles", "device", "engine", "experiment", "log_tensorboard", "log_wandb", "output",
-    "pin_mem", "quiet", "resume", "validation_batch_size", "verbose", "wandb_project", "workers",
+    "part_threads", "pin_mem", "quiet", "resume", "validation_batch_size", "verbose", "wandb_project", "workers",
 }  # fmt: skip
 SCALE, JOINT = 0.625, 6  # of the recipe: how the parts see whole images; one joint epoch for so many of theirs
 STAGES = ("part", "joint", "baseline")

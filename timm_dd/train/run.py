@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from . import checkpoints, coarse, data, options, views
 from .checkpoints import CheckpointTimer
 from .composed import reassign
 from .decoded import decoded
+from .engines import part_threads
 from .folder import Ranks, RunFolder
 from .joint import train_joint
 from .stages import Context, meet, train_baseline, train_parts, tune
@@ -61,6 +63,7 @@ class Run:
         coarse.check(args, len(self.train_set))
         empty = models.create_empty(args.model, **self.model_args)
         self.data_config = data.data_config(args, empty)
+        args.part_threads = args.part_threads or part_threads(args.engine, args.parts, self.ranks.local_world)
         self.timer = CheckpointTimer(args.checkpoint_every)
         self.place = RunFolder.of_run(args, self.ranks) if before is None else before.place.next_cycle()
         config = models.config(empty, self.data_config)
@@ -130,13 +133,19 @@ class Run:
         return reassign(state, plan) if self.args.reassign else state
 
     def go(self) -> dict:
-        """Both stages, and the baseline if asked for; writes and prints the summary on the first rank."""
+        """Both stages, and the baseline if asked for; writes and prints the summary on the first rank.
+
+        Raises:
+            FileError: another process trains in the run's folder.
+        """
+        with self.place.held() if self.ranks.primary else nullcontext():
+            return self._go()
+
+    def _go(self) -> dict:
         if self.ranks.primary:
-            self.place.open(self.parts.plan, self.begun)
+            self.place.open(self.parts.plan, self.train_set, self.begun)
             print(self._title(), flush=True)
         if self.place.resuming and self.cycle < self.args.cycles and self.place.done:
-            for k in range(self.args.parts):
-                self.place.parts.check(k)
             return json.loads(self.place.summary.read_text())
         with self.timer, Trackers(self.args, self.folder, self.ranks.rank) as trackers:
             try:

@@ -33,7 +33,7 @@ from ..surgery.parts import Parts
 from . import data, options, views
 from .checkpoints import CheckpointTimer, restore
 from .composed import add_noise, between, calibrate, rate_between, refit_head, some
-from .engines import Engine, cores, engine, share_cores, share_cores_for_parts
+from .engines import Engine, cores_of_rank, engine, share_cores
 from .folder import PartsStage, Ranks, RunFolder
 from .learner import Learner
 from .loop import TrainingLoop, evaluate
@@ -90,14 +90,14 @@ def train_parts(run: Context) -> None:
     if not due:
         return
     args = options.stage_options(run.args, "part")
-    share_cores_for_parts(args.engine, args.parts, run.ranks.local_world)
+    torch.set_num_threads(run.args.part_threads)
     loaders = run.loaders(args, distributed=False, train_size=views.loader_size(args, run.parts.plan))
     learners = [part_learner(run, k, len(loaders[0])) for k in due]
     if run.folder.resuming:
         for k, learner in zip(due, learners):
             run.folder.parts.forget_failure(k)
             learner.guard(partial(restore, learner), isolate_failures=True)
-    with engine(args.engine, learners, run.device, cores() // run.ranks.local_world) as by:
+    with engine(args.engine, learners, run.device, cores_of_rank(run.ranks.local_world)) as by:
         shared = (run.seed, run.timer, by, run.trackers)
         TrainingLoop("parts", loaders, args.epochs, *shared, shared=False, isolate_failures=True).fit(learners)
     for k, learner in zip(due, learners):
