@@ -6,7 +6,8 @@ import pickle
 import pytest
 import timm
 import torch
-from conftest import RELATIVE, Plain, check_split, images, shake, sum_error
+from conftest import NARROW, RELATIVE, Plain, check_split, images, shake, sum_error
+from timm.layers import StdConv2d
 from torch import fx, nn
 
 import timm_dd
@@ -232,8 +233,8 @@ VALID = nn.Sequential(nn.Conv2d(3, 8, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         (lambda: timm_dd.split("resnet18", 0), "from 1 up, got 0"),
         (lambda: timm_dd.split("resnet18", -1), "from 1 up"),
         (lambda: timm_dd.split("resnet18", 2.0), "from 1 up"),
-        (lambda: timm_dd.split("resnet18", 65), "has 64 channels to cut, fewer than 65 parts; .* works here is 64"),
-        (lambda: timm_dd.split("efficientnet_b0", 9), r"conv_reduce .* has 4 channels .* works here is 4"),
+        (lambda: timm_dd.split("resnet18", 65, narrow="refuse"), "has 64 channels .* fewer than 65 parts; .* is 64"),
+        (lambda: timm_dd.split("efficientnet_b0", 9, narrow="refuse"), r"conv_reduce .* 4 channels .* is 4"),
         (lambda: timm_dd.split("resnet18", 4, domain=Domain.grid(3, 1)), "expected 4 boxes"),
         (lambda: timm_dd.split("resnet18", 4, domain=Domain.grid(2, 2, overlap=500)), "larger than the image"),
         (lambda: timm_dd.split("resnet18", 4, colour="red"), "cannot create"),
@@ -251,6 +252,28 @@ def test_bad_input(call, message):
     assert "\n" not in str(e.value)
 
 
+THIN = {  # the middle of a network, with three channels for four parts, and why it is approximate
+    "Conv2d": (nn.Conv2d(8, 3, 1), "reads a sum"),
+    "Conv2d, activation": (nn.Sequential(nn.Conv2d(8, 3, 1), nn.ReLU()), "not linear on a sum"),
+    "standardised": (StdConv2d(8, 3, 1), "standardises each filter over the input channels"),
+    "BatchNorm": (nn.Sequential(nn.Conv2d(8, 3, 1), nn.BatchNorm2d(3)), "not linear on a sum"),
+}
+
+
+@pytest.mark.parametrize("name", THIN)
+def test_what_is_narrower_than_k_stays_whole(name):
+    middle, reason = THIN[name]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), middle, nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(32, 5))
+    with pytest.warns(UserWarning, match=NARROW) as said:
+        parts = timm_dd.split(model, 4, domain=Domain.full(4), example_input=torch.empty(1, 3, 4, 4))
+    assert len(said) == 1 and said[0].filename == __file__
+    ((where, channels),) = parts.plan.narrow
+    assert where in str(said[0].message) and where in str(parts.plan) and channels == 3
+    check_split(parts, reason)
+    with pytest.raises(SplitError, match="3 channels to cut, fewer than 4 parts"):
+        timm_dd.split(model, 4, domain=Domain.full(4), example_input=torch.empty(1, 3, 4, 4), narrow="refuse")
+
+
 @pytest.mark.parametrize("groups, width, too_many", [(32, 128, 40), (4, 64, 17), (1, 12, 13)])
 def test_the_largest_k_of_the_message_works(groups, width, too_many):
     model = nn.Sequential(
@@ -258,9 +281,9 @@ def test_the_largest_k_of_the_message_works(groups, width, too_many):
     )
     x = torch.empty(1, 3, 1, 1)
     with pytest.raises(SplitError, match="largest K") as e:
-        timm_dd.split(model, too_many, domain=Domain.full(too_many), example_input=x)
+        timm_dd.split(model, too_many, domain=Domain.full(too_many), example_input=x, narrow="refuse")
     largest = int(str(e.value).rsplit(" ", 1)[1])
     assert len(timm_dd.split(model, largest, domain=Domain.full(largest), example_input=x)) == largest
     for k in range(largest + 1, too_many):
         with pytest.raises(SplitError):
-            timm_dd.split(model, k, domain=Domain.full(k), example_input=x)
+            timm_dd.split(model, k, domain=Domain.full(k), example_input=x, narrow="refuse")

@@ -78,12 +78,13 @@ class Reading:
         """The Width that allows the fewest parts, and how many."""
         return min(self.limits(), key=lambda limit: limit[1], default=(Width(self.divisor), self.divisor))
 
-    def replicate_narrow(self) -> None:
-        """Keep Widths that are too narrow for K parts whole in every part."""
-        for width, most in self.limits():
-            if most < self.divisor:
-                make_whole(Axis.of(width))
+    def replicate_narrow(self) -> tuple[tuple[str, int], ...]:
+        """Keep Widths that are too narrow for K parts whole in every part; the place and size of each."""
+        narrow = dict.fromkeys(width for width, most in self.limits() if most < self.divisor)
+        for width in narrow:
+            make_whole(Axis.of(width))
         _give_owners(self.notes.params.values())
+        return tuple(dict.fromkeys((width.origin, width.size) for width in narrow))
 
 
 def read(gm: fx.GraphModule, divisor: int, domain: Domain, input_size: Sequence[int], output: str) -> Reading:

@@ -160,7 +160,7 @@ def profile(
     parts: int,
     *,
     domain: Domain | None = None,
-    narrow: str | None = None,
+    narrow: str = "replicate",
     img_size: int | tuple[int, int] | None = None,
     width_divisor: int | None = None,
     example_input: torch.Tensor | None = None,

@@ -175,7 +175,7 @@ def verify(
     labelled = None if batches is None else _labelled(model, parts, batches)
     if x is None:
         x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    rows, outputs = claims(analyse(parts.graph, plan.divisor, plan.domain, size, output=plan.output, replicate=True))
+    rows, outputs = claims(analyse(parts.graph, plan.divisor, plan.domain, size, output=plan.output))
     nets, every, x = _in_float64(model, parts, head), [*rows, *outputs], x.to("cpu", torch.float64)
     full = Domain.full(plan.parts).boxes(spatial(size))
     scaled = any(view.scaled for view in plan.views())
