@@ -13,6 +13,7 @@ from timm.layers.cbam import CbamModule
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.non_local_attn import BilinearAttnTransform
 from timm.layers.norm_act import GroupNorm1Act
+from timm.layers.split_batchnorm import SplitBatchNorm2d
 from timm.layers.std_conv import StdConv2dSame
 from timm.models.vgg import ConvMlp
 from torch import nn
@@ -150,6 +151,7 @@ def in_place(x):
 
 conv = nn.Conv2d
 C, N = "normalises over channels", "each part trains its own copy"
+G, S = "groups do not divide among the parts", "not linear on a sum"
 
 
 class Heads(nn.Module):
@@ -169,6 +171,38 @@ class Heads(nn.Module):
         else:
             x = torch.softmax(q @ k.transpose(-2, -1), -1) @ v
         return x.transpose(1, 2).reshape(b, h, w, -1).permute(0, 3, 1, 2)
+
+
+class Functional(nn.Module):
+    """A norm as a function of statistics, weight and bias."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.weight, self.bias = norm, nn.Parameter(torch.rand(12) + 0.5), nn.Parameter(torch.rand(12))
+        self.register_buffer("running_mean", torch.rand(12))
+        self.register_buffer("running_var", torch.rand(12) + 0.5)
+
+    def forward(self, x):
+        return self.norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+class Unpooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+
+    def forward(self, x):
+        y, indices = self.pool(x)
+        return x + self.unpool(y.tanh(), indices)
+
+
+def unpooled(x):
+    y, indices = F.max_pool2d(x, 2, return_indices=True)
+    return F.max_unpool2d(y, indices, 2)
+
+
+def take(x, p):
+    return x.index_select(1, (p * 0).long())
 
 
 class Experts(nn.Module):
@@ -249,6 +283,10 @@ ROWS = {
     "activation of the logits": row(lambda: nn.Sequential(net(), nn.ReLU()), "not linear on a sum"),
     "softmax of the logits": row(lambda: nn.Sequential(net(), nn.Softmax(1)), "not linear on a sum"),
     "softmax over channels": row(lambda: net(fn(lambda x: F.softmax(x, 1))), "softmax over channels"),
+    "Softmax2d": row(lambda: net(nn.Softmax2d()), "softmax over channels"),
+    "Softmax2d of classes": row(
+        lambda: net(tail=(conv(12, 5, 1), nn.Softmax2d(), nn.AdaptiveAvgPool2d(1), nn.Flatten())), S
+    ),
     "softmax over positions": row(lambda: net(fn(lambda x: F.softmax(x, -1)))),
     "attention map of one channel": row(lambda: net(fn(attention_map, conv(12, 1, 1))), "not linear on a sum"),
     "mean over channels": row(lambda: net(fn(lambda x: x * x.mean(1, keepdim=True))), "mean over channels"),
@@ -417,8 +455,6 @@ def two_sequences(x, first, second):
     return second(x, first(x)[1])[0].mean(1)
 
 
-G = "groups do not divide among the parts"
-S = "not linear on a sum"
 STANDARDISED = (tl.StdConv2d, StdConv2dSame, tl.ScaledStdConv2d, tl.ScaledStdConv2dSame)
 ROWS |= {f"{t.__name__} of each channel": row(lambda t=t: net(t(12))) for t in norm.EACH_CHANNEL if "2d" in t.__name__}
 ROWS |= {f"{t.__name__} of groups": row(lambda t=t: net(t(12, groups=6))) for t in norm.EVO_S}
@@ -490,6 +526,63 @@ ROWS |= {
         ).append(nn.Linear(12, 5)),
         "of which each part has only its own term",
     ),
+    "functional BatchNorm": row(lambda: net(Functional(F.batch_norm))),
+    "functional InstanceNorm": row(lambda: net(Functional(lambda x, m, v, w, b: F.instance_norm(x, weight=w, bias=b)))),
+    "SplitBatchNorm2d": row(lambda: net(SplitBatchNorm2d(12, num_splits=2))),
+    "functional PReLU": row(lambda: net(Parameter(F.prelu, 12))),
+    "functional PReLU of one slope": row(lambda: net(Parameter(F.prelu, 1)), N),
+    "ChannelShuffle, G >= K": row(lambda: net(nn.ChannelShuffle(4), conv(24, 12, 1, groups=3), width=24, out=12)),
+    "ChannelShuffle, G < K": row(lambda: net(nn.ChannelShuffle(2), conv(24, 12, 1, groups=4), width=24, out=12)),
+    "ChannelShuffle and grouped convolutions": row(
+        lambda: net(conv(16, 16, 1, groups=4), nn.ChannelShuffle(4), conv(16, 16, 1, groups=4), width=16, out=16)
+    ),
+    "functional channel shuffle": row(lambda: net(fn(lambda x: torch.channel_shuffle(F.channel_shuffle(x, 4), 3)))),
+    "padding by what is there": row(
+        lambda: net(nn.CircularPad2d(1), nn.ReflectionPad2d((1, 0, 2, 0)), nn.ReplicationPad2d(1), conv(12, 12, 3))
+    ),
+    "padding a volume": row(
+        lambda: net(nn.CircularPad3d(1), nn.ReplicationPad3d(1), nn.ReflectionPad3d(1), dims=3), size=(4, 4, 4)
+    ),
+    "padding a signal": row(lambda: net(nn.CircularPad1d(1), nn.ReplicationPad1d(1), dims=1), size=(9,)),
+    "max-unpooling": row(lambda: net(Unpooled()), size=(8, 8)),
+    "max-unpooling by functions": row(lambda: net(fn(unpooled)), size=(8, 8)),
+    "repeat": row(lambda: net(fn(lambda x: x.repeat(1, 2, 1, 2) + x.repeat((1, 2, 1, 2)).tanh()), out=24)),
+    "repeat of a concatenation": row(
+        lambda: net(fn(lambda x: torch.cat([x, x.tanh()], 1).repeat(1, 2, 1, 1)), conv(48, 8, 1), out=8)
+    ),
+    "repeat of one channel": row(
+        lambda: net(fn(lambda x, c: x * c(x).repeat(1, 12, 1, 1), conv(12, 1, 1))), "multiplies a sum"
+    ),
+    "tile": row(lambda: net(fn(lambda x: x.tile(2, 1, 1).tanh() - torch.tile(x, (1, 2, 1, 1))), out=24)),
+    "repeat_interleave": row(lambda: net(fn(lambda x: x.repeat_interleave(2, 1)), conv(24, 12, 1, groups=12))),
+    "index_select of channels": row(
+        lambda: net(fn(lambda x: x.index_select(1, torch.tensor([2, 0, 5])) * 2), out=3), N
+    ),
+    "index_select of classes": row(
+        lambda: net(tail=(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5), Parameter(take, 3, buffer=True)))
+    ),
+    "indices of runs": row(
+        lambda: net(fn(lambda x: x[:, [*range(16, 24), *range(8), *range(4, 12)]]), conv(24, 8, 1), width=24, out=8)
+    ),
+    "indices of an end": row(lambda: net(fn(lambda x: x[:, [*range(12, 24)]] * x[:, [*range(12)]]), width=24, out=12)),
+    "indices of single channels": row(lambda: net(fn(lambda x: x[:, [-1, 0, 2]]), out=3), N),
+    "indices of positions": row(lambda: net(fn(lambda x: x[..., [0, 2, 3]]))),
+    "largest channel": row(lambda: net(fn(lambda x: x * x.argmax(1, keepdim=True))), "argmax over channels"),
+    "largest position": row(lambda: net(fn(lambda x: x * x.flatten(2).argmax(-1)[..., None, None]))),
+    "logsumexp": row(lambda: net(fn(lambda x: x * torch.logsumexp(x, (2, 3), True)))),
+    "topk of positions": row(lambda: net(fn(lambda x: x.flatten(2).topk(3, -1)[0][..., None]))),
+    "topk of channels": row(lambda: net(fn(lambda x, c: c(x).topk(3, 1)[0].sum(1, True) * x, conv(12, 8, 1))), S),
+    "sorted positions": row(lambda: net(fn(lambda x: x.flatten(2).sort(-1)[0].unflatten(2, x.shape[2:]) * x))),
+    "sorted channels": row(lambda: net(fn(lambda x: torch.sort(x, 1, descending=True)[0])), "sort over channels"),
+    "order of channels": row(lambda: net(fn(lambda x: x + x.argsort(1))), "argsort over channels"),
+    "casts": row(
+        lambda: net(fn(lambda x: x.half().to(x.dtype) + x.type(torch.bfloat16).type_as(x) + x.int().type_as(x)))
+    ),
+    "cast of a sum": row(lambda: nn.Sequential(net(), fn(lambda x: x.to(torch.float32).double())), S),
+    "Unflatten": row(lambda: net(nn.Flatten(2), nn.Unflatten(2, (-1, 3)), nn.Unflatten(1, (6, 2)), nn.Flatten(1, 2))),
+    "Unfold": row(lambda: net(nn.Unfold(3), fn(lambda x: x.unflatten(2, (-1, 7))), conv(108, 8, 1), out=8)),
+    "Unfold and Fold": row(lambda: net(fn(lambda x: F.fold(F.unfold(x, 3).tanh(), x.shape[2:], 3)))),
+    "Fold": row(lambda: net(conv(12, 48, 1), nn.Flatten(2), nn.Fold(10, 2)), size=(9, 9)),
     "one gate of several": row(lambda: net(fn(lambda x, c: x * c(x)[:, 1:2].sigmoid(), conv(12, 3, 1))), S),
 }
 
@@ -526,6 +619,8 @@ def test_rule(name, parts):
 # Where positions are entries of a weight, a part has those of its box, (2.13): by value in test_theorem.
 POSITIONS = ["ConvMlp", "two fully connected", "reshape by constants", "GRU on a sum"]
 NOT_ON_BOXES = {
+    "Fold": "does not work on a part's box of 9×6",  # into a size that it names
+    "indices of positions": "positions of the whole image",
     "PixelUnshuffle": "does not work on a part's box of 9×6",  # cuts out 4×4 positions, in blocks of 2
     "pixel shuffles": "does not work on a part's box of 9×7",  # in blocks of 3
     "view as another": "does not work on a part's box of 9×7",  # a view whose sizes are one tuple is not read again
