@@ -118,6 +118,12 @@ def test_bad_head():
         timm_dd.merge(timm_dd.split("dd_plain", 2, width=8), head="max")
 
 
+@pytest.mark.parametrize("call", [timm_dd.merge, timm_dd.Parts.load, lambda parts: timm_dd.merge_files(parts, "out")])
+def test_parts_in_a_list(call):
+    with pytest.raises(MergeError, match="expected the Parts that split .* gave, or their folder, got list"):
+        call(list(timm_dd.split("dd_plain", 2, width=8)))
+
+
 # ---- a correction
 
 

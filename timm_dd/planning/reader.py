@@ -16,7 +16,7 @@ from torch import fx
 
 from ..algebra.domain import Domain, spatial
 from ..algebra.widths import Axis, Width, freeze, make_whole, unify
-from ..errors import SplitError, WidthError
+from ..errors import SplitError, WidthError, reporting
 from .graphs import float_type, module_path
 from .rules.laws import COPY, Context, Kind, Relation
 from .rules.op import RULES, Notes, Op, Param, Value, bind, module_rule
@@ -124,7 +124,8 @@ class _Reader:
         module = self.reading.gm.get_submodule(node.target) if node.op == "call_module" else None
         op = Op(self.notes, node, module, module_path(node), self.sizes.first(node, self.dtype))
         try:
-            value = self._value(op)
+            with reporting(op.where):
+                value = self._value(op)
         except WidthError as e:
             raise Inexpressible(f"{op.where()} cannot be cut into {op.divisor} parts: {e}") from e
         self.sizes.others(node, op.resize, op.where())

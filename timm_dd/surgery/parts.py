@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
-from torch.utils.data import default_collate
 
-from ..errors import MergeError, SplitError, headline
+from ..compat import tree_flatten, tree_unflatten
+from ..errors import MergeError, SplitError, headline, public
 from ..planning.graphs import first_float
 from ..planning.plan import Plan
 from ..storage import files
@@ -64,8 +64,9 @@ class Parts(nn.ModuleList):
         Raises:
             SplitError: a batch of another image size.
         """
-        if tuple(x.shape[1:]) != self.plan.input_size:
-            raise SplitError(f"expected images of {self.plan.input_size}, got a batch of shape {tuple(x.shape)}")
+        if not isinstance(x, torch.Tensor) or tuple(x.shape[1:]) != self.plan.input_size:
+            found = f"a batch of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+            raise SplitError(f"expected images of {self.plan.input_size}, got {found}")
         return tuple(view.crop(x) for view in self.plan.views())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
@@ -73,8 +74,9 @@ class Parts(nn.ModuleList):
         each is stacked; reconstructions of boxes of several sizes are a list."""
         outputs = [part(crop) for part, crop in zip(self, self.crops(x))]
         shapes = {y.shape for y in outputs if isinstance(y, torch.Tensor)}
-        return default_collate(outputs) if len(shapes) <= 1 else outputs
+        return _stacked(outputs) if len(shapes) <= 1 else outputs
 
+    @public
     def packed(self) -> PackedGraph:
         """All parts as one `torch.fx.GraphModule` on stacked crops, with copies of their weights:
         ``packed(torch.stack(parts.crops(x)))`` is (K, B, classes). ``load`` and ``unload`` copy weights from the parts
@@ -91,6 +93,7 @@ class Parts(nn.ModuleList):
             names = part.state_dict()
             part.load_state_dict({name: restrict(state[name], self.plan.tensors[name], k, self.plan) for name in names})
 
+    @public
     def save(self, folder: str | Path) -> None:
         """Write ``part-0000k-of-0000K.safetensors`` and ``plan.json``.
 
@@ -100,6 +103,7 @@ class Parts(nn.ModuleList):
         files.save_parts(folder, self.plan, [part.state_dict() for part in self], self.seed, self.epoch)
 
     @classmethod
+    @public
     def load(cls, folder: str | Path, model: nn.Module | None = None) -> Parts:
         """The parts that `save` wrote. `model` is the module that was split, where it was not a timm name.
 
@@ -120,6 +124,13 @@ class Parts(nn.ModuleList):
         parts = cls(modules, plan, graph, network.origin, seed)
         parts.epoch = epoch
         return parts
+
+
+def _stacked(outputs: list) -> Any:
+    """The parts' outputs, tensor by tensor; what is no tensor (None, a number) is the first part's."""
+    leaves, form = zip(*map(tree_flatten, outputs))
+    stacked = [torch.stack(own) if isinstance(own[0], torch.Tensor) else own[0] for own in zip(*leaves)]
+    return tree_unflatten(stacked, form[0])
 
 
 class _Whole:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class Network:
             SplitError: arguments that do not go with `model`.
         """
         _check_type("model", model, (str, nn.Module), "a timm name or a torch module")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise SplitError(f"{type(model).__name__} has no Python code to trace; split the module that it is made of")
         if isinstance(model, str):
             return cls._of_name(model, reconstruct, with_weights, **options)
         given = [name for name, value in options.items() if value or name not in OF_A_NAME]
@@ -84,6 +87,7 @@ class Network:
         seed: int | None = None,
         **kwargs: Any,
     ) -> Network:
+        _check_type("seed", seed, (int, NoneType), "a whole number")
         args = models.arguments(name, img_size=img_size, **kwargs)
         create = models.create if with_weights else models.create_empty
         module = create(name, pretrained=pretrained, seed=seed, **args)
@@ -156,7 +160,7 @@ def _warn_of_narrow(plan: Plan) -> None:
         warnings.warn(
             f"too few channels for {plan.divisor} parts, so that these stay whole in every part: {places}; "
             "narrow='refuse' makes that an error",
-            stacklevel=4,  # the caller of `split`, `plan` or `profile`
+            stacklevel=5,  # the caller of `split`, `plan` or `profile`
         )
 
 

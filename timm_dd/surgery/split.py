@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from ..algebra.domain import Domain, check_parts
+from ..errors import public
 from ..planning.plan import Plan
 from .parts import Parts
 from .source import Network
 
 
+@public
 def split(
     model: str | nn.Module,
     parts: int,
@@ -55,6 +57,7 @@ def split(
     return Parts([network.part(graph, plan, k) for k in range(parts)], plan, graph, network.origin, seed)
 
 
+@public
 def plan(
     model: str,
     parts: int,
