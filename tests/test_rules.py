@@ -205,6 +205,49 @@ def take(x, p):
     return x.index_select(1, (p * 0).long())
 
 
+def tokens(x, network):
+    """A network of (B, positions, C) on maps."""
+    return network(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+
+
+def attended(x, attention, **kwargs):
+    return tokens(x, lambda t: attention(t, t, t, **kwargs)[0])
+
+
+def crossed(x, conv, attention):
+    y = conv(x).flatten(2).transpose(1, 2)
+    return tokens(x, lambda t: attention(t, y, y.tanh(), need_weights=False)[0])
+
+
+def other_keys(x, attention):
+    return tokens(x, lambda t: attention(t, (y := torch.cat([t, t.tanh()], -1)), y)[0])
+
+
+def weighed(x, attention):
+    def network(t):
+        y, weights = attention(t, t, t)
+        return weights @ y
+
+    return tokens(x, network)
+
+
+def weighed_by_head(x, attention):
+    t = x.flatten(2).transpose(1, 2)
+    y, weights = attention(t, t, t, average_attn_weights=False)
+    return weights @ y.unflatten(-1, (4, 3)).transpose(1, 2)
+
+
+def layer(**options):
+    """A layer of an encoder that normalises nothing; sequence first, as torch's fast path looks into the norms."""
+    made = nn.TransformerEncoderLayer(12, 4, 16, **options)
+    made.norm1, made.norm2 = nn.Identity(), nn.Identity()
+    return made
+
+
+def sequence_first(x, network):
+    return tokens(x, lambda t: network(t.transpose(0, 1)).transpose(0, 1))
+
+
 class Experts(nn.Module):
     def __init__(self, conv, experts=4):
         super().__init__()
@@ -583,6 +626,60 @@ ROWS |= {
     "Unfold": row(lambda: net(nn.Unfold(3), fn(lambda x: x.unflatten(2, (-1, 7))), conv(108, 8, 1), out=8)),
     "Unfold and Fold": row(lambda: net(fn(lambda x: F.fold(F.unfold(x, 3).tanh(), x.shape[2:], 3)))),
     "Fold": row(lambda: net(conv(12, 48, 1), nn.Flatten(2), nn.Fold(10, 2)), size=(9, 9)),
+    "MultiheadAttention, heads >= K": row(lambda: net(fn(attended, nn.MultiheadAttention(12, 6, batch_first=True)))),
+    "MultiheadAttention, heads < K": row(
+        lambda: net(fn(attended, nn.MultiheadAttention(8, 1, batch_first=True)), width=8), "fewer heads than parts"
+    ),
+    "MultiheadAttention, sequence first": row(
+        lambda: net(fn(lambda x, a: attended(x.transpose(0, 3), a).transpose(0, 3), nn.MultiheadAttention(12, 4)))
+    ),
+    "MultiheadAttention with biases and zeros": row(
+        lambda: net(
+            fn(
+                attended,
+                nn.MultiheadAttention(12, 4, add_bias_kv=True, add_zero_attn=True, bias=False, batch_first=True),
+            )
+        )
+    ),
+    "MultiheadAttention, three inputs": row(
+        lambda: net(fn(crossed, conv(12, 12, 1), nn.MultiheadAttention(12, 4, batch_first=True)))
+    ),
+    "MultiheadAttention of another kdim": row(
+        lambda: net(fn(other_keys, nn.MultiheadAttention(12, 4, kdim=24, vdim=24, batch_first=True)))
+    ),
+    "MultiheadAttention, weights": row(
+        lambda: net(fn(weighed, nn.MultiheadAttention(12, 4, batch_first=True))), "a mean over heads"
+    ),
+    "MultiheadAttention, weights of each head": row(
+        lambda: net(fn(weighed_by_head, nn.MultiheadAttention(12, 4, batch_first=True)), out=4)
+    ),
+    "MultiheadAttention with a mask": row(
+        lambda: net(
+            fn(
+                lambda x, a: attended(
+                    x, a, attn_mask=torch.ones(81, 81).tril().log().nan_to_num(neginf=-9.0).type_as(x)
+                ),
+                nn.MultiheadAttention(12, 4, batch_first=True),
+            )
+        ),
+    ),
+    "attention to channels": row(
+        lambda: net(
+            fn(
+                lambda x, a: attended(x.transpose(1, 2), a).transpose(1, 2),
+                nn.MultiheadAttention(9, 3, batch_first=True),
+            )
+        ),
+        "attends to channels",
+    ),
+    "TransformerEncoderLayer": row(lambda: net(fn(tokens, nn.TransformerEncoderLayer(12, 4, 16, batch_first=True))), C),
+    "TransformerEncoderLayer without norms": row(lambda: net(fn(sequence_first, layer()))),
+    "TransformerEncoderLayer, norm first": row(lambda: net(fn(sequence_first, layer(norm_first=True, bias=False)))),
+    "TransformerEncoder": row(
+        lambda: net(
+            fn(sequence_first, nn.TransformerEncoder(layer(activation=nn.SiLU()), 2, enable_nested_tensor=False))
+        )
+    ),
     "one gate of several": row(lambda: net(fn(lambda x, c: x * c(x)[:, 1:2].sigmoid(), conv(12, 3, 1))), S),
 }
 
@@ -619,6 +716,8 @@ def test_rule(name, parts):
 # Where positions are entries of a weight, a part has those of its box, (2.13): by value in test_theorem.
 POSITIONS = ["ConvMlp", "two fully connected", "reshape by constants", "GRU on a sum"]
 NOT_ON_BOXES = {
+    "MultiheadAttention with a mask": "does not work on a part's box of 9×6",
+    "attention to channels": "does not work on a part's box of 9×7",
     "Fold": "does not work on a part's box of 9×6",  # into a size that it names
     "indices of positions": "positions of the whole image",
     "PixelUnshuffle": "does not work on a part's box of 9×6",  # cuts out 4×4 positions, in blocks of 2
