@@ -17,6 +17,7 @@ from timm.layers.split_batchnorm import SplitBatchNorm2d
 from timm.layers.std_conv import StdConv2dSame
 from timm.models.vgg import ConvMlp
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -680,6 +681,7 @@ ROWS |= {
             fn(sequence_first, nn.TransformerEncoder(layer(activation=nn.SiLU()), 2, enable_nested_tensor=False))
         )
     ),
+    "checkpoint": row(lambda: net(fn(lambda x, c: checkpoint(c, x, use_reentrant=False), conv(12, 12, 1)))),
     "one gate of several": row(lambda: net(fn(lambda x, c: x * c(x)[:, 1:2].sigmoid(), conv(12, 3, 1))), S),
 }
 
@@ -802,6 +804,21 @@ def test_a_part_trains(name):
         gradients = {n: p.grad for n, p in network.named_parameters()}
         assert {n for n, g in gradients.items() if g is None or not g.isfinite().all()} == set()
         assert {n for n, g in gradients.items() if not g.any()} == WITHOUT_GRADIENT.get(name, set())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the whole network's own
+def test_reentrant_checkpoints_are_traced_through():
+    model = net(fn(lambda x, c: checkpoint(lambda y: x * c(y), x, use_reentrant=True), conv(12, 12, 1))).double()
+    x = images(2, 3, 9, 9)
+    parts = shake(timm_dd.split(model, 3, domain=Domain.full(3), example_input=x))
+    assert parts.plan.exact
+    assert sum_error(parts, timm_dd.merge(parts), x) <= RELATIVE
+
+
+def test_branches_on_attributes_of_tensors_are_decided():
+    model = net(fn(lambda x, c: checkpoint(c, x, use_reentrant=False) if x.requires_grad else x, conv(12, 12, 1)))
+    parts = timm_dd.split(model, 3, domain=Domain.full(3), example_input=torch.empty(1, 3, 9, 9))
+    assert "2.inner.0" in {layer.path for layer in parts.plan.layers}
 
 
 def test_every_rule_has_a_row():

@@ -69,6 +69,7 @@ def test_other_numbers_of_parts(name, parts):
         ("efficientnet_b0", {"features_only": True, "out_indices": (1, 3)}),
         ("resnet26", {"block_args": {"attn_layer": "se"}}),
         ("inception_v3", {"aux_logits": True}),
+        ("densenet121", {"memory_efficient": True}),
     ],
 )
 def test_variants(name, kwargs):
