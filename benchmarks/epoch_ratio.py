@@ -153,7 +153,6 @@ def rows(names: list[str], rounds: int):
             domain=setting.domain,
             img_size=setting.size,
             num_classes=10,
-            narrow="replicate",
         )
         with tempfile.TemporaryDirectory() as folder:
             found = measure(setting, rounds, folder)

@@ -100,7 +100,7 @@ def simulated(rounds: int):
         for side in (1, 2, 4, 8, 16, 32):
             K = side * side
             box = Box((0, 0), (SIZE // side, SIZE // side))
-            given = {"img_size": SIZE, "num_classes": 10, "narrow": "replicate"}
+            given = {"img_size": SIZE, "num_classes": 10}
             one = timm_dd.split(MODEL, 1, width_divisor=K, domain=Domain.custom([box]), **given)
             part = one[0].to(memory_format=torch.channels_last)
             network = learner(part, box, folder)

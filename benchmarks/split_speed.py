@@ -39,7 +39,7 @@ def largest_of_each_file() -> list[str]:
 
 
 def ours(name: str) -> Callable:
-    parts = timm_dd.split(name, PARTS, domain=Domain.full(PARTS), narrow="replicate")
+    parts = timm_dd.split(name, PARTS, domain=Domain.full(PARTS))
     return lambda: parts
 
 

@@ -25,7 +25,7 @@ from common import provenance, write_table
 from tqdm import tqdm
 
 import timm_dd
-from timm_dd import Domain, SplitError
+from timm_dd import Domain
 from timm_dd.errors import headline
 
 FOLDER = Path(__file__).parent / "zoo"
@@ -70,31 +70,27 @@ def take_statistics(parts, x: torch.Tensor) -> None:
 
 
 def check(name: str, parts: int, max_params: float) -> dict:
-    try:
-        plan, narrow = timm_dd.plan(name, parts, domain=Domain.full(parts)), None
-    except SplitError:
-        narrow = "replicate"
-        plan = timm_dd.plan(name, parts, domain=Domain.full(parts), narrow=narrow)
-    row = {"params": plan.params(), "part_params": plan.params(0), "replicated": "yes" if narrow else ""}
+    plan = timm_dd.plan(name, parts, domain=Domain.full(parts))
+    row = {"params": plan.params(), "part_params": plan.params(0), "replicated": "yes" if plan.narrow else ""}
     row["reason"] = "; ".join(sorted({reason for *_, reason in plan.approximations}))
     if plan.params() > max_params:
-        shapes(name, plan, narrow)
+        shapes(name, plan)
         return {**row, "verdict": "exact, shapes alone" if plan.exact else "approximate, shapes alone"}
-    error, rounding = compare(name, plan, narrow)
+    error, rounding = compare(name, plan)
     if error <= 1e-9 and not plan.exact:
-        error, rounding = compare(name, plan, narrow, statistics=True)
+        error, rounding = compare(name, plan, statistics=True)
     claim = error <= max(1e-9, 10 * rounding)
     assert claim == plan.exact, f"the plan says {'exact' if plan.exact else 'approximate'}, the error is {error:.1e}"
     verdict = "exact" if plan.exact else "approximate"
     return {**row, "verdict": verdict, "error": f"{error:.1e}", "rounding": f"{rounding:.1e}"}
 
 
-def compare(name: str, plan, narrow: str | None, statistics: bool = False) -> tuple[float, float]:
+def compare(name: str, plan, statistics: bool = False) -> tuple[float, float]:
     """The error of the sum of the parts, and that of the composed model against itself when its image moves by the last
     digit; the round trip gives every cut tensor back bit for bit."""
     torch.manual_seed(0)
     full = Domain.full(plan.parts)
-    parts = timm_dd.split(name, plan.parts, domain=full, narrow=narrow).double().eval()
+    parts = timm_dd.split(name, plan.parts, domain=full).double().eval()
     shake(parts)
     if statistics:
         take_statistics(parts, torch.randn(2, *plan.input_size, dtype=torch.float64))
@@ -103,7 +99,7 @@ def compare(name: str, plan, narrow: str | None, statistics: bool = False) -> tu
     with torch.no_grad():
         whole, nudged, *own = (outputs(y) for y in (merged(x), merged(x * (1 + EPSILON)), *(part(x) for part in parts)))
     assert all(t.isfinite().all() for t in whole), "the composed model's outputs are not finite"
-    again = timm_dd.split(merged, plan.parts, domain=full, narrow=narrow, example_input=x)
+    again = timm_dd.split(merged, plan.parts, domain=full, example_input=x)
     for part, back in zip((p.state_dict() for p in parts), (p.state_dict() for p in again)):
         for key, t in part.items():
             if t.shape != plan.tensors[key].shape:
@@ -115,14 +111,14 @@ def distance(whole: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     return max(float((w - o).norm() / w.norm()) for w, o in zip(whole, other))
 
 
-def shapes(name: str, plan, narrow: str | None) -> None:
+def shapes(name: str, plan) -> None:
     """Split without weights in memory: the shapes of the parts' tensors, and of what they give."""
     with torch.device("meta"):
         model = timm.create_model(name)
         x = torch.empty(1, *plan.input_size)
     whole = outputs(model.eval()(x))
     full = Domain.full(plan.parts)
-    for k, part in enumerate(timm_dd.split(model, plan.parts, domain=full, narrow=narrow, example_input=x)):
+    for k, part in enumerate(timm_dd.split(model, plan.parts, domain=full, example_input=x)):
         for key, t in part.state_dict().items():
             assert tuple(t.shape) == plan.tensors[key].part_shape(k, plan.parts), f"{key} of part {k}: {tuple(t.shape)}"
         given = [t.shape for t in outputs(part(x))]

@@ -48,7 +48,7 @@ def make(folder: Path) -> list[Path]:
     with windows. A folder beside them has the merged models."""
     scaled = Domain.full(PARTS, scale=0.5)
     timm_dd.split("dd_resnet20_16", PARTS, seed=0, num_classes=3, domain=scaled).half().save(folder / "a")
-    timm_dd.split("tinynet_e", PARTS, seed=0, num_classes=3, narrow="replicate", img_size=32).save(folder / "b")
+    timm_dd.split("tinynet_e", PARTS, seed=0, num_classes=3, img_size=32).save(folder / "b")
     flat = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
     domain = Domain.grid(1, 2, overlap=2)
     timm_dd.split(flat, PARTS, example_input=torch.empty(1, 3, 8, 8), domain=domain).save(folder / "c")

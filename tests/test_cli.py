@@ -27,10 +27,27 @@ def test_plan(capsys):
     assert json.loads(capsys.readouterr().out)["parts"] == 4
 
 
-def test_plan_of_a_narrow_model_says_what_is_replicated(capsys):
-    assert main(["plan", "tinynet_e", "4", "--narrow", "replicate"]) == 0
-    row = next(r for r in capsys.readouterr().out.splitlines() if r.startswith("blocks.1.0.se.act1"))
-    assert row.split()[1:4] == ["SiLU", "2×1×1", "2×1×1"] and "not linear on a sum" in row
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("command", ["plan", "profile"])
+def test_what_is_too_narrow_is_replicated_with_one_warning(capsys, command, recwarn):
+    assert main([command, "tinynet_e", "4"]) == 0
+    (warning,) = recwarn
+    assert "blocks.1.0.se.conv_reduce (node blocks_1_0_se_conv_reduce) of 2;" in str(warning.message)
+    if command == "plan":
+        lines = capsys.readouterr().out.splitlines()
+        row = next(r for r in lines if r.startswith("blocks.1.0.se.act1"))
+        assert row.split()[1:4] == ["SiLU", "2×1×1", "2×1×1"] and "not linear on a sum" in row
+        assert "  Conv2d blocks.1.0.se.conv_reduce (node blocks_1_0_se_conv_reduce): 2" in lines
+    assert main([command, "tinynet_e", "4", "--narrow", "refuse"]) == 1
+    assert "largest K that works here is 2" in capsys.readouterr().err
+
+
+def test_a_warning_of_a_command_is_one_line():
+    command = [sys.executable, "-m", "timm_dd.cli", "plan", "tinynet_e", "4"]
+    code = "import sys; from timm_dd.cli import main; main(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, *command[3:]], capture_output=True, text=True, check=True)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("timm-dd plan: warning: too few channels for 4 parts")
 
 
 def test_colours_are_for_terminals(capsys, monkeypatch):
@@ -148,7 +165,7 @@ def test_a_picture_of_the_boxes(tmp_path, capsys):
     [
         (["plan", "resnet5", "4"], 1, "did you mean"),
         (["plan", "resnet18", "0"], 1, "from 1 up"),
-        (["split", "resnet18", "100", "-o", "out"], 1, "largest K"),
+        (["split", "resnet18", "100", "-o", "out", "--narrow", "refuse"], 1, "largest K"),
         (["merge", "nowhere", "-o", "out"], 1, "no plan.json"),
         (["plan", "resnet18"], 2, "required"),
         (["dance"], 2, "invalid choice"),

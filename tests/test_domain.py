@@ -122,6 +122,12 @@ def test_crops_are_views():
     [
         (lambda: Domain.grid(0, 2), "at least one box"),
         (lambda: Domain.grid(), "at least one box"),
+        (lambda: Domain.grid(2.0, 2), "at least one box"),
+        (lambda: Domain.grid(2, 2, overlap=0.5), "whole numbers of pixels from 0 up, got 0.5 and 0"),
+        (lambda: Domain.centered8(margin="4"), "whole numbers of pixels from 0 up, got 0 and '4'"),
+        (lambda: Domain.type_b(2.5), "at least one box"),
+        (lambda: Domain.custom([4]), "expected boxes of whole pixels"),
+        (lambda: Domain.custom([Box((0.5, 0), (4, 4))]), "expected boxes of whole pixels"),
         (lambda: Domain.grid(2, 2, overlap=-1), "from 0 up"),
         (lambda: Domain.grid(2, 2, overlap=17).boxes((32, 32)), "largest overlap here is 16"),
         (lambda: Domain.grid(2, 2, margin=16).boxes((32, 32)), "do not fit"),

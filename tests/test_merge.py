@@ -2,11 +2,12 @@
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import timm
 import torch
-from conftest import Plain, images, shake
+from conftest import NARROW, Plain, images, shake
 from safetensors.torch import load_file, save_file
 from timm.layers import StdConv2d
 from torch import nn
@@ -117,6 +118,12 @@ def test_bad_head():
         timm_dd.merge(timm_dd.split("dd_plain", 2, width=8), head="max")
 
 
+@pytest.mark.parametrize("call", [timm_dd.merge, timm_dd.Parts.load, lambda parts: timm_dd.merge_files(parts, "out")])
+def test_parts_in_a_list(call):
+    with pytest.raises(MergeError, match="expected the Parts that split .* gave, or their folder, got list"):
+        call(list(timm_dd.split("dd_plain", 2, width=8)))
+
+
 # ---- a correction
 
 
@@ -190,7 +197,9 @@ def parts_of(module, parts, pixels):
     dtype = next(module.parameters()).dtype
     x = torch.empty(1, 3, pixels, pixels, dtype=dtype)
     domain = Domain.grid(2, 2, margin=1) if isinstance(module, Positions) else Domain.full(parts)
-    return timm_dd.split(module, parts, example_input=x, domain=domain, narrow="replicate")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=NARROW)
+        return timm_dd.split(module, parts, example_input=x, domain=domain)
 
 
 def assert_same(found, expected):

@@ -13,9 +13,11 @@ from timm.layers.cbam import CbamModule
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.non_local_attn import BilinearAttnTransform
 from timm.layers.norm_act import GroupNorm1Act
+from timm.layers.split_batchnorm import SplitBatchNorm2d
 from timm.layers.std_conv import StdConv2dSame
 from timm.models.vgg import ConvMlp
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -150,6 +152,7 @@ def in_place(x):
 
 conv = nn.Conv2d
 C, N = "normalises over channels", "each part trains its own copy"
+G, S = "groups do not divide among the parts", "not linear on a sum"
 
 
 class Heads(nn.Module):
@@ -169,6 +172,81 @@ class Heads(nn.Module):
         else:
             x = torch.softmax(q @ k.transpose(-2, -1), -1) @ v
         return x.transpose(1, 2).reshape(b, h, w, -1).permute(0, 3, 1, 2)
+
+
+class Functional(nn.Module):
+    """A norm as a function of statistics, weight and bias."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.weight, self.bias = norm, nn.Parameter(torch.rand(12) + 0.5), nn.Parameter(torch.rand(12))
+        self.register_buffer("running_mean", torch.rand(12))
+        self.register_buffer("running_var", torch.rand(12) + 0.5)
+
+    def forward(self, x):
+        return self.norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+class Unpooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+
+    def forward(self, x):
+        y, indices = self.pool(x)
+        return x + self.unpool(y.tanh(), indices)
+
+
+def unpooled(x):
+    y, indices = F.max_pool2d(x, 2, return_indices=True)
+    return F.max_unpool2d(y, indices, 2)
+
+
+def take(x, p):
+    return x.index_select(1, (p * 0).long())
+
+
+def tokens(x, network):
+    """A network of (B, positions, C) on maps."""
+    return network(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+
+
+def attended(x, attention, **kwargs):
+    return tokens(x, lambda t: attention(t, t, t, **kwargs)[0])
+
+
+def crossed(x, conv, attention):
+    y = conv(x).flatten(2).transpose(1, 2)
+    return tokens(x, lambda t: attention(t, y, y.tanh(), need_weights=False)[0])
+
+
+def other_keys(x, attention):
+    return tokens(x, lambda t: attention(t, (y := torch.cat([t, t.tanh()], -1)), y)[0])
+
+
+def weighed(x, attention):
+    def network(t):
+        y, weights = attention(t, t, t)
+        return weights @ y
+
+    return tokens(x, network)
+
+
+def weighed_by_head(x, attention):
+    t = x.flatten(2).transpose(1, 2)
+    y, weights = attention(t, t, t, average_attn_weights=False)
+    return weights @ y.unflatten(-1, (4, 3)).transpose(1, 2)
+
+
+def layer(**options):
+    """A layer of an encoder that normalises nothing; sequence first, as torch's fast path looks into the norms."""
+    made = nn.TransformerEncoderLayer(12, 4, 16, **options)
+    made.norm1, made.norm2 = nn.Identity(), nn.Identity()
+    return made
+
+
+def sequence_first(x, network):
+    return tokens(x, lambda t: network(t.transpose(0, 1)).transpose(0, 1))
 
 
 class Experts(nn.Module):
@@ -249,6 +327,10 @@ ROWS = {
     "activation of the logits": row(lambda: nn.Sequential(net(), nn.ReLU()), "not linear on a sum"),
     "softmax of the logits": row(lambda: nn.Sequential(net(), nn.Softmax(1)), "not linear on a sum"),
     "softmax over channels": row(lambda: net(fn(lambda x: F.softmax(x, 1))), "softmax over channels"),
+    "Softmax2d": row(lambda: net(nn.Softmax2d()), "softmax over channels"),
+    "Softmax2d of classes": row(
+        lambda: net(tail=(conv(12, 5, 1), nn.Softmax2d(), nn.AdaptiveAvgPool2d(1), nn.Flatten())), S
+    ),
     "softmax over positions": row(lambda: net(fn(lambda x: F.softmax(x, -1)))),
     "attention map of one channel": row(lambda: net(fn(attention_map, conv(12, 1, 1))), "not linear on a sum"),
     "mean over channels": row(lambda: net(fn(lambda x: x * x.mean(1, keepdim=True))), "mean over channels"),
@@ -417,8 +499,6 @@ def two_sequences(x, first, second):
     return second(x, first(x)[1])[0].mean(1)
 
 
-G = "groups do not divide among the parts"
-S = "not linear on a sum"
 STANDARDISED = (tl.StdConv2d, StdConv2dSame, tl.ScaledStdConv2d, tl.ScaledStdConv2dSame)
 ROWS |= {f"{t.__name__} of each channel": row(lambda t=t: net(t(12))) for t in norm.EACH_CHANNEL if "2d" in t.__name__}
 ROWS |= {f"{t.__name__} of groups": row(lambda t=t: net(t(12, groups=6))) for t in norm.EVO_S}
@@ -490,6 +570,118 @@ ROWS |= {
         ).append(nn.Linear(12, 5)),
         "of which each part has only its own term",
     ),
+    "functional BatchNorm": row(lambda: net(Functional(F.batch_norm))),
+    "functional InstanceNorm": row(lambda: net(Functional(lambda x, m, v, w, b: F.instance_norm(x, weight=w, bias=b)))),
+    "SplitBatchNorm2d": row(lambda: net(SplitBatchNorm2d(12, num_splits=2))),
+    "functional PReLU": row(lambda: net(Parameter(F.prelu, 12))),
+    "functional PReLU of one slope": row(lambda: net(Parameter(F.prelu, 1)), N),
+    "ChannelShuffle, G >= K": row(lambda: net(nn.ChannelShuffle(4), conv(24, 12, 1, groups=3), width=24, out=12)),
+    "ChannelShuffle, G < K": row(lambda: net(nn.ChannelShuffle(2), conv(24, 12, 1, groups=4), width=24, out=12)),
+    "ChannelShuffle and grouped convolutions": row(
+        lambda: net(conv(16, 16, 1, groups=4), nn.ChannelShuffle(4), conv(16, 16, 1, groups=4), width=16, out=16)
+    ),
+    "functional channel shuffle": row(lambda: net(fn(lambda x: torch.channel_shuffle(F.channel_shuffle(x, 4), 3)))),
+    "padding by what is there": row(
+        lambda: net(nn.CircularPad2d(1), nn.ReflectionPad2d((1, 0, 2, 0)), nn.ReplicationPad2d(1), conv(12, 12, 3))
+    ),
+    "padding a volume": row(
+        lambda: net(nn.CircularPad3d(1), nn.ReplicationPad3d(1), nn.ReflectionPad3d(1), dims=3), size=(4, 4, 4)
+    ),
+    "padding a signal": row(lambda: net(nn.CircularPad1d(1), nn.ReplicationPad1d(1), dims=1), size=(9,)),
+    "max-unpooling": row(lambda: net(Unpooled()), size=(8, 8)),
+    "max-unpooling by functions": row(lambda: net(fn(unpooled)), size=(8, 8)),
+    "repeat": row(lambda: net(fn(lambda x: x.repeat(1, 2, 1, 2) + x.repeat((1, 2, 1, 2)).tanh()), out=24)),
+    "repeat of a concatenation": row(
+        lambda: net(fn(lambda x: torch.cat([x, x.tanh()], 1).repeat(1, 2, 1, 1)), conv(48, 8, 1), out=8)
+    ),
+    "repeat of one channel": row(
+        lambda: net(fn(lambda x, c: x * c(x).repeat(1, 12, 1, 1), conv(12, 1, 1))), "multiplies a sum"
+    ),
+    "tile": row(lambda: net(fn(lambda x: x.tile(2, 1, 1).tanh() - torch.tile(x, (1, 2, 1, 1))), out=24)),
+    "repeat_interleave": row(lambda: net(fn(lambda x: x.repeat_interleave(2, 1)), conv(24, 12, 1, groups=12))),
+    "index_select of channels": row(
+        lambda: net(fn(lambda x: x.index_select(1, torch.tensor([2, 0, 5])) * 2), out=3), N
+    ),
+    "index_select of classes": row(
+        lambda: net(tail=(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5), Parameter(take, 3, buffer=True)))
+    ),
+    "indices of runs": row(
+        lambda: net(fn(lambda x: x[:, [*range(16, 24), *range(8), *range(4, 12)]]), conv(24, 8, 1), width=24, out=8)
+    ),
+    "indices of an end": row(lambda: net(fn(lambda x: x[:, [*range(12, 24)]] * x[:, [*range(12)]]), width=24, out=12)),
+    "indices of single channels": row(lambda: net(fn(lambda x: x[:, [-1, 0, 2]]), out=3), N),
+    "indices of positions": row(lambda: net(fn(lambda x: x[..., [0, 2, 3]]))),
+    "largest channel": row(lambda: net(fn(lambda x: x * x.argmax(1, keepdim=True))), "argmax over channels"),
+    "largest position": row(lambda: net(fn(lambda x: x * x.flatten(2).argmax(-1)[..., None, None]))),
+    "logsumexp": row(lambda: net(fn(lambda x: x * torch.logsumexp(x, (2, 3), True)))),
+    "topk of positions": row(lambda: net(fn(lambda x: x.flatten(2).topk(3, -1)[0][..., None]))),
+    "topk of channels": row(lambda: net(fn(lambda x, c: c(x).topk(3, 1)[0].sum(1, True) * x, conv(12, 8, 1))), S),
+    "sorted positions": row(lambda: net(fn(lambda x: x.flatten(2).sort(-1)[0].unflatten(2, x.shape[2:]) * x))),
+    "sorted channels": row(lambda: net(fn(lambda x: torch.sort(x, 1, descending=True)[0])), "sort over channels"),
+    "order of channels": row(lambda: net(fn(lambda x: x + x.argsort(1))), "argsort over channels"),
+    "casts": row(
+        lambda: net(fn(lambda x: x.half().to(x.dtype) + x.type(torch.bfloat16).type_as(x) + x.int().type_as(x)))
+    ),
+    "cast of a sum": row(lambda: nn.Sequential(net(), fn(lambda x: x.to(torch.float32).double())), S),
+    "Unflatten": row(lambda: net(nn.Flatten(2), nn.Unflatten(2, (-1, 3)), nn.Unflatten(1, (6, 2)), nn.Flatten(1, 2))),
+    "Unfold": row(lambda: net(nn.Unfold(3), fn(lambda x: x.unflatten(2, (-1, 7))), conv(108, 8, 1), out=8)),
+    "Unfold and Fold": row(lambda: net(fn(lambda x: F.fold(F.unfold(x, 3).tanh(), x.shape[2:], 3)))),
+    "Fold": row(lambda: net(conv(12, 48, 1), nn.Flatten(2), nn.Fold(10, 2)), size=(9, 9)),
+    "MultiheadAttention, heads >= K": row(lambda: net(fn(attended, nn.MultiheadAttention(12, 6, batch_first=True)))),
+    "MultiheadAttention, heads < K": row(
+        lambda: net(fn(attended, nn.MultiheadAttention(8, 1, batch_first=True)), width=8), "fewer heads than parts"
+    ),
+    "MultiheadAttention, sequence first": row(
+        lambda: net(fn(lambda x, a: attended(x.transpose(0, 3), a).transpose(0, 3), nn.MultiheadAttention(12, 4)))
+    ),
+    "MultiheadAttention with biases and zeros": row(
+        lambda: net(
+            fn(
+                attended,
+                nn.MultiheadAttention(12, 4, add_bias_kv=True, add_zero_attn=True, bias=False, batch_first=True),
+            )
+        )
+    ),
+    "MultiheadAttention, three inputs": row(
+        lambda: net(fn(crossed, conv(12, 12, 1), nn.MultiheadAttention(12, 4, batch_first=True)))
+    ),
+    "MultiheadAttention of another kdim": row(
+        lambda: net(fn(other_keys, nn.MultiheadAttention(12, 4, kdim=24, vdim=24, batch_first=True)))
+    ),
+    "MultiheadAttention, weights": row(
+        lambda: net(fn(weighed, nn.MultiheadAttention(12, 4, batch_first=True))), "a mean over heads"
+    ),
+    "MultiheadAttention, weights of each head": row(
+        lambda: net(fn(weighed_by_head, nn.MultiheadAttention(12, 4, batch_first=True)), out=4)
+    ),
+    "MultiheadAttention with a mask": row(
+        lambda: net(
+            fn(
+                lambda x, a: attended(
+                    x, a, attn_mask=torch.ones(81, 81).tril().log().nan_to_num(neginf=-9.0).type_as(x)
+                ),
+                nn.MultiheadAttention(12, 4, batch_first=True),
+            )
+        ),
+    ),
+    "attention to channels": row(
+        lambda: net(
+            fn(
+                lambda x, a: attended(x.transpose(1, 2), a).transpose(1, 2),
+                nn.MultiheadAttention(9, 3, batch_first=True),
+            )
+        ),
+        "attends to channels",
+    ),
+    "TransformerEncoderLayer": row(lambda: net(fn(tokens, nn.TransformerEncoderLayer(12, 4, 16, batch_first=True))), C),
+    "TransformerEncoderLayer without norms": row(lambda: net(fn(sequence_first, layer()))),
+    "TransformerEncoderLayer, norm first": row(lambda: net(fn(sequence_first, layer(norm_first=True, bias=False)))),
+    "TransformerEncoder": row(
+        lambda: net(
+            fn(sequence_first, nn.TransformerEncoder(layer(activation=nn.SiLU()), 2, enable_nested_tensor=False))
+        )
+    ),
+    "checkpoint": row(lambda: net(fn(lambda x, c: checkpoint(c, x, use_reentrant=False), conv(12, 12, 1)))),
     "one gate of several": row(lambda: net(fn(lambda x, c: x * c(x)[:, 1:2].sigmoid(), conv(12, 3, 1))), S),
 }
 
@@ -526,6 +718,10 @@ def test_rule(name, parts):
 # Where positions are entries of a weight, a part has those of its box, (2.13): by value in test_theorem.
 POSITIONS = ["ConvMlp", "two fully connected", "reshape by constants", "GRU on a sum"]
 NOT_ON_BOXES = {
+    "MultiheadAttention with a mask": "does not work on a part's box of 9×6",
+    "attention to channels": "does not work on a part's box of 9×7",
+    "Fold": "does not work on a part's box of 9×6",  # into a size that it names
+    "indices of positions": "positions of the whole image",
     "PixelUnshuffle": "does not work on a part's box of 9×6",  # cuts out 4×4 positions, in blocks of 2
     "pixel shuffles": "does not work on a part's box of 9×7",  # in blocks of 3
     "view as another": "does not work on a part's box of 9×7",  # a view whose sizes are one tuple is not read again
@@ -608,6 +804,21 @@ def test_a_part_trains(name):
         gradients = {n: p.grad for n, p in network.named_parameters()}
         assert {n for n, g in gradients.items() if g is None or not g.isfinite().all()} == set()
         assert {n for n, g in gradients.items() if not g.any()} == WITHOUT_GRADIENT.get(name, set())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the whole network's own
+def test_reentrant_checkpoints_are_traced_through():
+    model = net(fn(lambda x, c: checkpoint(lambda y: x * c(y), x, use_reentrant=True), conv(12, 12, 1))).double()
+    x = images(2, 3, 9, 9)
+    parts = shake(timm_dd.split(model, 3, domain=Domain.full(3), example_input=x))
+    assert parts.plan.exact
+    assert sum_error(parts, timm_dd.merge(parts), x) <= RELATIVE
+
+
+def test_branches_on_attributes_of_tensors_are_decided():
+    model = net(fn(lambda x, c: checkpoint(c, x, use_reentrant=False) if x.requires_grad else x, conv(12, 12, 1)))
+    parts = timm_dd.split(model, 3, domain=Domain.full(3), example_input=torch.empty(1, 3, 9, 9))
+    assert "2.inner.0" in {layer.path for layer in parts.plan.layers}
 
 
 def test_every_rule_has_a_row():

@@ -2,16 +2,21 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import timm
 import torch
-from conftest import RELATIVE, Plain, check_split, images, shake, sum_error
+from conftest import NARROW, RELATIVE, Plain, check_split, images, shake, sum_error
+from timm.layers import StdConv2d
 from torch import fx, nn
+from torch.nn.utils import prune, spectral_norm, weight_norm
 
 import timm_dd
-from timm_dd import Domain, SplitError
+from timm_dd import Domain, SplitError, TimmDDError
+from timm_dd.planning.rules.op import RULES
 from timm_dd.reports.verify import verify
+from timm_dd.surgery import source
 
 QUICK = ["resnet18", "mobilenetv3_small_050", "dd_resnet32"]
 FAMILIES = [
@@ -222,6 +227,59 @@ class Branches(nn.Module):
 
 
 IMAGE = torch.empty(1, 3, 16, 16)
+
+
+def hooked(by):
+    """A network with a weight that one of torch's old-style hooks computes."""
+    model = copy.deepcopy(VALID)
+    with warnings.catch_warnings(action="ignore"):  # torch prefers its parametrizations
+        by(model[0], "weight")
+    return model
+
+
+def scripted():
+    with warnings.catch_warnings(action="ignore"):
+        return torch.jit.script(VALID)
+
+
+class Nothing(nn.Module):
+    """Gives None and a number beside its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = copy.deepcopy(VALID)
+
+    def forward(self, x):
+        return {"logits": self.net(x), "aux": None, "number": 3}
+
+
+def test_outputs_that_are_no_tensors():
+    parts = timm_dd.split(Nothing(), 2, example_input=IMAGE).eval()
+    x = torch.randn(2, *IMAGE.shape[1:])
+    given = parts(x)
+    assert given["aux"] is None and given["number"] == 3
+    assert torch.equal(given["logits"], torch.stack([p(c)["logits"] for p, c in zip(parts, parts.crops(x))]))
+
+
+def test_what_nobody_has_foreseen_names_its_place(monkeypatch):
+    def broken(*args):
+        raise KeyError("weight")
+
+    monkeypatch.setitem(RULES, nn.Conv2d, broken)
+    with pytest.raises(TimmDDError, match=r"Conv2d 0 \(node _0\): KeyError: 'weight'; that is a bug of timm_dd"):
+        timm_dd.split(VALID, 2, example_input=IMAGE)
+    monkeypatch.setattr(source, "emit", broken)
+    with pytest.raises(TimmDDError, match=r"split: KeyError: 'weight'; that is a bug"):
+        timm_dd.split(
+            nn.Sequential(nn.Flatten(), nn.Linear(12, 4)),
+            2,
+            example_input=torch.empty(1, 12, 1, 1),
+            domain=Domain.full(2),
+        )
+    with pytest.raises(TypeError, match="missing a required argument: 'parts'"):
+        timm_dd.split("resnet18")
+
+
 VALID = nn.Sequential(nn.Conv2d(3, 8, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
 
 
@@ -232,9 +290,16 @@ VALID = nn.Sequential(nn.Conv2d(3, 8, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         (lambda: timm_dd.split("resnet18", 0), "from 1 up, got 0"),
         (lambda: timm_dd.split("resnet18", -1), "from 1 up"),
         (lambda: timm_dd.split("resnet18", 2.0), "from 1 up"),
-        (lambda: timm_dd.split("resnet18", 65), "has 64 channels to cut, fewer than 65 parts; .* works here is 64"),
-        (lambda: timm_dd.split("efficientnet_b0", 9), r"conv_reduce .* has 4 channels .* works here is 4"),
+        (lambda: timm_dd.split("resnet18", 65, narrow="refuse"), "has 64 channels .* fewer than 65 parts; .* is 64"),
+        (lambda: timm_dd.split("efficientnet_b0", 9, narrow="refuse"), r"conv_reduce .* 4 channels .* is 4"),
         (lambda: timm_dd.split("resnet18", 4, domain=Domain.grid(3, 1)), "expected 4 boxes"),
+        (lambda: timm_dd.split("resnet18", 4, seed="0"), "seed: expected a whole number, got str"),
+        (lambda: timm_dd.split(scripted(), 2, example_input=IMAGE), "no Python code to trace"),
+        (lambda: timm_dd.split(hooked(prune.identity), 2, example_input=IMAGE), "0 .* its weight is computed by"),
+        (lambda: timm_dd.split(hooked(weight_norm), 2, example_input=IMAGE), "weight is computed by a hook; make a"),
+        (lambda: timm_dd.split(hooked(spectral_norm), 2, example_input=IMAGE), "weight is computed by a hook; make a"),
+        (lambda: timm_dd.split("dd_resnet32", 4).crops(None), "expected images of .* got NoneType"),
+        (lambda: timm_dd.verify(VALID, None), "expected a merged model .* and NoneType"),
         (lambda: timm_dd.split("resnet18", 4, domain=Domain.grid(2, 2, overlap=500)), "larger than the image"),
         (lambda: timm_dd.split("resnet18", 4, colour="red"), "cannot create"),
         (lambda: timm_dd.split(VALID, 4, domain=Domain.grid(4, 1), example_input=IMAGE), "a part's box of 4×16 pixels"),
@@ -251,6 +316,28 @@ def test_bad_input(call, message):
     assert "\n" not in str(e.value)
 
 
+THIN = {  # the middle of a network, with three channels for four parts, and why it is approximate
+    "Conv2d": (nn.Conv2d(8, 3, 1), "reads a sum"),
+    "Conv2d, activation": (nn.Sequential(nn.Conv2d(8, 3, 1), nn.ReLU()), "not linear on a sum"),
+    "standardised": (StdConv2d(8, 3, 1), "standardises each filter over the input channels"),
+    "BatchNorm": (nn.Sequential(nn.Conv2d(8, 3, 1), nn.BatchNorm2d(3)), "not linear on a sum"),
+}
+
+
+@pytest.mark.parametrize("name", THIN)
+def test_what_is_narrower_than_k_stays_whole(name):
+    middle, reason = THIN[name]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), middle, nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(32, 5))
+    with pytest.warns(UserWarning, match=NARROW) as said:
+        parts = timm_dd.split(model, 4, domain=Domain.full(4), example_input=torch.empty(1, 3, 4, 4))
+    assert len(said) == 1 and said[0].filename == __file__
+    ((where, channels),) = parts.plan.narrow
+    assert where in str(said[0].message) and where in str(parts.plan) and channels == 3
+    check_split(parts, reason)
+    with pytest.raises(SplitError, match="3 channels to cut, fewer than 4 parts"):
+        timm_dd.split(model, 4, domain=Domain.full(4), example_input=torch.empty(1, 3, 4, 4), narrow="refuse")
+
+
 @pytest.mark.parametrize("groups, width, too_many", [(32, 128, 40), (4, 64, 17), (1, 12, 13)])
 def test_the_largest_k_of_the_message_works(groups, width, too_many):
     model = nn.Sequential(
@@ -258,9 +345,9 @@ def test_the_largest_k_of_the_message_works(groups, width, too_many):
     )
     x = torch.empty(1, 3, 1, 1)
     with pytest.raises(SplitError, match="largest K") as e:
-        timm_dd.split(model, too_many, domain=Domain.full(too_many), example_input=x)
+        timm_dd.split(model, too_many, domain=Domain.full(too_many), example_input=x, narrow="refuse")
     largest = int(str(e.value).rsplit(" ", 1)[1])
     assert len(timm_dd.split(model, largest, domain=Domain.full(largest), example_input=x)) == largest
     for k in range(largest + 1, too_many):
         with pytest.raises(SplitError):
-            timm_dd.split(model, k, domain=Domain.full(k), example_input=x)
+            timm_dd.split(model, k, domain=Domain.full(k), example_input=x, narrow="refuse")

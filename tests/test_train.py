@@ -335,7 +335,7 @@ BAD = [
     (other_classes, 1, "different classes"),
     (broken_tar, 1, "no train images"),
     (lambda t, f: [*RUN, "--model", "resnet5"], 1, "did you mean"),
-    (lambda t, f: [*RUN, "--parts", "100", "--grid", "full"], 1, "largest K"),
+    (lambda t, f: [*RUN, "--parts", "100", "--grid", "full", "--narrow", "refuse"], 1, "largest K"),
     (lambda t, f: [*RUN, "--parts", "4", "--grid", "3x1"], 1, "expected 4 boxes"),
     (lambda t, f: [*RUN, "--overlap", "40"], 1, "larger than the image"),
     (lambda t, f: [*RUN, "-b", "5000"], 1, "make no batch"),

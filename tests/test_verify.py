@@ -15,7 +15,7 @@ from timm_dd.reports.verify import verify
 
 
 def checked(name, parts, domain=None, **kwargs):
-    split = shake(timm_dd.split(name, parts, domain=domain, narrow="replicate", **kwargs))
+    split = shake(timm_dd.split(name, parts, domain=domain, **kwargs))
     return verify(timm_dd.merge(split), split)
 
 

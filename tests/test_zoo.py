@@ -4,10 +4,11 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import check_split
+from conftest import NARROW, check_split
 
 import timm_dd
 from timm_dd import Domain, SplitError
+from timm_dd.planning.plan import Plan
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +69,7 @@ def test_other_numbers_of_parts(name, parts):
         ("efficientnet_b0", {"features_only": True, "out_indices": (1, 3)}),
         ("resnet26", {"block_args": {"attn_layer": "se"}}),
         ("inception_v3", {"aux_logits": True}),
+        ("densenet121", {"memory_efficient": True}),
     ],
 )
 def test_variants(name, kwargs):
@@ -113,19 +115,26 @@ def test_parts_stack_every_output():
     assert torch.equal(stacked[2][1], parts[1](parts.crops(x)[1])[2])
 
 
-def test_narrow_widths_are_an_error_or_replicated():
-    with pytest.raises(SplitError, match=r"blocks.1.0.se.conv_reduce .* has 2 channels .* largest K .* 2$"):
-        timm_dd.split("tinynet_e", 4, domain=Domain.full(4))
-    parts = timm_dd.split("tinynet_e", 4, domain=Domain.full(4), narrow="replicate")
+def test_narrow_widths_are_replicated_or_an_error():
+    with pytest.warns(UserWarning, match=r"whole in every part: Conv2d blocks.1.0.se.conv_reduce \(.*\) of 2;") as said:
+        parts = timm_dd.split("tinynet_e", 4, domain=Domain.full(4))
+    assert [w.filename for w in said] == [__file__]
+    assert parts.plan.narrow == (("Conv2d blocks.1.0.se.conv_reduce (node blocks_1_0_se_conv_reduce)", 2),)
+    assert Plan.from_json(parts.plan.to_json()) == parts.plan
     assert {path for _, path, _ in parts.plan.approximations} == {"blocks.1.0.se.act1"}
     check_split(parts, "not linear on a sum")
-    with pytest.raises(SplitError, match="'replicate', got 'copy'"):
+    with pytest.raises(SplitError, match=r"blocks.1.0.se.conv_reduce .* has 2 channels .* largest K .* 2$"):
+        timm_dd.split("tinynet_e", 4, domain=Domain.full(4), narrow="refuse")
+    with pytest.raises(SplitError, match="'refuse', got 'copy'"):
         timm_dd.split("tinynet_e", 4, narrow="copy")
 
 
 def test_a_filter_of_one_input_cannot_be_standardised():
     with pytest.raises(SplitError, match="needs two in each of 8 parts"):
-        timm_dd.split("test_nfnet", 8, domain=Domain.full(8))
+        timm_dd.split("test_nfnet", 8, domain=Domain.full(8), narrow="refuse")
+    with pytest.warns(UserWarning, match=NARROW):
+        parts = timm_dd.split("test_nfnet", 8, domain=Domain.full(8))
+    check_split(parts, "standardises each filter over the input channels")
 
 
 def test_the_largest_models_are_split_without_weights():

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,13 @@ def options(p: argparse.ArgumentParser, quiet: bool = True) -> None:
 
 def run(name: str, function: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
     """Run a command; 0 if it is done, 1 if the work failed, with one line on stderr."""
-    if args.verbose:
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
         with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+            if args.verbose:
+                logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+            else:
+                stack.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
+                warnings.formatwarning = lambda message, *_, **__: f"timm-dd {name}: warning: {message}\n"
             if getattr(args, "quiet", False):
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
@@ -102,7 +106,12 @@ def domain_options(p) -> None:
         metavar="S",
         help="parts see their boxes at S of the pixels along every axis, anti-aliased: 0.5 shows 16x16 of 32x32",
     )
-    p.add_argument("--narrow", choices=["replicate"], help="keep what is narrower than K whole in every part")
+    p.add_argument(
+        "--narrow",
+        choices=["replicate", "refuse"],
+        default="replicate",
+        help="layers with fewer channels than K: whole in every part, the default, or an error",
+    )
 
 
 def domain(args: argparse.Namespace) -> Domain:

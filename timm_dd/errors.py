@@ -1,7 +1,14 @@
 """What a user can cause: each message says what was expected, what came, where, and what to do."""
 
+import contextlib
+import functools
+import inspect
 import reprlib
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class TimmDDError(ValueError):
@@ -30,6 +37,37 @@ class FileError(TimmDDError):
 
 class PushError(TimmDDError):
     """A push that the Hub refuses, or that does not reach it."""
+
+
+class BugError(TimmDDError):
+    """What nobody has foreseen: the place, and the request to report it."""
+
+
+@contextlib.contextmanager
+def reporting(where: Callable[[], str]) -> Iterator[None]:
+    """What is unforeseen inside becomes a `BugError` that names the place; what the system says (no memory, no file)
+    and warnings that the user made errors stay as they are."""
+    try:
+        yield
+    except (TimmDDError, WidthError, OSError, MemoryError, Warning):
+        raise
+    except Exception as e:
+        raise BugError(
+            f"{where()}: {type(e).__name__}: {headline(e)}; that is a bug of timm_dd: report it with the network's code"
+        ) from e
+
+
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """`reporting` for a function that users call; arguments that it does not have are Python's TypeError."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        signature.bind(*args, **kwargs)
+        with reporting(lambda: function.__qualname__):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def headline(error: BaseException) -> str:

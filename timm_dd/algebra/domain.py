@@ -12,9 +12,11 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
+from operator import index
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SplitError
+from ..errors import SplitError, shown
 from .view import Box, View, check_scale
 
 # The places of eight boxes by the number of axes, as fractions of the way from the first possible place to the last.
@@ -91,7 +93,7 @@ class Domain(abc.ABC):
         Raises:
             SplitError: a negative number, or no cell along an axis.
         """
-        if not shape or any(n < 1 for n in shape):
+        if not shape or not all(map(_is_whole, shape)) or min(shape) < 1:
             raise SplitError(f"a grid needs at least one box along every axis, got {'x'.join(map(str, shape))}")
         _check_pixels(overlap, margin)
         return Grid(tuple(shape), overlap, margin, scale=check_scale(scale))
@@ -119,7 +121,7 @@ class Domain(abc.ABC):
         Raises:
             SplitError: fewer than one box, or not one to three axes.
         """
-        if p < 1 or axes not in AROUND_CENTRE:
+        if not _is_whole(p) or p < 1 or axes not in AROUND_CENTRE:
             raise SplitError(f"type B needs at least one box along one to three axes, got {p} along {axes} axes")
         return TypeB(p, axes, scale=check_scale(scale))
 
@@ -130,7 +132,12 @@ class Domain(abc.ABC):
         Raises:
             SplitError: no box, an empty one, a negative start, or boxes with other numbers of axes.
         """
-        boxes = tuple(Box(tuple(b.start), tuple(b.extent)) for b in boxes)
+        try:
+            boxes = tuple(Box(tuple(map(index, b.start)), tuple(map(index, b.extent))) for b in boxes)
+        except (AttributeError, TypeError):
+            raise SplitError(
+                f"expected boxes of whole pixels, like [Box((0, 0), (16, 16))], got {shown(boxes)}"
+            ) from None
         axes = {len(n) for b in boxes for n in (b.start, b.extent)}
         if len(axes) != 1 or 0 in axes:
             raise SplitError(f"expected boxes with as many starts and extents as the image has axes, got {boxes}")
@@ -281,8 +288,14 @@ def _extras(overlap: int, margin: int) -> str:
 
 
 def _check_pixels(overlap: int, margin: int) -> None:
-    if overlap < 0 or margin < 0:
-        raise SplitError(f"overlap and margin are pixels from 0 up, got {overlap} and {margin}")
+    if not (_is_whole(overlap) and _is_whole(margin)) or overlap < 0 or margin < 0:
+        raise SplitError(
+            f"overlap and margin are whole numbers of pixels from 0 up, got {shown(overlap)} and {shown(margin)}"
+        )
+
+
+def _is_whole(n: Any) -> bool:
+    return isinstance(n, Integral) and not isinstance(n, bool)
 
 
 def _check_axes(domain: Domain, axes: int, size: Sequence[int]) -> None:

@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import FileError, PushError, headline
+from ..errors import FileError, PushError, headline, public
 from ..storage import files
 from ..storage.atomic import output_folder
 from ..version import __version__
@@ -29,6 +29,7 @@ CARD = "README.md"
 _logger = logging.getLogger(__name__)
 
 
+@public
 def push(
     folder: str | Path,
     repo: str,

@@ -15,7 +15,13 @@ from .rules.laws import UNSCALABLE
 from .rules.op import Edit, Op, Param, Value
 
 
-def assemble(reading: Reading, relations: Relations, model: str | None, model_args: dict) -> Plan:
+def assemble(
+    reading: Reading,
+    relations: Relations,
+    narrow: tuple[tuple[str, int], ...],
+    model: str | None,
+    model_args: dict,
+) -> Plan:
     """The plan of a graph, with timm's name and arguments of its model."""
     stored, tensors = reading.gm.state_dict().keys(), reading.notes.tensors
     plans = {name: _tensor(reading, relations, name, t) for name, t in tensors.items()}
@@ -34,6 +40,7 @@ def assemble(reading: Reading, relations: Relations, model: str | None, model_ar
         head=_head(reading, relations),
         approximations=tuple(relations.approximations),
         layers=tuple(_layers(reading, relations)),
+        narrow=narrow,
     )
 
 
@@ -72,7 +79,9 @@ def _tensor(reading: Reading, relations: Relations, name: str, tensor: torch.Ten
     placed = reading.divisor == 1 or any(a is not None and a.is_owned for a in axes)
     reduce = "sum" if first in relations.summed else "place" if placed else "mean"
     scale = _scale(param, cuts, reading.domain.parts)
-    return TensorPlan(shape, axes, reduce, isinstance(tensor, torch.nn.Parameter), scale, param.outside)
+    owned_rows = bool(axes) and axes[0] is not None and axes[0].is_owned
+    outside = param.outside if owned_rows else "zero"  # a row that every part has lies in blocks alone
+    return TensorPlan(shape, axes, reduce, isinstance(tensor, torch.nn.Parameter), scale, outside)
 
 
 def _scale(param: Param, cuts: Cuts, parts: int) -> tuple[float, ...]:

@@ -118,6 +118,7 @@ class Plan:
         constants: as `tensors`, for what the model computes and keeps out of its state dict (a fixed filter).
         head: parameters whose scaling scales the logits, for ``merge(head="mean")`` (2.22); empty if none do.
         config: timm's ``config.json`` of the merged model; None for what timm has no config for.
+        narrow: what has fewer channels than there are parts, (operation, channels), and is whole in every part.
         approximations: (node, module path, reason); empty means that with every part seeing the whole image
             F(x) = Σ F_k(x) to rounding, (2.16).
     """
@@ -137,6 +138,7 @@ class Plan:
     approximations: tuple[tuple[str, str, str], ...]
     layers: tuple[Layer, ...] = field(default=())
     config: dict | None = None
+    narrow: tuple[tuple[str, int], ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -158,7 +160,7 @@ class Plan:
 
     def to_json(self) -> dict:
         """What plan.json holds, as docs/format.md describes it."""
-        return {
+        d = {
             "format": FORMAT,
             "model": self.model,
             "model_args": self.model_args,
@@ -177,6 +179,7 @@ class Plan:
             "layers": [_layer_to_json(r) for r in self.layers],
             "config": self.config,
         }
+        return {**d, "narrow": [list(n) for n in self.narrow]} if self.narrow else d
 
     @classmethod
     def from_json(cls, d: dict) -> Plan:
@@ -197,6 +200,7 @@ class Plan:
             approximations=tuple((n, p, why) for n, p, why in d["approximations"]),
             layers=tuple(Layer(p, o, tuple(s), tuple(map(tuple, k)), tuple(why)) for p, o, s, k, why in d["layers"]),
             config=None if d["config"] is None else dict(d["config"]),
+            narrow=tuple((where, n) for where, n in d.get("narrow", ())),
         )
         plan._check()
         return plan
@@ -223,6 +227,8 @@ class Plan:
             raise ValueError(f"an edit without {self.parts} values")
         if not all(isinstance(text, str) for reason in self.approximations for text in reason):
             raise ValueError("an approximation that is not said in words")
+        if not all(isinstance(where, str) and _is_count(n) for where, n in self.narrow):
+            raise ValueError("a narrow width that is no place and count")
 
     def digest(self) -> str:
         """The SHA-256 of plan.json, by which the parts know theirs."""
@@ -241,7 +247,11 @@ class Plan:
         rows += [_row(layer, largest, colour) for layer in self.layers]
         whole, part = self.params(), self.params(largest)
         total = f"{whole:,} parameters in the model, {part:,} in a part, {whole / max(part, 1):.1f} to 1"
-        return "\n".join([head, "", table(rows), "", total, *self._verdict()])
+        return "\n".join([head, "", table(rows), "", total, *self._narrow(), *self._verdict()])
+
+    def _narrow(self) -> list[str]:
+        places = [f"  {where}: {n}" for where, n in self.narrow]
+        return [f"whole in every part, as their channels are too few for {self.divisor}:", *places] if places else []
 
     def _verdict(self) -> list[str]:
         if self.divisor != self.parts:

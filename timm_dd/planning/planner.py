@@ -22,10 +22,11 @@ from .relations import Relations, relate
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the rules say of a graph: what each pass found."""
+    """What the rules say of a graph: what each pass found, and the place and size of each Width that is too narrow."""
 
     reading: Reading
     relations: Relations
+    narrow: tuple[tuple[str, int], ...] = ()
 
     @property
     def approximations(self) -> tuple[tuple[str, str, str], ...]:
@@ -33,7 +34,7 @@ class Analysis:
         return tuple(self.relations.approximations)
 
     def plan(self, model: str | None, model_args: dict) -> Plan:
-        return assemble(self.reading, self.relations, model, model_args)
+        return assemble(self.reading, self.relations, self.narrow, model, model_args)
 
 
 def make_plan(
@@ -45,7 +46,7 @@ def make_plan(
     model_args: dict | None = None,
     *,
     output: str = "logits",
-    replicate: bool = False,
+    replicate: bool = True,
 ) -> Plan:
     """Plan the split of a traced `skeleton`; arguments and errors of `analyse`, and timm's name and arguments."""
     analysis = analyse(gm, divisor, domain, input_size, output=output, replicate=replicate)
@@ -62,7 +63,7 @@ def analyse(
     input_size: Sequence[int],
     *,
     output: str = "logits",
-    replicate: bool = False,
+    replicate: bool = True,
 ) -> Analysis:
     """All that the rules say of a traced `skeleton`.
 
@@ -72,17 +73,16 @@ def analyse(
         input_size: the whole image, (C, *size), or (F,).
         output: ``logits``, whole in every part; ``features``, of which each part gives its channels; ``boxes``, of
             the input's shape, of which each part gives its box.
-        replicate: keep Widths smaller than K whole in every part.
+        replicate: keep Widths smaller than K whole in every part; otherwise they are an error.
 
     Raises:
-        SplitError: an operation without a rule, a layer narrower than `divisor`, a box on which the network does not
-            run, or a scale with a network of which no part could see another one.
+        SplitError: an operation without a rule, a layer narrower than `divisor` unless `replicate`, a box on which the
+            network does not run, or a scale with a network of which no part could see another one.
     """
     _check_scale(domain, input_size, output)
     try:
         reading = read(gm, divisor, domain, input_size, output)
-        if replicate:
-            reading.replicate_narrow()
+        narrow = reading.replicate_narrow() if replicate else ()
         width, most = reading.narrowest()
     except Inexpressible as e:
         raise SplitError(f"{e}; the largest K that works here is {_largest(gm, divisor, input_size, output)}") from e
@@ -92,11 +92,11 @@ def analyse(
     if most < divisor:
         fewer = "fewer than" if width.size < divisor else "and needs two in each of"
         raise SplitError(
-            f"{width.origin} has {width.size} channels to cut, {fewer} {divisor} parts; narrow='replicate' keeps them "
-            f"whole in every part; otherwise the largest K that works here is "
+            f"{width.origin} has {width.size} channels to cut, {fewer} {divisor} parts; narrow='replicate' keeps "
+            f"them whole in every part; otherwise the largest K that works here is "
             f"{_largest(gm, divisor, input_size, output)}"
         )
-    return Analysis(reading, relate(reading))
+    return Analysis(reading, relate(reading), narrow)
 
 
 def _check_scale(domain: Domain, input_size: Sequence[int], output: str) -> None:

@@ -16,7 +16,7 @@ from torch import fx
 
 from ..algebra.domain import Domain, spatial
 from ..algebra.widths import Axis, Width, freeze, make_whole, unify
-from ..errors import SplitError, WidthError
+from ..errors import SplitError, WidthError, reporting
 from .graphs import float_type, module_path
 from .rules.laws import COPY, Context, Kind, Relation
 from .rules.op import RULES, Notes, Op, Param, Value, bind, module_rule
@@ -78,12 +78,13 @@ class Reading:
         """The Width that allows the fewest parts, and how many."""
         return min(self.limits(), key=lambda limit: limit[1], default=(Width(self.divisor), self.divisor))
 
-    def replicate_narrow(self) -> None:
-        """Keep Widths that are too narrow for K parts whole in every part."""
-        for width, most in self.limits():
-            if most < self.divisor:
-                make_whole(Axis.of(width))
+    def replicate_narrow(self) -> tuple[tuple[str, int], ...]:
+        """Keep Widths that are too narrow for K parts whole in every part; the place and size of each."""
+        narrow = dict.fromkeys(width for width, most in self.limits() if most < self.divisor)
+        for width in narrow:
+            make_whole(Axis.of(width))
         _give_owners(self.notes.params.values())
+        return tuple(dict.fromkeys((width.origin, width.size) for width in narrow))
 
 
 def read(gm: fx.GraphModule, divisor: int, domain: Domain, input_size: Sequence[int], output: str) -> Reading:
@@ -123,7 +124,8 @@ class _Reader:
         module = self.reading.gm.get_submodule(node.target) if node.op == "call_module" else None
         op = Op(self.notes, node, module, module_path(node), self.sizes.first(node, self.dtype))
         try:
-            value = self._value(op)
+            with reporting(op.where):
+                value = self._value(op)
         except WidthError as e:
             raise Inexpressible(f"{op.where()} cannot be cut into {op.divisor} parts: {e}") from e
         self.sizes.others(node, op.resize, op.where())

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from ..algebra.axes import FrozenAxis
 from ..algebra.widths import Axis, freeze
+from ..errors import reporting
 from .reader import Reading
 from .rules.laws import COPY, Kind, Relation
 from .rules.op import Value
@@ -89,7 +90,8 @@ def relate(reading: Reading) -> Relations:
         return replace(found, head=set(first.values()))
     for value in reading.notes.values:
         inputs = (found.of_value[v] for v in value.inputs)
-        found.of_value[value] = value.law(ValueContext(found, value), *inputs)
+        with reporting(value.op.where):
+            found.of_value[value] = value.law(ValueContext(found, value), *inputs)
         if not found.doubtful.isdisjoint(value.inputs):
             found.doubtful.add(value)
     for _, value in reading.outputs:

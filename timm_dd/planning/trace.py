@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from timm.layers import get_notrace_functions
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils import checkpoint
 
 from ..compat import ASSERT_IS_NONE
 from ..errors import SplitError, headline
@@ -45,13 +47,14 @@ class Tracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """A branch on sizes goes the way it goes at the image's size; one on values of a tensor is an error of fx."""
+        asked = obj.node  # an attribute's node is made when it is asked for
         self._evaluating = True
         try:
             for node in self.graph.nodes:
                 if node not in self._env:
                     given = node.op == "placeholder"
                     self._env[node] = self._inputs[node.target] if given else evaluate_node(self.root, node, self._env)
-            value = self._env[obj.node]
+            value = self._env[asked]
         except Exception:  # any operation may fail on meta tensors; then fx says what it cannot trace
             return super().to_bool(obj)
         finally:
@@ -84,7 +87,8 @@ def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence
     defaults = {p.name: p.default for p in others if p.default is not p.empty}
     inputs = {image.name: torch.empty(2, *size, device="meta", dtype=float_type(model)), **defaults}
     try:
-        graph = Tracer(is_leaf, inputs).trace(model, concrete_args=defaults or None)
+        with _without_checkpoints():
+            graph = Tracer(is_leaf, inputs).trace(model, concrete_args=defaults or None)
     except Exception as e:  # any code of the model runs here and may fail in its own way
         raise SplitError(
             f"torch.fx cannot trace {type(model).__name__}: {type(e).__name__}: {headline(e)}; "
@@ -96,6 +100,23 @@ def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence
     _dropout_as_modules(graph, model)
     _constants_as_buffers(graph, model)
     return graph_module(model, graph, type(model).__name__)
+
+
+@contextlib.contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """A reentrant checkpoint takes tensors alone; here it is the function that it recomputes."""
+
+    class Inlined:
+        @staticmethod
+        def apply(function: Callable, preserve_rng_state: bool, *args: Any) -> Any:
+            return function(*args)
+
+    original = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = Inlined  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = original  # type: ignore[misc]
 
 
 def _drop_assertions(graph: fx.Graph) -> None:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..algebra.domain import Domain, check_parts
 from ..compat import OpOverload, TorchDispatchMode, storage_key, tree_leaves
+from ..errors import public
 from ..planning.graphs import MAKERS, float_type, module_path
 from ..surgery.source import Network
 from ..text import table
@@ -155,12 +156,13 @@ def _cost_to_json(cost: Cost) -> dict:
     return {**asdict(cost), "uncounted": [list(place) for place in cost.uncounted]}
 
 
+@public
 def profile(
     model: str | nn.Module,
     parts: int,
     *,
     domain: Domain | None = None,
-    narrow: str | None = None,
+    narrow: str = "replicate",
     img_size: int | tuple[int, int] | None = None,
     width_divisor: int | None = None,
     example_input: torch.Tensor | None = None,

@@ -21,7 +21,7 @@ from torch import fx, nn
 from ..algebra.axes import FrozenAxis, block
 from ..algebra.domain import Domain, spatial
 from ..algebra.view import Box
-from ..errors import SplitError
+from ..errors import SplitError, public
 from ..planning.plan import Plan
 from ..planning.planner import analyse
 from ..planning.rules.laws import Kind
@@ -148,6 +148,7 @@ def _figure(error: float | None) -> str:
     return "-" if error is None else f"{error:.1e}"
 
 
+@public
 def verify(
     model: nn.Module,
     parts: Parts,
@@ -170,12 +171,15 @@ def verify(
 
     Source: gu2022 theorems 2.1 and 2.2.
     """
+    if not isinstance(parts, Parts) or not isinstance(model, nn.Module):
+        found = f"{type(model).__name__} and {type(parts).__name__}"
+        raise SplitError(f"expected a merged model and the Parts that it came from, got {found}")
     plan, size = parts.plan, parts.plan.input_size
     check_mergeable(plan, head)
     labelled = None if batches is None else _labelled(model, parts, batches)
     if x is None:
         x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    rows, outputs = claims(analyse(parts.graph, plan.divisor, plan.domain, size, output=plan.output, replicate=True))
+    rows, outputs = claims(analyse(parts.graph, plan.divisor, plan.domain, size, output=plan.output))
     nets, every, x = _in_float64(model, parts, head), [*rows, *outputs], x.to("cpu", torch.float64)
     full = Domain.full(plan.parts).boxes(spatial(size))
     scaled = any(view.scaled for view in plan.views())

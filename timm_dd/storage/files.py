@@ -186,6 +186,10 @@ class PartsFolder:
     """
 
     def __init__(self, folder: str | Path):
+        if not isinstance(folder, (str, Path)):
+            raise MergeError(
+                f"expected the Parts that split or Parts.load gave, or their folder, got {type(folder).__name__}"
+            )
         self.path = local(folder, PLAN, "*part-*.safetensors")
         described, self.digest = _read_plan(self.path / PLAN)
         try:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..algebra.axes import FrozenAxis
-from ..errors import MergeError
+from ..errors import MergeError, public
 from ..planning.plan import Plan, TensorPlan
 from . import tensorfile
 from .atomic import output_folder
@@ -154,6 +154,7 @@ def _open(index: Sequence[slice | np.ndarray]) -> tuple[slice | np.ndarray, ...]
     return np.ix_(*(np.arange(i.start, i.stop) if isinstance(i, slice) else i for i in index))
 
 
+@public
 def merge_files(folder: str | Path, output: str | Path, *, head: str = "sum", onto: str | Path | None = None) -> None:
     """Merge parts on disk into ``model.safetensors`` and timm's ``config.json``, a piece in memory at a time.
 

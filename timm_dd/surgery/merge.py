@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .. import models
-from ..errors import MergeError, SplitError
+from ..errors import MergeError, SplitError, public
 from ..planning.graphs import first_float
 from ..planning.plan import Plan
 from ..storage import files
@@ -25,6 +25,7 @@ from .parts import Parts
 from .source import plan_model
 
 
+@public
 def merge(
     parts: Parts | str | Path,
     *,

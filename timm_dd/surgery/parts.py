@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
-from torch.utils.data import default_collate
 
-from ..errors import MergeError, SplitError, headline
+from ..compat import tree_flatten, tree_unflatten
+from ..errors import MergeError, SplitError, headline, public
 from ..planning.graphs import first_float
 from ..planning.plan import Plan
 from ..storage import files
@@ -67,8 +67,9 @@ class Parts(nn.ModuleList):
         Raises:
             SplitError: a batch of another image size.
         """
-        if tuple(x.shape[1:]) != self.plan.input_size:
-            raise SplitError(f"expected images of {self.plan.input_size}, got a batch of shape {tuple(x.shape)}")
+        if not isinstance(x, torch.Tensor) or tuple(x.shape[1:]) != self.plan.input_size:
+            found = f"a batch of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+            raise SplitError(f"expected images of {self.plan.input_size}, got {found}")
         views = self.plan.views()
         return tuple(views[k].crop(x) for k in self.members)
 
@@ -77,8 +78,9 @@ class Parts(nn.ModuleList):
         each is stacked; reconstructions of boxes of several sizes are a list."""
         outputs = [part(crop) for part, crop in zip(self, self.crops(x))]
         shapes = [y.shape for y in outputs if isinstance(y, torch.Tensor)]  # perhaps symbolic ones, of no hash
-        return default_collate(outputs) if all(s == shapes[0] for s in shapes) else outputs
+        return _stacked(outputs) if all(s == shapes[0] for s in shapes) else outputs
 
+    @public
     def packed(self) -> PackedGraph:
         """All parts as one `torch.fx.GraphModule` on stacked crops, with copies of their weights:
         ``packed(torch.stack(parts.crops(x)))`` is (K, B, classes). ``load`` and ``unload`` copy weights from the parts
@@ -95,6 +97,7 @@ class Parts(nn.ModuleList):
             names = part.state_dict()
             part.load_state_dict({name: restrict(state[name], self.plan.tensors[name], k, self.plan) for name in names})
 
+    @public
     def save(self, folder: str | Path) -> None:
         """Write ``part-0000k-of-0000K.safetensors`` and ``plan.json``.
 
@@ -113,6 +116,7 @@ class Parts(nn.ModuleList):
             )
 
     @classmethod
+    @public
     def load(cls, folder: str | Path, model: nn.Module | None = None, *, missing: str = "refuse") -> Parts:
         """The parts that `save` wrote. `model` is the module that was split, where it was not a timm name.
 
@@ -137,6 +141,13 @@ class Parts(nn.ModuleList):
         parts = cls(modules, plan, graph, network.origin, seed, members)
         parts.epoch = epoch
         return parts
+
+
+def _stacked(outputs: list) -> Any:
+    """The parts' outputs, tensor by tensor; what is no tensor (None, a number) is the first part's."""
+    leaves, form = zip(*map(tree_flatten, outputs))
+    stacked = [torch.stack(own) if isinstance(own[0], torch.Tensor) else own[0] for own in zip(*leaves)]
+    return tree_unflatten(stacked, form[0])
 
 
 class _Whole:

@@ -6,8 +6,10 @@ a plan.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import fx, nn
 
 from .. import models
 from ..algebra.domain import Domain, default_domain, spatial
-from ..errors import MergeError, SplitError
+from ..errors import MergeError, SplitError, shown
 from ..planning.graphs import skeleton
 from ..planning.plan import Plan
 from ..planning.planner import make_plan
@@ -23,6 +25,7 @@ from ..planning.rules import has_rule
 from ..planning.trace import trace
 from .emit import emit, slices
 
+NARROW = ("replicate", "refuse")  # what becomes of widths below K
 OF_A_NAME = ("img_size", "pretrained", "seed")  # options that are no arguments of `timm.create_model`
 
 
@@ -61,6 +64,8 @@ class Network:
             SplitError: arguments that do not go with `model`.
         """
         _check_type("model", model, (str, nn.Module), "a timm name or a torch module")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise SplitError(f"{type(model).__name__} has no Python code to trace; split the module that it is made of")
         if isinstance(model, str):
             return cls._of_name(model, reconstruct, with_weights, **options)
         given = [name for name, value in options.items() if value or name not in OF_A_NAME]
@@ -82,6 +87,7 @@ class Network:
         seed: int | None = None,
         **kwargs: Any,
     ) -> Network:
+        _check_type("seed", seed, (int, NoneType), "a whole number")
         args = models.arguments(name, img_size=img_size, **kwargs)
         create = models.create if with_weights else models.create_empty
         module = create(name, pretrained=pretrained, seed=seed, **args)
@@ -105,13 +111,13 @@ class Network:
         return trace(skeleton(self.module), has_rule, self.input_size)
 
     def plan(
-        self, parts: int, domain: Domain | None = None, narrow: str | None = None, width_divisor: int | None = None
+        self, parts: int, domain: Domain | None = None, narrow: str = "replicate", width_divisor: int | None = None
     ) -> tuple[fx.GraphModule, Plan]:
         """Its graph, and its plan for K parts; arguments and errors as in `split`."""
         if domain is None:
             domain = default_domain(parts, len(spatial(self.input_size)))
-        if narrow not in (None, "replicate"):
-            raise SplitError(f"narrow is None or 'replicate', got {narrow!r}")
+        if narrow not in NARROW:
+            raise SplitError(f"narrow is 'replicate' or 'refuse', got {shown(narrow)}")
         _check_type("domain", domain, (Domain,), "a timm_dd.Domain")
         if domain.parts != parts:
             raise SplitError(
@@ -121,9 +127,10 @@ class Network:
         divisor = parts if width_divisor is None else width_divisor
         if not isinstance(divisor, int) or divisor < 1:
             raise SplitError(f"width_divisor is a whole number from 1 up, got {divisor!r}")
-        graph, replicate, size = self.trace(), narrow is not None, self.input_size
+        graph, replicate, size = self.trace(), narrow == "replicate", self.input_size
         named = (self.name, dict(self.args))
         plan = make_plan(graph, divisor, domain, size, *named, output=self.output, replicate=replicate)
+        _warn_of_narrow(plan)
         return graph, replace(plan, config=models.config(self.module, {"input_size": size}))
 
     def part(self, graph: fx.GraphModule, plan: Plan, k: int) -> fx.GraphModule:
@@ -145,6 +152,16 @@ def plan_model(plan: Plan, model: nn.Module | None) -> nn.Module:
     if model is None:
         raise MergeError("these parts come from a module, not from a timm name; pass that module as `model`")
     return model
+
+
+def _warn_of_narrow(plan: Plan) -> None:
+    if plan.narrow:
+        places = ", ".join(f"{where} of {n}" for where, n in plan.narrow)
+        warnings.warn(
+            f"too few channels for {plan.divisor} parts, so that these stay whole in every part: {places}; "
+            "narrow='refuse' makes that an error",
+            stacklevel=5,  # the caller of `split`, `plan` or `profile`
+        )
 
 
 def _output(model: nn.Module, reconstruct: bool) -> str:

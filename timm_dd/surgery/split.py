@@ -8,17 +8,19 @@ import torch
 from torch import nn
 
 from ..algebra.domain import Domain, check_parts
+from ..errors import public
 from ..planning.plan import Plan
 from .parts import Parts
 from .source import Network
 
 
+@public
 def split(
     model: str | nn.Module,
     parts: int,
     *,
     domain: Domain | None = None,
-    narrow: str | None = None,
+    narrow: str = "replicate",
     width_divisor: int | None = None,
     reconstruct: bool = False,
     example_input: torch.Tensor | None = None,
@@ -33,7 +35,8 @@ def split(
         model: a timm name, or your own nn.Module, whose weights are sliced as they are.
         parts: K, from 1 up; need not divide the widths.
         domain: K boxes; by default the most square grid without overlap.
-        narrow: ``replicate`` keeps Widths smaller than K whole in every part; otherwise they are an error.
+        narrow: layers with fewer channels than K stay whole in every part, with a warning that names them
+            (``replicate``), or are an error (``refuse``).
         width_divisor: by which every width is divided, K unless given; only K parts of a K-th can be merged.
         reconstruct: the output has the shape of the input, and each part gives that of its box (an auto-encoder).
         example_input: (B, C, *size), or (B, F) for features, for your own nn.Module; only its shape counts.
@@ -54,12 +57,13 @@ def split(
     return Parts([network.part(graph, plan, k) for k in range(parts)], plan, graph, network.origin, seed)
 
 
+@public
 def plan(
     model: str,
     parts: int,
     *,
     domain: Domain | None = None,
-    narrow: str | None = None,
+    narrow: str = "replicate",
     width_divisor: int | None = None,
     img_size: int | tuple[int, int] | None = None,
     **kwargs: Any,

@@ -42,7 +42,7 @@ def domain_of(word: str, own: Domain) -> Domain:
 
 def check(args: argparse.Namespace, parts: Parts) -> None:
     """Raise TrainError unless the parts run on all views of ``--views`` with the tensors and numbers that they have."""
-    plan, replicate = parts.plan, args.narrow is not None
+    plan, replicate = parts.plan, args.narrow == "replicate"
     for word in args.views.split(",") if args.views else ():
         domain = domain_of(word, plan.domain)
         try:

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from timm.layers import CecaModule, EcaModule
 from timm.layers.non_local_attn import BilinearAttnTransform
 from timm.layers.pos_embed import resample_abs_pos_embed
+from torch import nn
 
 from ...algebra.widths import Axis
 from . import laws
 from .op import Op, Value, rule
+from .pointwise import ACTIVATIONS, FUNCTIONS
 
 
 @rule(operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__")
@@ -69,6 +71,107 @@ def scaled_dot_product_attention(
     weights = op.result(scores.axes, laws.pointwise, scores, attn_mask)
     weights.at = [query.at[0] @ key.at[0].transpose(-2, -1)]
     return _einsum(op, [(weights, [*batch, "l", "s"]), (value, [*batch, "s", "v"])], [*batch, "l", "v"])
+
+
+@rule(nn.MultiheadAttention)
+def multihead_attention(
+    op: Op,
+    query: Value,
+    key: Value,
+    value: Value,
+    key_padding_mask=None,
+    need_weights: bool = True,
+    attn_mask=None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+):
+    """Channels in, channels out and those of all heads are one axis, heads · channels of a head: torch has one number
+    for the three; keys and values may have others. The second result, if anybody reads it, is the softmax."""
+    if attn_mask is not None and len(attn_mask.shape) > 2:
+        raise op.refuse("has a mask for each head, of which a part has fewer; use one for all, (L, S)")
+    axis, inputs = op.axis(query, -1), [op.axis(x, -1) for x in (query, key, value)]
+    if op.module.in_proj_weight is not None:  # one for all three
+        inputs = [axis := op.unify(axis, a) for a in inputs]
+    heads, inside = op.grouped(op.module.num_heads, axis)
+    inputs, axis = [a.resolve() for a in inputs], axis.resolve()
+    _attention_tensors(op, axis, inputs, heads, inside)
+    op.reduces_over(inside)
+    tokens = [a for x in (key, value) for a in x.axes[:-1]]
+    weights = op.names("in_proj_weight" if op.module.in_proj_weight is not None else "q_proj_weight", "in_proj_bias")
+    project = laws.contract(axis, axis, *op.names("out_proj.weight", "out_proj.bias"))
+
+    def scores(context: laws.Context, *given: laws.Relation) -> laws.Relation:
+        if context.is_cut(inside):
+            return context.approximate("fewer heads than parts: the scores of a head are a sum over the parts")
+        if any(map(context.is_cut, tokens)):
+            return context.approximate("attends to channels: each part sees only its own")
+        read = (laws.contract(axis, a, *weights)(context, x) for a, x in zip(inputs, given))
+        return laws.pointwise(context, *read, *given[3:])
+
+    def law(context: laws.Context, *given: laws.Relation) -> laws.Relation:
+        return project(context, scores(context, *given))
+
+    given = (query, key, value, key_padding_mask, attn_mask)
+    result = op.result((*query.axes[:-1], axis), law, *given)
+    read = need_weights and any(u.target is not operator.getitem or u.args[1] != 0 for u in op.node.users)
+    if not read:
+        return result, None
+    batch = [None] * (len(query.shape) - 2)
+    if not average_attn_weights:
+        return result, op.result((*batch, heads, None, None), scores, *given)
+    averaged = laws.cross_channel([heads], "a mean over heads: each part sees only its own", scores)
+    return result, op.result((*batch, None, None), averaged, *given)
+
+
+def _attention_tensors(op: Op, axis: Axis, inputs: Sequence[Axis], heads: Axis, inside: Axis) -> None:
+    """The parameters and numbers of nn.MultiheadAttention with queries, keys and values of the channels `inputs`."""
+    three, fans = Axis(*((3, *t) for t in axis.terms)), ([axis], [axis])
+    if len(axis.terms) > 1:
+        three = Axis(*(axis.terms * 3))
+    op.param("in_proj_weight", three, axis, fans=fans)
+    op.param("in_proj_bias", three)
+    for name, given in zip("qkv", inputs):
+        op.param(f"{name}_proj_weight", axis, given, fans=([given], [axis]))
+    op.param("out_proj.weight", axis, axis, fans=fans)
+    for name in ("bias_k", "bias_v"):
+        op.param(name, None, None, axis)
+    op.param("out_proj.bias", axis)
+    for attr in ("embed_dim", "out_proj.in_features", "out_proj.out_features"):
+        op.set(attr, axis)
+    op.set("kdim", inputs[1])
+    op.set("vdim", inputs[2])
+    op.set("num_heads", heads)
+    op.set("head_dim", inside)
+
+
+@rule(nn.TransformerEncoderLayer)
+def encoder_layer(op: Op, src: Value, src_mask=None, src_key_padding_mask=None, is_causal: bool = False) -> Value:
+    """Attention and two fully connected layers, each with its residual sum and its norm, before or after."""
+    m = op.module
+
+    def attend(x: Value) -> Value:
+        return op.call("self_attn", x, x, x, src_key_padding_mask, False, src_mask)[0]
+
+    def feed(x: Value) -> Value:
+        hidden = op.call("linear1", x)
+        if m.activation not in FUNCTIONS and not isinstance(m.activation, ACTIVATIONS):
+            raise op.refuse(f"its activation {m.activation} has no rule")
+        return op.call("linear2", op.result(hidden.axes, laws.pointwise, hidden))
+
+    x = src
+    for step, norm in ((attend, "norm1"), (feed, "norm2")):
+        y = step(op.call(norm, x) if m.norm_first else x)
+        axes = [op.unify(a, b) if a is not b else a for a, b in zip(x.axes, y.axes)]
+        x = op.result(axes, laws.linear, x, y)
+        x = x if m.norm_first else op.call(norm, x)
+    return x
+
+
+@rule(nn.TransformerEncoder)
+def encoder(op: Op, src: Value, mask=None, src_key_padding_mask=None, is_causal: bool | None = None) -> Value:
+    for i in range(len(op.module.layers)):
+        src = op.call(f"layers.{i}", src, mask, src_key_padding_mask)
+    return src if op.module.norm is None else op.call("norm", src)
 
 
 @rule(resample_abs_pos_embed)

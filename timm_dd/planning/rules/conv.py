@@ -86,7 +86,8 @@ def std_conv(op: Op, x: Value) -> Value:
     linear = contract(out_axis, axes.in_axis, *op.names("weight", "bias"))
 
     def law(context: Context, x: Relation) -> Relation:
-        if context.is_cut(group_in) and not context.is_cut(out_axis):
+        owned = context.is_cut(out_axis) and not context.partly_sharded(out_axis)
+        if context.is_cut(group_in) and not owned:
             return context.approximate("standardises each filter over the input channels of all parts")
         return linear(context, x)
 

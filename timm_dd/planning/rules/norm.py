@@ -14,6 +14,7 @@ from timm.layers import filter_response_norm as frn
 from timm.layers import norm as tn
 from timm.layers import norm_act as ta
 from timm.layers.grn import GlobalResponseNorm
+from timm.layers.split_batchnorm import SplitBatchNorm2d
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -49,6 +50,35 @@ def batch_norm(op: Op, x: Value) -> Value:
     if hasattr(op.module, "num_features"):
         op.set("num_features", axis)
     return _activated(op, (x.axes[0], axis, *x.axes[2:]), law, x)
+
+
+@rule(SplitBatchNorm2d)
+def split_batch_norm(op: Op, x: Value) -> Value:
+    """timm's AdvProp: while it trains, its copies take their shares of the batch."""
+    for i in range(len(op.module.aux_bn)):
+        op.call(f"aux_bn.{i}", x)
+    return batch_norm(op, x)
+
+
+@rule(F.batch_norm)
+def functional_batch_norm(
+    op: Op, x: Value, running_mean=None, running_var=None, weight=None, bias=None, *args, **kwargs
+) -> Value:
+    return _functional_vectors(op, x, running_mean, running_var, weight, bias)
+
+
+@rule(F.instance_norm)
+def functional_instance_norm(
+    op: Op, x: Value, running_mean=None, running_var=None, weight=None, bias=None, *args, **kwargs
+) -> Value:
+    return _functional_vectors(op, x, running_mean, running_var, weight, bias)
+
+
+def _functional_vectors(op: Op, x: Value, *vectors: Value | None) -> Value:
+    """Statistics, weight and bias (C,) as tensors of the graph."""
+    for v in filter(None, vectors):
+        op.unify(op.axis(x, 1), op.axis(v, 0))
+    return op.result(x.axes, pointwise, x, *vectors)
 
 
 @rule(*GROUPS)

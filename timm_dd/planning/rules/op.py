@@ -235,7 +235,12 @@ class Op:
         (full,) = self.names(name)
         if full is None:
             return
-        first, params = self._notes.alias[full], self._notes.params
+        first, params = self._notes.alias.get(full, ""), self._notes.params
+        if not first:
+            raise self.refuse(
+                f"its {name} is computed by a hook; make a plain parameter of it: remove_weight_norm, "
+                "remove_spectral_norm or prune.remove"
+            )
         if first not in params:
             params[first] = Param(axes, fans, outside)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable, Sequence
 
@@ -15,6 +16,8 @@ from ...errors import WidthError
 from ..trace import chunk_or_split
 from . import laws
 from .op import Op, Value, rule
+
+OF_THE_WHOLE = "selects among the positions of the whole image, of which a part's box lacks some; use Domain.full"
 
 
 @rule(torch.cat, torch.concat)
@@ -119,7 +122,7 @@ def getitem(op: Op, x, index) -> Value:
         missing = len(x.axes) - sum(i is not None and i is not Ellipsis for i in items)
         items[at : at + 1] = [slice(None)] * missing
         places[at : at + 1] = [None] * missing
-    axes, dim = [], 0
+    axes, dim, lists = [], 0, sum(isinstance(item, list) for item in items)
     for item, where in zip(items, places):
         if item is None:
             axes.append(None)
@@ -127,11 +130,58 @@ def getitem(op: Op, x, index) -> Value:
         axis, size, dim = x.axes[dim], x.shape[dim], dim + 1
         if isinstance(item, slice):
             axes.append(axis if axis is None or item == slice(None) else _slice(op, axis, item, size, where))
+        elif isinstance(item, list) and _are_indices(item):
+            if lists > 1:
+                raise op.refuse("indexes with several lists; index with one after another")
+            if axis is None and not isinstance(op.window(x, dim - 1), int):
+                raise op.refuse(OF_THE_WHOLE)
+            axes.append(axis if axis is None else _select(op, axis, [i % size for i in item], where))
+        elif isinstance(item, Value):
+            raise op.refuse("indexes with a tensor; use index_select")
         elif not isinstance(item, int):
             raise op.refuse(f"indexes with {type(item).__name__}, which is not known")
         elif axis is not None:
             make_whole(axis)
     return op.result(axes + list(x.axes[dim:]), laws.linear, x)
+
+
+def _are_indices(item: list) -> bool:
+    return all(isinstance(i, int) and not isinstance(i, bool) for i in item)
+
+
+def _select(op: Op, axis: Axis, index: list[int], where: tuple) -> Axis:
+    """Entries of an axis, in any order: its pieces between the ends of their runs, one after another."""
+    starts = [i for i, before in zip(index, [None, *index]) if before is None or i != before + 1]
+    ends = [i + 1 for i, after in zip(index, [*index[1:], None]) if after != i + 1]
+    bounds = sorted({0, axis.size, *starts, *ends})
+    pieces = split_into(axis, [b - a for a, b in itertools.pairwise(bounds)])
+    chosen = [bounds.index(i) for i in index if i in bounds]
+
+    def part(k: int) -> list[int]:
+        sizes = [op.part_size(piece, k) for piece in pieces]
+        first = [sum(sizes[:i]) for i in range(len(sizes))]
+        return [n for i in chosen for n in range(first[i], first[i] + sizes[i])]
+
+    op.arg(*where, value=part)
+    return Axis(*(t for i in chosen for t in pieces[i].terms))
+
+
+@rule(torch.index_select, "index_select")
+def index_select(op: Op, x: Value, dim: int, index: Value) -> Value:
+    """The values of a tensor are not known here, so that every part has all channels among which it selects."""
+    axes = list(x.axes)
+    if axes[dim] is not None:
+        make_whole(axes[dim])
+    elif not isinstance(op.window(x, dim), int):
+        raise op.refuse(OF_THE_WHOLE)
+    for axis in filter(None, index.axes):
+        make_whole(axis)
+    axes[dim] = None if axes[dim] is None else Axis.of(op.out.shape[dim])
+
+    def law(context: laws.Context, x: laws.Relation, index: laws.Relation) -> laws.Relation:
+        return laws.product(context, x, laws.pointwise(context, index))
+
+    return op.result(axes, law, x, index)
 
 
 def _slice(op: Op, axis: Axis, item: slice, size: int, where: tuple) -> Axis:

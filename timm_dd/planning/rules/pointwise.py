@@ -50,9 +50,23 @@ def prelu(op: Op, x: Value) -> Value:
     return op.result(x.axes, laws.per_channel(axis, *op.names("weight")), x)
 
 
-@rule(operator.neg, torch.neg, "neg", "contiguous", "float", "to", "type_as", "clone", "detach", nn.Identity)
+@rule(torch.prelu)
+def functional_prelu(op: Op, x: Value, weight: Value) -> Value:
+    if weight.shape[-1] > 1:
+        op.unify(op.axis(x, 1), op.axis(weight, 0))
+    return op.result(x.axes, laws.pointwise, x, weight)
+
+
+@rule(operator.neg, torch.neg, "neg", "contiguous", "clone", "detach", nn.Identity)
 def same(op: Op, x: Value, *args, **kwargs) -> Value:
     return op.result(x.axes, laws.linear, x)
+
+
+@rule("float", "half", "double", "bfloat16", "int", "long", "bool", "to", "type", "type_as")
+def cast(op: Op, x: Value, *args, **kwargs) -> Value:
+    """Linear where no digit is lost: the terms of a sum are rounded each by itself."""
+    keeps = op.out.dtype == torch.promote_types(op.out.dtype, x.at[0].dtype)
+    return op.result(x.axes, laws.linear if keeps else laws.pointwise, x)
 
 
 @rule(*SUMS)

@@ -13,34 +13,48 @@ from .op import Op, Value, rule
 
 AVERAGE = (
     nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    AvgPool2dSame, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad1d, nn.ZeroPad2d,
-    nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d, F.avg_pool1d,
-    F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.interpolate,
+    AvgPool2dSame, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, F.avg_pool1d, F.avg_pool2d,
+    F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.interpolate,
+)  # fmt: skip
+PADDING = (
+    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d,
+    nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
 )  # fmt: skip
 MAXIMUM = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
     MaxPool2dSame, F.max_pool1d, F.max_pool2d, F.max_pool3d,
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, torch.max_pool2d,
+    F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
 )  # fmt: skip
 
 
-@rule(*dict.fromkeys(AVERAGE))
+@rule(*dict.fromkeys(AVERAGE), *PADDING)
 def average(op: Op, x: Value, *args, **kwargs) -> Value:
     axes, law = slide(op, x, laws.linear)
     return op.result((*x.axes[:2], *axes), law, x)
 
 
 @rule(*dict.fromkeys(MAXIMUM))
-def maximum(op: Op, x: Value, *args, **kwargs) -> Value:
+def maximum(op: Op, x: Value, *args, **kwargs):
+    """With ``return_indices`` also the position of each maximum, which counts within its channel."""
     axes, law = slide(op, x, laws.pointwise)
-    return op.result((*x.axes[:2], *axes), law, x)
+    if isinstance(op.out, torch.Tensor):
+        return op.result((*x.axes[:2], *axes), law, x)
+    return tuple(op.result((*x.axes[:2], *axes), law, x) for _ in op.out)
+
+
+@rule(nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d, F.max_unpool1d, F.max_unpool2d, F.max_unpool3d)
+def max_unpool(op: Op, x: Value, indices: Value, *args, **kwargs) -> Value:
+    channels = op.unify(x.axes[1], indices.axes[1])
+    axes, law = slide(op, x, laws.pointwise)
+    return op.result((x.axes[0], channels, *axes), law, x, indices)
 
 
 def slide(op: Op, x: Value, law: laws.Law) -> tuple[list[Axis | None], laws.Law]:
     """The axes of the positions after a window slid over them, and the law: where they carry channels (a convolution
     along channels), those of different parts are mixed."""
-    axes = list(x.axes[2:])
-    for i, (axis, size) in enumerate(zip(axes, op.out.shape[2:])):
+    axes, out = list(x.axes[2:]), op.out if isinstance(op.out, torch.Tensor) else op.out[0]
+    for i, (axis, size) in enumerate(zip(axes, out.shape[2:])):
         if axis is not None and axis.size != size:
             make_whole(axis)
             axes[i] = Axis.of(size)
@@ -60,6 +74,8 @@ def pad(op: Op, x: Value, pad, mode="constant", value=None) -> Value:
         dim = len(axes) - 1 - i
         if axes[dim] is None or not any(pad[2 * i : 2 * i + 2]):
             continue
+        if mode != "constant":
+            raise op.refuse(f"pads channels by {mode}; pad them with zeros, or concatenate")
         for side in (0, 1):
             if pad[2 * i + side]:
                 zeros = op.channels(pad[2 * i + side])

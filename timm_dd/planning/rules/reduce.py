@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...algebra.widths import make_whole
 from . import laws
 from .op import Op, Value, rule, unpacked
 from .pointwise import extremum
@@ -41,6 +42,29 @@ def norm(op: Op, x: Value, p="fro", dim=None, keepdim: bool = False, dtype=None)
     return _reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise))
 
 
+@rule(torch.logsumexp, "logsumexp", torch.argmax, "argmax", torch.argmin, "argmin")
+def chosen(op: Op, x: Value, dim=None, keepdim: bool = False) -> Value:
+    return _reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise))
+
+
+@rule(torch.sort, "sort", torch.argsort, "argsort")
+def sort(op: Op, x: Value, dim: int = -1, *args, **kwargs):
+    """(values, indices), or the indices alone."""
+    law = _cross_channel(op, laws.pointwise)([x.axes[dim]])
+    if isinstance(op.out, torch.Tensor):
+        return op.result(x.axes, law, x)
+    return tuple(op.result(x.axes, law, x) for _ in op.out)
+
+
+@rule(torch.topk, "topk")
+def topk(op: Op, x: Value, k: int, dim: int = -1, *args, **kwargs):
+    """(values, indices). The channels among which it chooses are whole: a part of them may have fewer than k."""
+    if x.axes[dim] is not None:
+        make_whole(x.axes[dim])
+    axes = [None if d == dim % len(x.axes) else a for d, a in enumerate(x.axes)]
+    return tuple(op.result(axes, laws.pointwise, x) for _ in op.out)
+
+
 @rule(torch.max, torch.min, "max", "min")
 def max_(op: Op, x: Value, dim=None, keepdim: bool = False):
     """Of two tensors, of all numbers, or (values, indices) along a dim."""
@@ -57,6 +81,11 @@ def softmax(op: Op, x: Value, dim: int | None = None, *args, **kwargs) -> Value:
     op.reduces_over(x.axes[dim])
     reason = "a softmax over channels: each part normalises over its own"
     return op.result(x.axes, laws.cross_channel([x.axes[dim]], reason, laws.pointwise), x)
+
+
+@rule(nn.Softmax2d)
+def softmax2d(op: Op, x: Value) -> Value:
+    return softmax(op, x, -3)
 
 
 @rule(nn.Softmax, nn.LogSoftmax)

@@ -68,6 +68,31 @@ def reshape(op: Op, x: Value, *shape, **kwargs) -> Value:
     return value
 
 
+@rule("unflatten", torch.unflatten)
+def unflatten(op: Op, x: Value, dim: int, sizes) -> Value:
+    value, first = _view(op, x), dim % len(x.axes)
+    if len(op.node.all_input_nodes) > 1:  # the graph computes the sizes: right at any image size
+        op.resize = None
+    for i, (size, where) in enumerate(op.listed([sizes], position=2, keyword="sizes")):
+        if where is not None and size != -1 and value.axes[first + i] is not None:
+            op.arg(*where, value=value.axes[first + i])
+        elif where is not None and size != -1 and not isinstance(op.given(where), fx.Node):
+            op.arg(*where, value=op.extent(value, first + i))
+    return value
+
+
+@rule(nn.Unflatten)
+def unflatten_module(op: Op, x: Value) -> Value:
+    value, m = _view(op, x), op.module
+    first = m.dim % len(x.axes)
+    sizes = [
+        op.extent(value, first + i) if a is None else a
+        for i, a in enumerate(value.axes[first:][: len(m.unflattened_size)])
+    ]
+    op.set("unflattened_size", lambda k: [op.part_size(s, k) if isinstance(s, Axis) else s(k) for s in sizes])
+    return value
+
+
 def _view(op: Op, x: Value) -> Value:
     """Axes of a view: runs of dims with equal products are joined and split (row-major)."""
     axes: list[Axis | None] = [None] * len(op.out.shape)
@@ -189,6 +214,87 @@ def pixel_unshuffle_module(op: Op, x: Value) -> Value:
 def pixel_unshuffle(op: Op, x: Value, downscale_factor: int) -> Value:
     """(B, C, H·r, W·r) to (B, C·r², H, W)."""
     return op.result([None, x.axes[1].times(downscale_factor**2), None, None], laws.linear, x)
+
+
+@rule(nn.ChannelShuffle)
+def channel_shuffle_module(op: Op, x: Value) -> Value:
+    value, groups = _shuffled(op, x, op.module.groups)
+    op.set("groups", groups)
+    return value
+
+
+@rule(torch.channel_shuffle)
+def channel_shuffle(op: Op, x: Value, groups: int) -> Value:
+    value, axis = _shuffled(op, x, groups)
+    op.arg(*op.argument(1, "groups"), value=axis)
+    return value
+
+
+def _shuffled(op: Op, x: Value, groups: int) -> tuple[Value, Axis]:
+    """Groups · channels become channels · groups; also the axis of the groups."""
+    axis = op.axis(x, 1)
+    outer, inner = _separate(op, axis, [groups, axis.size // groups])
+    shuffled = Axis(*((*i, *o) for i in inner.terms for o in outer.terms))
+    return op.result((x.axes[0], shuffled, *x.axes[2:]), laws.linear, x), outer
+
+
+@rule(nn.Unfold)
+def unfold_module(op: Op, x: Value) -> Value:
+    return unfold(op, x)
+
+
+@rule(F.unfold)
+def unfold(op: Op, x: Value, *args, **kwargs) -> Value:
+    """(B, C, H, W) to (B, C · kernel, positions)."""
+    patches = op.axis(x, 1).times(op.out.shape[1] // x.shape[1])
+    return op.result((x.axes[0], patches, None), _over_positions(op, x, x.axes[2:]), x)
+
+
+@rule(nn.Fold)
+def fold_module(op: Op, x: Value) -> Value:
+    return fold(op, x)
+
+
+@rule(F.fold)
+def fold(op: Op, x: Value, *args, **kwargs) -> Value:
+    """(B, C · kernel, positions) to (B, C, H, W)."""
+    channels = op.channels(op.out.shape[1])
+    op.unify(x.axes[1], channels.times(x.shape[1] // op.out.shape[1]))
+    return op.result((x.axes[0], channels, None, None), _over_positions(op, x, x.axes[2:]), x)
+
+
+def _over_positions(op: Op, x: Value, axes) -> laws.Law:
+    """The law of an operation that is linear along the dims of `axes`, which it makes others of."""
+    for axis in axes:
+        if axis is not None:
+            make_whole(axis)
+    return laws.linear
+
+
+@rule("repeat", "tile", torch.tile)
+def repeat(op: Op, x: Value, *repeats) -> Value:
+    """Channels repeated are concatenated; a dim of size 1 repeated may stand for channels, as in `expand`."""
+    counts = op.listed(repeats)
+    missing = len(op.out.shape) - len(counts)
+    sizes = (1,) * (len(op.out.shape) - len(x.axes)) + x.shape
+    axes = [None] * (len(op.out.shape) - len(x.axes)) + list(x.axes)
+    for dim, (n, where) in enumerate(counts, start=missing):
+        if sizes[dim] == 1 < n and dim and where is not None and isinstance(op.given(where), int):
+            axes[dim] = Axis.of(Width(n, active=False))
+            op.arg(*where, value=axes[dim])
+        elif axes[dim] is not None and n != 1:
+            axes[dim] = Axis(*(axes[dim].resolve().terms * n))
+    return op.result(axes, laws.linear, x)
+
+
+@rule(torch.repeat_interleave, "repeat_interleave")
+def repeat_interleave(op: Op, x: Value, repeats: int, dim: int | None = None, **kwargs) -> Value:
+    if dim is None or not isinstance(repeats, int):
+        raise op.refuse("repeats all numbers, or each its own number of times; give it one number and a dim")
+    axes = list(x.axes)
+    if axes[dim] is not None:
+        axes[dim] = axes[dim].times(repeats)
+    return op.result(axes, laws.linear, x)
 
 
 @rule(torch.flip, "flip")
