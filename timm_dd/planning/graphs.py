@@ -102,6 +102,15 @@ def first_float(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 
 
+def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
+    """Channels-last where one of `tensors` is held so. Strides tell it of sizes of 1 too, which both formats fit."""
+    for t in tensors:
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.ndim)
+        if last and t.is_contiguous(memory_format=last) and t.stride(1) == 1 and t.stride(-1) == t.shape[1]:
+            return last
+    return torch.contiguous_format
+
+
 def evaluate_node(gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     """The node's value on meta tensors, its inputs taken from `env`."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])

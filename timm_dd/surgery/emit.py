@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import SplitError
-from ..planning.graphs import copy_graph, graph_module
+from ..planning.graphs import copy_graph, graph_module, memory_format
 from ..planning.plan import Plan, TensorPlan
 
 
@@ -140,20 +140,21 @@ def _tensor(name: str, model: nn.Module, graph: fx.GraphModule) -> torch.Tensor:
 
 
 def restrict(tensor: torch.Tensor, t: TensorPlan, k: int, plan: Plan) -> torch.Tensor:
-    """Part k's block of a global tensor, a copy. A summed bias is shared out: b/K to each of its K owners, and to the
-    last what is left, so that the shares add up to b without rounding."""
-    block = tensor
+    """Part k's block of a global tensor, a copy in its memory format. A summed bias is shared out: b/K to each of its K
+    owners, and to the last what is left, so that the shares add up to b without rounding."""
+    block, held_in = tensor, memory_format(tensor)
     for dim, index in enumerate(t.index(k, plan.divisor)):
         if index is not None:
             block = block.index_select(dim, index.to(tensor.device))
     if t.reduce != "sum":
-        return block.clone(memory_format=torch.contiguous_format) if block is tensor else block
+        return block.clone(memory_format=held_in) if block is tensor else block.to(memory_format=held_in)
     owners = torch.zeros(plan.parts + 1, *t.shape)  # of each element among the first 0, 1 … K parts
     for j in range(plan.parts):
         owners[j + 1 :][(slice(None), *t.block(j, plan.divisor))] += 1
     before, total = (owners[i][t.block(k, plan.divisor)].to(tensor.device) for i in (k, -1))
     share = _share(block, total)
-    return torch.where(before + 1 < total, share, block - (total - 1) * share).to(tensor.dtype)
+    shared = torch.where(before + 1 < total, share, block - (total - 1) * share)
+    return shared.to(tensor.dtype, memory_format=held_in)
 
 
 def _share(b: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
