@@ -15,9 +15,10 @@ from ..planning.plan import Plan, TensorPlan
 
 
 def emit(
-    graph: fx.GraphModule, plan: Plan, k: int, tensors: Mapping[str, torch.Tensor], training: bool = True
+    graph: fx.GraphModule, plan: Plan, k: int, tensors: Mapping[str, torch.Tensor], source: nn.Module
 ) -> fx.GraphModule:
-    """Part k: a copy of the traced `graph` with the plan's edits and `tensors`, part k's by name."""
+    """Part k: a copy of the traced `graph` with the plan's edits and `tensors`, part k's by name. Its modules are in
+    training or eval mode as those of `source`, the whole network, are."""
     part, copied = copy_graph(graph)
     nodes = {n.name: n for n in copied.nodes}
     modules = dict(part.named_modules(remove_duplicate=False))
@@ -37,7 +38,9 @@ def emit(
     for output in plan.outputs:
         _spread(part, nodes[output.node], output.dim, output.axis.size, output.axis.index(k, plan.divisor))
     _give(modules, tensors)
-    return graph_module(part, copied, type(graph).__name__).train(training)
+    for path, module in source.named_modules(remove_duplicate=False):
+        modules[path].training = module.training
+    return graph_module(part, copied, type(graph).__name__)
 
 
 def emit_whole(graph: fx.GraphModule, model: nn.Module) -> fx.GraphModule:

@@ -99,9 +99,7 @@ def _blank(plan: Plan, model: nn.Module | None) -> nn.Module:
         raise MergeError(f"the plan does not fit its model: {e}") from e
 
 
-def _load(
-    model: nn.Module, state: Mapping[str, torch.Tensor], sources: Sequence[Mapping[str, torch.Tensor]]
-) -> None:
+def _load(model: nn.Module, state: Mapping[str, torch.Tensor], sources: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Give `model` the tensors of `state`, in their dtypes, channels-last where it or one of their `sources` is; what
     was tied stays tied."""
     dtype = first_float(state.values())

@@ -11,6 +11,7 @@ from timm.layers import activations as ta
 from torch import nn
 
 from ...algebra.widths import Axis
+from ..modes import detached
 from . import laws
 from .op import Op, Value, rule
 
@@ -53,6 +54,14 @@ def prelu(op: Op, x: Value) -> Value:
 @rule(operator.neg, torch.neg, "neg", "contiguous", "float", "to", "type_as", "clone", "detach", nn.Identity)
 def same(op: Op, x: Value, *args, **kwargs) -> Value:
     return op.result(x.axes, laws.linear, x)
+
+
+@rule(detached)
+def without_history(op: Op, x):
+    """A tensor, or several among other things."""
+    if isinstance(x, (tuple, list)):
+        return tuple(without_history(op, v) for v in x)
+    return same(op, x) if isinstance(x, Value) else x
 
 
 @rule(*SUMS)
