@@ -46,3 +46,52 @@ def test_gradients_of_narrow_parts():
     exact(x.double()).square().sum().backward()
     for (name, p), q in zip(part.named_parameters(), exact.parameters()):
         torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-3, atol=1e-3 * q.grad.abs().max().item(), msg=name)
+
+
+class Mixed(nn.Module):
+    """Full, depthwise and 1x1 convolutions, in 2D and 3D."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8)
+        self.pointwise, self.volume = nn.Conv2d(8, 8, 1), nn.Conv3d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x):
+        y = self.pointwise(self.depthwise(self.stem(x)))
+        return self.fc(self.volume(y.unsqueeze(2)).mean((2, 3, 4)))
+
+
+def strides(module):
+    return {name: t.stride() for name, t in module.state_dict().items()}
+
+
+def held(module, last):
+    """`module` with its kernels in channels-last or contiguous memory."""
+    for p in module.parameters():
+        kinds = {4: torch.channels_last, 5: torch.channels_last_3d} if last else {}
+        p.data = p.data.to(memory_format=kinds.get(p.ndim, torch.contiguous_format))
+    return module
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_the_layout_survives_surgery(last):
+    """Parts and merged are held as the model is, to the stride; as the parts are, where these were converted."""
+    model = held(Mixed(), last)
+    parts = timm_dd.split(model, 4, example_input=torch.empty(1, 3, 8, 8), domain=timm_dd.Domain.full(4))
+    for part in parts:
+        assert strides(part) == strides(held(copy.deepcopy(part), last))
+    for merged in (timm_dd.merge(parts), timm_dd.merge(parts, onto=model)):
+        assert strides(merged) == strides(model)
+    plain = held(copy.deepcopy(model), False)
+    parts = timm_dd.split(plain, 4, example_input=torch.empty(1, 3, 8, 8), domain=timm_dd.Domain.full(4))
+    for part in parts:
+        held(part, last)
+    assert strides(timm_dd.merge(parts)) == strides(model)
+
+
+def test_the_layout_of_a_base_survives():
+    """Of a timm model, which merge creates anew."""
+    parts = timm_dd.split("resnet10t", 2, img_size=64, num_classes=10, domain=timm_dd.Domain.full(2))
+    base = timm_dd.merge(parts).to(memory_format=torch.channels_last)
+    assert strides(timm_dd.merge(parts, onto=base)) == strides(base) != strides(timm_dd.merge(parts))

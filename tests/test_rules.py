@@ -76,6 +76,16 @@ class Drop(nn.Module):
         return F.dropout(x, 0.5, training=self.training)
 
 
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x) if self.training else x
+
+
+@torch.no_grad()
+def without_gradient(x):
+    return torch.cat(x.sigmoid().chunk(2, 1)[::-1], 1)
+
+
 class Mixed(nn.Module):
     """Operations on a concatenation of 12 channels, which are cut, with the image, which every part has."""
 
@@ -407,6 +417,8 @@ ROWS = {
     ),
     "variance over positions": row(lambda: net(fn(lambda x: x / x.std((2, 3), keepdim=True)))),
     "dropout": row(lambda: net(nn.Dropout(0.5), Drop(), tl.DropPath(0.5))),
+    "a module for training alone": row(lambda: net(Noise())),
+    "no gradients": row(lambda: net(fn(lambda x: without_gradient(x) * x))),
     "StochasticDepth": row(lambda: net(StochasticDepth(0.5, "row"))),
     "LogSoftmax": row(lambda: nn.Sequential(net(), nn.LogSoftmax(1)), "not linear on a sum"),
     "power by a parameter": row(lambda: net(Parameter(lambda x, p: x.clamp(min=1e-3).pow(p), 1)), N),

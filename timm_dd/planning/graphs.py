@@ -16,6 +16,7 @@ MAKERS = {torch.arange, torch.zeros, torch.ones, torch.empty, torch.full, torch.
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 CONTENTS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")  # of a module
+STAYS_IN_EVAL = "_stays_in_eval"  # in the dict of a module that the model's ``train()`` leaves in eval mode
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -63,10 +64,18 @@ class Graph(fx.GraphModule):
         root = nn.Module()
         for name in CONTENTS:
             root.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        root.training = self.training
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph, {}))
         kind = type(self).__mro__[1]  # fx makes a class for every instance
-        return graph_module(root, graph, type(self).__name__, kind).train(self.training)
+        return graph_module(root, graph, type(self).__name__, kind)
+
+    def train(self, mode: bool = True) -> Graph:
+        """As in every module; those that the traced model's own ``train()`` leaves in eval mode stay there."""
+        super().train(mode)
+        for module in self.modules():
+            module.training = module.training and not vars(module).get(STAYS_IN_EVAL, False)
+        return self
 
 
 def graph_module(root: nn.Module, graph: fx.Graph, name: str, kind: type[Graph] = Graph) -> Graph:
@@ -82,6 +91,7 @@ def graph_module(root: nn.Module, graph: fx.Graph, name: str, kind: type[Graph] 
 def copy_graph(gm: fx.GraphModule) -> tuple[nn.Module, fx.Graph]:
     """The modules and the graph of a `GraphModule`, to be changed and made one with `graph_module`."""
     root = nn.Module()
+    root.training = gm.training
     for contents in CONTENTS:
         root.__dict__[contents] = copy.copy(gm.__dict__[contents])
     memo: dict[int, nn.Module] = {}
@@ -100,6 +110,15 @@ def float_type(model: nn.Module) -> torch.dtype:
 def first_float(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     """The first floating dtype among `tensors`, float32 if there is none."""
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+
+
+def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
+    """Channels-last where one of `tensors` is held so. Strides tell it of sizes of 1 too, which both formats fit."""
+    for t in tensors:
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.ndim)
+        if last and t.is_contiguous(memory_format=last) and t.stride(1) == 1 and t.stride(-1) == t.shape[1]:
+            return last
+    return torch.contiguous_format
 
 
 def evaluate_node(gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:

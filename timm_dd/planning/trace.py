@@ -1,18 +1,19 @@
 """A model as an fx graph with shapes, on the meta device: no weights in memory, no arithmetic.
 
-`skeleton` copies a model's structure without its tensors, `trace` records its graph in eval mode, and
-`evaluate_node` runs one node on meta tensors, so that shapes can be had at any input size.
+`skeleton` copies a model's structure without its tensors, `trace` records its graph in eval mode, with what it does in
+training (`modes`), and `evaluate_node` runs one node on meta tensors, so that shapes can be had at any input size.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import get_notrace_functions
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -20,9 +21,8 @@ from torch.utils import checkpoint
 
 from ..compat import ASSERT_IS_NONE
 from ..errors import SplitError, headline
-from .graphs import evaluate_node, float_type, graph_module
-
-DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
+from . import modes
+from .graphs import evaluate_node, float_type, graph_module, skeleton
 
 
 class Tracer(fx.Tracer):
@@ -43,7 +43,7 @@ class Tracer(fx.Tracer):
         self._evaluating = False
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        return self._is_leaf(m) or super().is_leaf_module(m, qualified_name)
+        return self._is_leaf(m) or modes.is_training_only(m) or super().is_leaf_module(m, qualified_name)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """A branch on sizes goes the way it goes at the image's size; one on values of a tensor is an error of fx."""
@@ -61,8 +61,64 @@ class Tracer(fx.Tracer):
             self._evaluating = False
         return super().to_bool(obj) if isinstance(value, torch.Tensor) else bool(value)
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["line"] = modes.line_of(traceback.walk_stack(None))
+        if not torch.is_grad_enabled():
+            node.meta["no_grad"] = True
+        return node
+
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        return forward(*args, **kwargs) if self._evaluating else super().call_module(m, forward, args, kwargs)
+        if self._evaluating:
+            return forward(*args, **kwargs)
+        result = super().call_module(m, forward, args, kwargs)
+        if not m.training and args and result is args[0] and self._acts_in_training(m, forward, args, kwargs):
+            modes.mark_training_only(m)
+            return super().call_module(m, forward, args, kwargs)
+        return result
+
+    def _acts_in_training(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> bool:
+        """Whether a module without tensors that gives back its input in eval mode does not do so in training."""
+        attributes = (vars(module).values() for module in m.modules())
+        if any(isinstance(v, torch.Tensor) for v in chain(m.parameters(), m.buffers(), *attributes)):
+            return False
+        count, stack = len(self.graph.nodes), self.module_stack.copy()
+        m.train()
+        with modes.watched_draws() as drawn:
+            try:
+                return forward(*args, **kwargs) is not args[0] or drawn()
+            except Exception:  # a branch on what it draws; it runs as it is
+                return True
+            finally:
+                m.eval()
+                self.module_stack = stack
+                for node in list(self.graph.nodes)[: count - 1 : -1]:
+                    self.graph.erase_node(node)
+
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph in eval mode, which does in training what the model does."""
+        other = skeleton(root).train()
+        graph = super().trace(root.eval(), concrete_args)
+        modes.detach(graph)
+        modes.mark_alike(root, other)
+        self._env = {}
+        with modes.watched_draws() as drawn:
+            try:
+                training = super().trace(other, concrete_args)
+            except Exception as e:
+                line = modes.line_of(reversed(list(traceback.walk_tb(e.__traceback__))))
+                raise SplitError(
+                    f"torch.fx cannot trace {type(root).__name__} in training mode: {type(e).__name__}: {headline(e)}; "
+                    f"{line}; {modes.REMEDY}"
+                ) from e
+            if drawn():
+                raise SplitError(
+                    f"{type(root).__name__} draws random numbers in training, outside of tensors, and so would do in "
+                    f"all its parts what it did once; {modes.REMEDY}"
+                )
+        modes.detach(training)
+        modes.keep_training(root, graph, other, training)
+        return graph
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
         return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -72,8 +128,6 @@ def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence
     """The graph of a `skeleton` on images of `size`, (C, *size), in eval mode; its state dict has the model's keys, all
     of them.
 
-    Dropout that is called as a function of `training` becomes a module, so that a part drops while it trains.
-
     Raises:
         SplitError: fx cannot trace the model.
     """
@@ -82,13 +136,14 @@ def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence
             raise SplitError(
                 f"{path or type(model).__name__} is parametrized; remove_parametrizations makes plain weights of it"
             )
-    model.eval()
     image, *others = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in others if p.default is not p.empty}
     inputs = {image.name: torch.empty(2, *size, device="meta", dtype=float_type(model)), **defaults}
     try:
-        with _without_checkpoints():
+        with torch.enable_grad(), _without_checkpoints():
             graph = Tracer(is_leaf, inputs).trace(model, concrete_args=defaults or None)
+    except SplitError:
+        raise
     except Exception as e:  # any code of the model runs here and may fail in its own way
         raise SplitError(
             f"torch.fx cannot trace {type(model).__name__}: {type(e).__name__}: {headline(e)}; "
@@ -97,7 +152,6 @@ def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence
     _drop_assertions(graph)
     _chain_in_place(graph)
     _chunk_as_pieces(graph)
-    _dropout_as_modules(graph, model)
     _constants_as_buffers(graph, model)
     return graph_module(model, graph, type(model).__name__)
 
@@ -160,16 +214,6 @@ def _chunk_as_pieces(graph: fx.Graph) -> None:
             node.op, node.target = "call_function", chunk_or_split
             node.args = tuple(_argument(node, i, name, 0) for i, name in enumerate(("input", "chunks", "dim")))
             node.kwargs = {}
-
-
-def _dropout_as_modules(graph: fx.Graph, model: nn.Module) -> None:
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in DROPOUTS and not _argument(node, 2, "training", True):
-            model.add_module(f"_{node.name}", DROPOUTS[node.target](_argument(node, 1, "p", 0.5)))
-            with graph.inserting_before(node):
-                new = graph.call_module(f"_{node.name}", (_argument(node, 0, "input", None),))
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
 
 
 def _constants_as_buffers(graph: fx.Graph, model: nn.Module) -> None:

@@ -10,14 +10,15 @@ import torch
 from torch import fx, nn
 
 from ..errors import SplitError
-from ..planning.graphs import copy_graph, graph_module
+from ..planning.graphs import copy_graph, graph_module, memory_format
 from ..planning.plan import Plan, TensorPlan
 
 
 def emit(
-    graph: fx.GraphModule, plan: Plan, k: int, tensors: Mapping[str, torch.Tensor], training: bool = True
+    graph: fx.GraphModule, plan: Plan, k: int, tensors: Mapping[str, torch.Tensor], source: nn.Module
 ) -> fx.GraphModule:
-    """Part k: a copy of the traced `graph` with the plan's edits and `tensors`, part k's by name."""
+    """Part k: a copy of the traced `graph` with the plan's edits and `tensors`, part k's by name. Its modules are in
+    training or eval mode as those of `source`, the whole network, are."""
     part, copied = copy_graph(graph)
     nodes = {n.name: n for n in copied.nodes}
     modules = dict(part.named_modules(remove_duplicate=False))
@@ -37,7 +38,9 @@ def emit(
     for output in plan.outputs:
         _spread(part, nodes[output.node], output.dim, output.axis.size, output.axis.index(k, plan.divisor))
     _give(modules, tensors)
-    return graph_module(part, copied, type(graph).__name__).train(training)
+    for path, module in source.named_modules(remove_duplicate=False):
+        modules[path].training = module.training
+    return graph_module(part, copied, type(graph).__name__)
 
 
 def emit_whole(graph: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
@@ -140,20 +143,21 @@ def _tensor(name: str, model: nn.Module, graph: fx.GraphModule) -> torch.Tensor:
 
 
 def restrict(tensor: torch.Tensor, t: TensorPlan, k: int, plan: Plan) -> torch.Tensor:
-    """Part k's block of a global tensor, a copy. A summed bias is shared out: b/K to each of its K owners, and to the
-    last what is left, so that the shares add up to b without rounding."""
-    block = tensor
+    """Part k's block of a global tensor, a copy in its memory format. A summed bias is shared out: b/K to each of its K
+    owners, and to the last what is left, so that the shares add up to b without rounding."""
+    block, held_in = tensor, memory_format(tensor)
     for dim, index in enumerate(t.index(k, plan.divisor)):
         if index is not None:
             block = block.index_select(dim, index.to(tensor.device))
     if t.reduce != "sum":
-        return block.clone(memory_format=torch.contiguous_format) if block is tensor else block
+        return block.clone(memory_format=held_in) if block is tensor else block.to(memory_format=held_in)
     owners = torch.zeros(plan.parts + 1, *t.shape)  # of each element among the first 0, 1 … K parts
     for j in range(plan.parts):
         owners[j + 1 :][(slice(None), *t.block(j, plan.divisor))] += 1
     before, total = (owners[i][t.block(k, plan.divisor)].to(tensor.device) for i in (k, -1))
     share = _share(block, total)
-    return torch.where(before + 1 < total, share, block - (total - 1) * share).to(tensor.dtype)
+    shared = torch.where(before + 1 < total, share, block - (total - 1) * share)
+    return shared.to(tensor.dtype, memory_format=held_in)
 
 
 def _share(b: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:

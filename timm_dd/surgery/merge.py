@@ -7,7 +7,7 @@ correction, the weights of a model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import models
 from ..errors import MergeError, SplitError, public
-from ..planning.graphs import first_float
+from ..planning.graphs import first_float, memory_format
 from ..planning.plan import Plan
 from ..storage import files
 from ..storage.merge_files import Base, check_mergeable, count_rows, merge_rows, zeros
@@ -33,7 +33,7 @@ def merge(
     model: nn.Module | None = None,
     onto: nn.Module | None = None,
 ) -> nn.Module:
-    """The global model with the parts' weights, ready to train or to save.
+    """The global model with the parts' weights, ready to train or to save; channels-last as the model or the parts are.
 
     With `onto`, whose weights are θ, it is a correction: θ + Σ_k P_k (θ_k − R_k θ), additive Schwarz, where R_k is
     what `split` does and P_k what merging does to part k. So θ stays outside the blocks, θ_k is inside; standardised
@@ -73,7 +73,7 @@ def merge(
         value = merge_rows(plan, name, dtypes[name], rows, base, 0, count_rows(t), head)
         state[name] = from_raw(value, dtypes[name]).reshape(t.shape)
     merged = _blank(plan, onto if model is None else model)
-    _load(merged, state)
+    _load(merged, state, [*states, {} if onto is None else onto.state_dict()])
     return merged
 
 
@@ -101,8 +101,9 @@ def _blank(plan: Plan, model: nn.Module | None) -> nn.Module:
         raise MergeError(f"the plan does not fit its model: {e}") from e
 
 
-def _load(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Give `model` the tensors of `state`, in their dtypes; what was tied stays tied."""
+def _load(model: nn.Module, state: Mapping[str, torch.Tensor], sources: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Give `model` the tensors of `state`, in their dtypes, channels-last where it or one of their `sources` is; what
+    was tied stays tied."""
     dtype = first_float(state.values())
     for name, buffer in model.named_buffers():
         if name not in state and buffer.is_floating_point():
@@ -111,4 +112,5 @@ def _load(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         if name not in state or state[name].shape != old.shape:
             found = f"of shape {tuple(state[name].shape)}" if name in state else "missing"
             raise MergeError(f"the plan does not fit its model: {name}, {tuple(old.shape)} in the model, is {found}")
-        old.data = state[name].to(old.device)
+        held_in = memory_format(old, *(source[name] for source in sources if name in source))
+        old.data = state[name].to(old.device, memory_format=held_in)

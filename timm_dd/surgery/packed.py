@@ -20,7 +20,7 @@ from torch.func import functional_call, vmap
 
 from ..compat import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from ..errors import SplitError
-from ..planning.graphs import BATCH_NORMS, CONTENTS, Graph, copy_graph, graph_module
+from ..planning.graphs import BATCH_NORMS, CONTENTS, STAYS_IN_EVAL, Graph, copy_graph, graph_module
 
 OF_BATCH_NORM = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 NUMBERS = (int, float, str, bool, tuple, type(None))
@@ -71,9 +71,10 @@ class PackedModule(nn.Module):
             self.__dict__[contents] = module.__dict__[contents]
         # In a tuple, so that it is no submodule: what it holds are this module's dicts.
         self._of_part, self._parts = (module,), parts
-        self.train(module.training)
+        self.training = module.training
 
     def train(self, mode: bool = True) -> PackedModule:
+        mode = mode and not vars(self._of_part[0]).get(STAYS_IN_EVAL, False)
         self._of_part[0].training = mode
         return super().train(mode)
 
@@ -135,7 +136,7 @@ def pack(parts: Sequence[fx.GraphModule]) -> PackedGraph:
     _pack_functions(graph, len(parts))
     packed = graph_module(root, graph, f"Packed{type(parts[0]).__name__}", PackedGraph)
     assert isinstance(packed, PackedGraph)
-    return packed.train(parts[0].training)
+    return packed
 
 
 def _pack_modules(root: nn.Module, graph: fx.Graph, parts: int) -> None:

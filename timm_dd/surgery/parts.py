@@ -166,4 +166,4 @@ def _loaded(graph: fx.GraphModule, plan: Plan, k: int, source: nn.Module, state:
     dtype = first_float(state.values())
     for name, t in slices(plan, k, source, graph, plan.constants).items():
         state[name] = t.to(dtype) if t.is_floating_point() else t
-    return emit(graph, plan, k, state, source.training)
+    return emit(graph, plan, k, state, source)

@@ -136,7 +136,7 @@ class Network:
     def part(self, graph: fx.GraphModule, plan: Plan, k: int) -> fx.GraphModule:
         """Part k with its slices of the network's weights; `graph` and `plan` are from `plan`."""
         tensors = slices(plan, k, self.module, graph, [*plan.tensors, *plan.constants], self.fresh)
-        return emit(graph, plan, k, tensors, self.module.training)
+        return emit(graph, plan, k, tensors, self.module)
 
 
 def plan_model(plan: Plan, model: nn.Module | None) -> nn.Module:

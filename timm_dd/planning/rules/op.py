@@ -28,6 +28,7 @@ from torch import fx, nn
 from ...algebra.axes import Window
 from ...algebra.widths import Axis, Width, freeze, make_whole, unify
 from ...errors import SplitError
+from ..modes import TrainingOnly, is_training_only
 from ..shapes import Sizes
 from .laws import Law
 
@@ -48,6 +49,8 @@ def rule(*targets):
 
 def module_rule(module: nn.Module) -> Callable | None:
     """The rule for a module's type, or for the nearest base whose forward it has not replaced."""
+    if is_training_only(module):
+        return RULES[TrainingOnly]
     for base in type(module).__mro__:
         if base in RULES:
             return RULES[base] if base is type(module) or type(module).forward is base.forward else None

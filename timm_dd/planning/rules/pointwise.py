@@ -11,6 +11,7 @@ from timm.layers import activations as ta
 from torch import nn
 
 from ...algebra.widths import Axis
+from ..modes import detached
 from . import laws
 from .op import Op, Value, rule
 
@@ -67,6 +68,14 @@ def cast(op: Op, x: Value, *args, **kwargs) -> Value:
     """Linear where no digit is lost: the terms of a sum are rounded each by itself."""
     keeps = op.out.dtype == torch.promote_types(op.out.dtype, x.at[0].dtype)
     return op.result(x.axes, laws.linear if keeps else laws.pointwise, x)
+
+
+@rule(detached)
+def without_history(op: Op, x):
+    """A tensor, or several among other things."""
+    if isinstance(x, (tuple, list)):
+        return tuple(without_history(op, v) for v in x)
+    return same(op, x) if isinstance(x, Value) else x
 
 
 @rule(*SUMS)

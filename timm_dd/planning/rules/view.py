@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import fx, nn
-from torchvision.ops import StochasticDepth
+from torchvision.ops import StochasticDepth, drop_block2d, drop_block3d, stochastic_depth
 
 from ...algebra.widths import Axis, Width, make_whole, unify
+from ..modes import TrainingOnly
 from . import laws
 from .op import Op, Value, rule, unpacked
 from .pieces import split_into
@@ -29,12 +30,38 @@ DROPOUTS = (
     DropPath,
     StochasticDepth,
 )
+DROPPING = (
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, stochastic_depth,
+    drop_block2d, drop_block3d,
+)  # fmt: skip
 
 
-@rule(*DROPOUTS, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+@rule(*DROPOUTS, *DROPPING)
 def dropout(op: Op, x: Value, *args, **kwargs) -> Value:
     """The identity in eval mode."""
     return op.result(x.axes, laws.linear, x)
+
+
+@rule(TrainingOnly)
+def training_only(op: Op, x: Value, *args, **kwargs) -> Value:
+    """A module of the model that is the identity in eval mode: in training it runs in a part as it is, if it takes
+    another number of channels."""
+    wider = [n if axis is None else 2 * n for n, axis in zip(x.shape, x.axes)]
+    if _trains_on(op.module, x.shape) and not _trains_on(op.module, wider):
+        raise op.refuse("in training it takes only the whole network's channels; let it go by the shape of its input")
+    return dropout(op, x)
+
+
+def _trains_on(module: nn.Module, shape) -> bool:
+    """Whether a module gives in training a tensor of its input's shape, on the meta device."""
+    module.train()
+    try:
+        with torch.device("meta"), torch.no_grad():
+            return module(torch.empty(shape)).shape == torch.Size(shape)
+    except Exception:  # any code of the model
+        return False
+    finally:
+        module.eval()
 
 
 # ---- views
