@@ -15,9 +15,8 @@ from .flags import STAGED, flag_of
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a whole number from 1 up": (
         lambda n: n >= 1,
-        "batch_size coarse_views coarse_widths cycles grad_accum_steps img_size input_size num_classes part_threads parts "
-        "plateau_epochs train_num_samples "
-        "val_num_samples validation_batch_size",
+        "batch_size coarse_views coarse_widths cycles grad_accum_steps img_size input_size num_classes part_threads "
+        "parts plateau_epochs train_num_samples val_num_samples validation_batch_size",
     ),
     "a whole number from 0 up": (
         lambda n: n >= 0,
