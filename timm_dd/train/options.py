@@ -55,6 +55,8 @@ def _check_together(p: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             p.error(f"{flag_of(name)} goes from the smaller to the larger, got {low} {high}")
     if args.mixup and args.batch_size % 2:
         p.error(f"--mixup mixes pairs: --batch-size is even, got {args.batch_size}")
+    stages = (None, "part", "baseline") if args.baseline else (None, "part")
+    checks.check_effects(p, args, all(stage_options(args, stage).shift for stage in stages))
     if not args.dataset and not args.data_dir:
         p.error("nothing to train on: give --data-dir DIR, or --dataset digits")
     for stage in (None, *STAGES):
