@@ -185,7 +185,10 @@ def data_config(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, A
     given = vars(args).copy()
     if args.dataset == "digits" and args.img_size is None and args.input_size is None:
         given["img_size"] = 32
-    config = resolve_data_config(given, model=model, verbose=False)
+    try:
+        config = resolve_data_config(given, model=model, verbose=False)
+    except AssertionError as e:
+        raise TrainError("--mean and --std have one number, or one for each of the image's channels") from e
     if config["input_size"][1] <= 64:
         config["crop_pct"] = args.crop_pct or 1.0  # a small image is not worth cutting
     return config
