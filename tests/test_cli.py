@@ -27,6 +27,16 @@ def test_plan(capsys):
     assert json.loads(capsys.readouterr().out)["parts"] == 4
 
 
+@pytest.mark.parametrize("channels", [1, 5])
+def test_images_of_other_channels(channels, tmp_path, capsys):
+    given = ["resnet10t", "2", "--in-chans", str(channels), "--img-size", "64"]
+    for command in ("plan", "profile"):
+        assert main([command, *given, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)
+    assert main(["split", *given, "-o", str(tmp_path / "parts")]) == 0
+    assert timm_dd.Parts.load(tmp_path / "parts").plan.input_size == (channels, 64, 64)
+
+
 def test_plan_of_a_narrow_model_says_what_is_replicated(capsys):
     assert main(["plan", "tinynet_e", "4", "--narrow", "replicate"]) == 0
     row = next(r for r in capsys.readouterr().out.splitlines() if r.startswith("blocks.1.0.se.act1"))

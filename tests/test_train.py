@@ -366,6 +366,22 @@ def test_bad_input(make, status, message, tmp_path, folder, capsys):
         assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    "given, channels", [("--input-size 1 32 32", 1), ("--in-chans 1", 1), ("--in-chans 4", 4), ("--in-chans 3", 3)]
+)
+def test_images_of_other_channels(given, channels, tmp_path, folder):
+    """Grey ones and those with alpha: the model, its data and its card are of as many channels."""
+    data_given = ["--data-dir", str(folder), "--model", "test_resnet", "--img-size", "32", "-b", "4", "-j", "0"]
+    run = ["--part-epochs", "1", "--epochs", "1", "--warmup-epochs", "0", "--parts", "2", "--device", "cpu"]
+    run += ["--output", str(tmp_path), "--experiment", "run", "--color-jitter", "0", *given.split()]
+    assert main(["train", *data_given, *run]) == 0
+    config = json.loads((tmp_path / "run/global/last/config.json").read_text())["pretrained_cfg"]
+    assert config["input_size"] == [channels, 32, 32] and len(config["mean"]) == len(config["std"]) == channels
+    model = timm.create_model(f"local-dir:{tmp_path / 'run/global/last'}", pretrained=True).eval()
+    assert model(torch.zeros(1, channels, 32, 32)).shape == (1, 2)
+    assert main(["verify", str(tmp_path / "run/composed"), str(tmp_path / "run/parts"), "--data-dir", str(folder)]) == 0
+
+
 IMPOSSIBLE = [
     "--opt foo", "--sched foo", "--aa foo --shift 0", "--interpolation foo", "--mean 0.5 0.5", "--input-size 32 32 3",
     "--device cuda",

@@ -15,7 +15,7 @@ from .flags import STAGED, flag_of, parser
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a whole number from 1 up": (
         lambda n: n >= 1,
-        "batch_size cycles grad_accum_steps img_size input_size num_classes part_threads parts plateau_epochs "
+        "batch_size cycles grad_accum_steps img_size in_chans input_size num_classes part_threads parts plateau_epochs "
         "train_num_samples "
         "val_num_samples validation_batch_size",
     ),
