@@ -28,7 +28,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "checkpoint_every color_jitter decay_rate decay_rates lr lr_base min_lr mixup momentum off_diagonal_lr "
         "off_diagonal_noise tune_rate warmup_lr weight_decay",
     ),
-    "a number above 0": (lambda x: x > 0, "clip_grad decay_epochs opt_eps part_scale ratio std"),
+    "a number above 0": (lambda x: x > 0, "clip_grad decay_epochs opt_eps ratio std"),
     "a number above 0 and up to 1": (lambda x: 0 < x <= 1, "crop_pct scale"),
     "a number from 0 and below 1": (lambda x: 0 <= x < 1, "opt_betas smoothing"),
     "a number from 0 to 1": (lambda x: 0 <= x <= 1, "model_ema_decay"),
