@@ -50,6 +50,16 @@ def test_a_warning_of_a_command_is_one_line():
     assert line.startswith("timm-dd plan: warning: too few channels for 4 parts")
 
 
+@pytest.mark.parametrize("channels", [1, 5])
+def test_images_of_other_channels(channels, tmp_path, capsys):
+    given = ["resnet10t", "2", "--in-chans", str(channels), "--img-size", "64"]
+    for command in ("plan", "profile"):
+        assert main([command, *given, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)
+    assert main(["split", *given, "-o", str(tmp_path / "parts")]) == 0
+    assert timm_dd.Parts.load(tmp_path / "parts").plan.input_size == (channels, 64, 64)
+
+
 def test_colours_are_for_terminals(capsys, monkeypatch):
     arguments = ["plan", "convnext_atto", "2", "--img-size", "64"]
     monkeypatch.delenv("NO_COLOR", raising=False)

@@ -107,6 +107,28 @@ def test_a_number_out_of_its_range_is_refused(given, capsys):
     assert given.split()[0] in error(given.split(), capsys)
 
 
+WITHOUT_EFFECT = [
+    "--aa rand-m9", "--vflip 0.5", "--color-jitter 0.3", "--scale 0.5 1", "--ratio 1 1", "--train-crop-mode rkrc",
+    "--data-dir x", "--train-split x", "--dataset-download", "--no-aug --reprob 0.2 --shift 0",
+    "--no-aug --hflip 0.2 --shift 0", "--amp-dtype float16", "--clip-mode agc", "--model-ema-decay 0.9",
+    "--wandb-project x", "--reassign", "--baseline --aa rand-m9",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", WITHOUT_EFFECT)
+def test_an_option_without_effect_is_refused(given, capsys):
+    assert "has no effect" in error(given.split(), capsys)
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["--aa rand-m9 --shift 0", "--aa rand-m9 --part-shift 0", "--color-jitter 0", "--aa rand-m9 --baseline "
+     "--baseline-shift 0", "--no-aug", "--amp --amp-dtype float16", "--reassign --cycles 2", "--hflip 0"],
+)  # fmt: skip
+def test_an_option_with_an_effect_in_some_stage_is_not(given):
+    options.parse([*RUN, *given.split()])
+
+
 def test_a_run_s_own_options_are_read_back(file):
     args = options.parse([*RUN, "--grid", "1x2", "--parts", "2", "--mean", "0.5", "--model-kwargs", "a=1", "b=x"])
     text = yaml.safe_dump(vars(args), default_flow_style=None)

@@ -366,6 +366,63 @@ def test_bad_input(make, status, message, tmp_path, folder, capsys):
         assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    "given, channels", [("--input-size 1 32 32", 1), ("--in-chans 1", 1), ("--in-chans 4", 4), ("--in-chans 3", 3)]
+)
+def test_images_of_other_channels(given, channels, tmp_path, folder):
+    """Grey ones and those with alpha: the model, its data and its card are of as many channels."""
+    data_given = ["--data-dir", str(folder), "--model", "test_resnet", "--img-size", "32", "-b", "4", "-j", "0"]
+    run = ["--part-epochs", "1", "--epochs", "1", "--warmup-epochs", "0", "--parts", "2", "--device", "cpu"]
+    run += ["--output", str(tmp_path), "--experiment", "run", "--color-jitter", "0", *given.split()]
+    assert main(["train", *data_given, *run]) == 0
+    config = json.loads((tmp_path / "run/global/last/config.json").read_text())["pretrained_cfg"]
+    assert config["input_size"] == [channels, 32, 32] and len(config["mean"]) == len(config["std"]) == channels
+    model = timm.create_model(f"local-dir:{tmp_path / 'run/global/last'}", pretrained=True).eval()
+    assert model(torch.zeros(1, channels, 32, 32)).shape == (1, 2)
+    assert main(["verify", str(tmp_path / "run/composed"), str(tmp_path / "run/parts"), "--data-dir", str(folder)]) == 0
+
+
+IMPOSSIBLE = [
+    "--opt foo", "--sched foo", "--aa foo --shift 0", "--interpolation foo", "--mean 0.5 0.5", "--input-size 32 32 3",
+    "--device cuda",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", IMPOSSIBLE)
+def test_what_cannot_be_made_is_known_before_there_is_a_folder(given, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = [*RUN, "--output", str(tmp_path / "runs"), "--experiment", "run", *given.split()]
+    assert main(["train", *arguments]) == 1
+    assert (error := capsys.readouterr().err).count("\n") == 1 and len(error) < 400
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("package, module", [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_tracker_that_is_not_installed(package, module, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["train", *RUN, "--output", str(tmp_path / "runs"), f"--log-{package}"]) == 1
+    assert f"timm_dd[{package}]" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_all_parts_fail_for_the_reason_that_is_said(tmp_path, folder, capsys):
+    given = ["--data-dir", str(folder), "--model", "test_resnet", "--num-classes", "1", "-b", "4", "-j", "0"]
+    given += [
+        "--parts",
+        "2",
+        "--epochs",
+        "1",
+        "--img-size",
+        "32",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "runs"),
+    ]
+    assert main(["train", *given]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "part 0 failed (" in error and "part 1 failed (" in error and "TensorList" not in error
+
+
 @pytest.mark.parametrize("ranks, batch, enough", [(1, 36, True), (2, 24, False), (2, 18, True), (3, 13, False)])
 def test_every_rank_has_a_batch(ranks, batch, enough, tmp_path, monkeypatch, capsys):
     """Of 36 images; a rank's share in the second stage is what counts, and nothing begins before."""

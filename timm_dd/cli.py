@@ -131,6 +131,7 @@ def _split_options(p: argparse.ArgumentParser) -> None:
     console.domain_options(p)
     p.add_argument("--width-divisor", type=int, metavar="D", help="divide widths by D instead of K; not to be merged")
     p.add_argument("--img-size", type=console.sizes, metavar="PX", help="pixels, or 192x168")
+    p.add_argument("--in-chans", type=int, metavar="N", help="channels of the images, by default the model's")
     p.add_argument("--num-classes", type=int, metavar="N", help="by default the model's")
 
 
@@ -143,7 +144,8 @@ def _source(args: argparse.Namespace) -> dict:
         "width_divisor": args.width_divisor,
         "img_size": size,
     }
-    return given if args.num_classes is None else {**given, "num_classes": args.num_classes}
+    asked = {"in_chans": args.in_chans, "num_classes": args.num_classes}
+    return {**given, **{name: value for name, value in asked.items() if value is not None}}
 
 
 def _plan(args: argparse.Namespace) -> None:

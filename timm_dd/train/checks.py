@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from .flags import STAGED, flag_of
+from .flags import STAGED, flag_of, parser
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a whole number from 1 up": (
         lambda n: n >= 1,
-        "batch_size coarse_views coarse_widths cycles grad_accum_steps img_size input_size num_classes part_threads "
-        "parts plateau_epochs train_num_samples val_num_samples validation_batch_size",
+        "batch_size coarse_views coarse_widths cycles grad_accum_steps img_size in_chans input_size num_classes "
+        "part_threads parts plateau_epochs train_num_samples val_num_samples validation_batch_size",
     ),
     "a whole number from 0 up": (
         lambda n: n >= 0,
@@ -27,7 +27,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "checkpoint_every color_jitter decay_rate decay_rates lr lr_base min_lr mixup momentum off_diagonal_lr "
         "off_diagonal_noise tune_rate warmup_lr weight_decay",
     ),
-    "a number above 0": (lambda x: x > 0, "clip_grad decay_epochs opt_eps part_scale ratio std"),
+    "a number above 0": (lambda x: x > 0, "clip_grad decay_epochs opt_eps ratio std"),
     "a number above 0 and up to 1": (lambda x: 0 < x <= 1, "crop_pct scale"),
     "a number from 0 and below 1": (lambda x: 0 <= x < 1, "coarse_dropout opt_betas smoothing"),
     "a number from 0 to 1": (lambda x: 0 <= x <= 1, "model_ema_decay"),
@@ -35,6 +35,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a number": (lambda x: True, "mean"),
     "a whole number of 64 bits": (lambda n: -(2**63) <= n < 2**63, "seed"),
 }
+
+
+AUGMENTATION = "aa color_jitter ratio scale train_crop_mode vflip"  # of timm's crops
 
 
 def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -64,3 +67,27 @@ def _is_device(name: str) -> bool:
         return torch.device(name).type in ("cpu", "cuda")
     except RuntimeError:
         return False
+
+
+def check_effects(p: argparse.ArgumentParser, args: argparse.Namespace, shifted: bool) -> None:
+    """Exit with status 2 if an option asks for what another leaves out.
+
+    Args:
+        shifted: whether shifts take the place of crops in all stages.
+    """
+    defaults = vars(parser(add_help=False).parse_args([]))
+    excluded = [
+        (args.no_aug, "beside --no-aug", f"{AUGMENTATION} hflip reprob"),
+        (shifted, "beside --shift, which shifts and flips whole images", AUGMENTATION),
+        (args.dataset == "digits", "beside --dataset digits", "data_dir dataset_download train_split val_split"),
+        (not args.dataset, "without --dataset", "dataset_download"),
+        (not args.amp, "without --amp", "amp_dtype"),
+        (args.clip_grad is None, "without --clip-grad", "clip_mode"),
+        (not args.model_ema, "without --model-ema", "model_ema_decay"),
+        (not args.log_wandb, "without --log-wandb", "wandb_project"),
+        (args.cycles == 1, "without --cycles of two or more", "reassign"),
+    ]
+    for applies, where, names in excluded:
+        for name in names.split() if applies else ():
+            if getattr(args, name) and getattr(args, name) != defaults[name]:
+                p.error(f"{flag_of(name)} has no effect {where}")

@@ -22,7 +22,9 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision import transforms
 
 from ..errors import TrainError, headline
+from . import options
 
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of Pillow, by channels
 SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "valid", "eval", "test")}
 
 
@@ -34,20 +36,20 @@ class Digits(Dataset):
 
     classes = 10
 
-    def __init__(self, train: bool):
+    def __init__(self, train: bool, mode: str = "RGB"):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         chosen = [i for i in range(len(digits.target)) if (i % 5 != 0) == train]
         self.images = (digits.images[chosen] * (255 / 16)).astype(np.uint8)
         self.targets = digits.target[chosen]
-        self.transform = None
+        self.transform, self.mode = None, mode
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, i: int):
-        image = Image.fromarray(self.images[i]).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
+        image = Image.fromarray(self.images[i]).resize((32, 32), Image.Resampling.BICUBIC).convert(self.mode)
         return (self.transform(image) if self.transform else image), int(self.targets[i])
 
 
@@ -77,7 +79,7 @@ def datasets(args: argparse.Namespace, world: int = 1) -> tuple[Dataset, Dataset
         TrainError: no such folder, no images in it, or too few for a batch on every rank.
     """
     if args.dataset == "digits":
-        sets = _digits(train=True), _digits(train=False)
+        sets = _digits(True, image_mode(args)), _digits(False, image_mode(args))
         classes: int | None = Digits.classes
     else:
         sets = tuple(_dataset(args, which) for which in ("train", "validation"))
@@ -118,19 +120,33 @@ def pace(args: argparse.Namespace, train: Dataset, ranks: int) -> dict[str, int]
     return {"updates_per_epoch": -(-len(train) // ranks) // batch, "images": batch * ranks}
 
 
-def _digits(train: bool) -> Digits:
+def image_mode(args: argparse.Namespace) -> str:
+    """Pillow's name for images of so many channels.
+
+    Raises:
+        TrainError: it has none.
+    """
+    channels = options.channels(args) or 3
+    if channels not in MODES:
+        raise TrainError(f"images have 1 to 4 channels, not {channels}; see --in-chans and --input-size")
+    return MODES[channels]
+
+
+def _digits(train: bool, mode: str) -> Digits:
     try:
-        return Digits(train)
+        return Digits(train, mode)
     except ImportError as e:
         raise TrainError("--dataset digits comes with scikit-learn: pip install 'timm_dd[demo]'") from e
 
 
 def _dataset(args: argparse.Namespace, which: str) -> Dataset:
-    split = args.train_split if which == "train" else args.val_split
+    mode, split = image_mode(args), args.train_split if which == "train" else args.val_split
     try:
         if args.dataset:
-            return create_dataset(args.dataset, root=args.data_dir, split=split, download=args.dataset_download)
-        return _images(Path(args.data_dir), split, which)
+            return create_dataset(
+                args.dataset, root=args.data_dir, split=split, download=args.dataset_download, input_img_mode=mode
+            )
+        return _images(Path(args.data_dir), split, which, mode)
     except (AssertionError, RuntimeError, OSError, ValueError, ImportError, tarfile.TarError) as e:
         if isinstance(e, TrainError):
             raise
@@ -138,23 +154,23 @@ def _dataset(args: argparse.Namespace, which: str) -> Dataset:
         raise TrainError(f"no {split} images in {what}: {headline(e)}") from e
 
 
-def _images(root: Path, split: str, which: str) -> Dataset:
+def _images(root: Path, split: str, which: str, mode: str) -> Dataset:
     """A folder with folders or tars for each split, or one tar with folders for each."""
     names = (split, *SPLITS[which])
     if not root.exists():
         raise TrainError(f"no data folder {root}; expected a folder or a tar with train and val")
     if root.is_file():
-        return _inside_tar(root, names)
+        return _inside_tar(root, names, mode)
     for name in names:
         for path in (root / name, root / f"{name}.tar"):
             if path.exists():
-                return create_dataset("", root=str(path), search_split=False)
+                return create_dataset("", root=str(path), search_split=False, input_img_mode=mode)
     expected = ", ".join(dict.fromkeys(names))
     raise TrainError(f"{root} has no {which} images: expected one of {expected}, as a folder or a tar of class folders")
 
 
-def _inside_tar(path: Path, names: Sequence[str]) -> Dataset:
-    dataset = create_dataset("", root=str(path))
+def _inside_tar(path: Path, names: Sequence[str], mode: str) -> Dataset:
+    dataset = create_dataset("", root=str(path), input_img_mode=mode)
     reader = dataset.reader
     folders = [Path(s[0].path).parts for s in reader.samples]
     keep = [i for i, p in enumerate(folders) if any(n in p[:-2] for n in names)]
@@ -185,7 +201,14 @@ def data_config(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, A
     given = vars(args).copy()
     if args.dataset == "digits" and args.img_size is None and args.input_size is None:
         given["img_size"] = 32
-    config = resolve_data_config(given, model=model, verbose=False)
+    try:
+        config = resolve_data_config(given, model=model, verbose=False)
+    except AssertionError as e:
+        raise TrainError("--mean and --std have one number, or one for each of the image's channels") from e
+    channels = config["input_size"][0]
+    for name in ("mean", "std"):
+        if len(config[name]) != channels:  # the model's, of colours
+            config[name] = (sum(config[name]) / len(config[name]),) * channels
     if config["input_size"][1] <= 64:
         config["crop_pct"] = args.crop_pct or 1.0  # a small image is not worth cutting
     return config
@@ -241,7 +264,7 @@ def _validation_loader(args: argparse.Namespace, config: dict, val: Dataset, com
 
 def validation(args: argparse.Namespace, config: dict):
     """timm's loader for the validation images alone, on the CPU."""
-    val = _digits(train=False) if args.dataset == "digits" else _dataset(args, "validation")
+    val = _digits(False, image_mode(args)) if args.dataset == "digits" else _dataset(args, "validation")
     return _validation_loader(args, config, val, _common(args, config, torch.device("cpu"), distributed=False))
 
 

@@ -81,6 +81,7 @@ def _data(g) -> None:
     g.add_argument("--val-num-samples", type=int, metavar="N", help="the same of the validation images")
     g.add_argument("--dataset-download", action="store_true", help="let timm download the data set")
     g.add_argument("--img-size", type=int, metavar="PX")
+    g.add_argument("--in-chans", type=int, metavar="N", help="channels of the images: 1 grey, 3 colours, 4 with alpha")
     g.add_argument("--input-size", type=int, nargs=3, metavar="N", help="channels, height, width")
     g.add_argument("--crop-pct", type=float, metavar="PCT", help="centre crop of validation images")
     g.add_argument("--mean", type=float, nargs="+")

@@ -55,7 +55,9 @@ class Ranks:
         return given
 
     def device(self, name: str | None) -> torch.device:
-        if name == "cpu" or (name is None and not torch.cuda.is_available()):
+        if name is not None and torch.device(name).type == "cuda" and not torch.cuda.is_available():
+            raise TrainError(f"--device {name}: torch finds no GPU here; use --device cpu")
+        if not torch.cuda.is_available() or (name is not None and torch.device(name).type == "cpu"):
             return torch.device("cpu")
         index = self.local_rank % max(torch.cuda.device_count(), 1)
         torch.cuda.set_device(index)

@@ -59,6 +59,8 @@ class TrainingLoop:
                 continue
             speed = self._epoch(due, epoch)
             due = _alive(due)
+            if not due:
+                return
             for learner in due:
                 learner.sync_ema_buffers()
             timer = self.timer if self.primary else None

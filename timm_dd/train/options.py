@@ -56,6 +56,10 @@ def _check_together(p: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             p.error(f"{flag_of(name)} goes from the smaller to the larger, got {low} {high}")
     if args.mixup and args.batch_size % 2:
         p.error(f"--mixup mixes pairs: --batch-size is even, got {args.batch_size}")
+    if args.input_size and channels(args) != args.input_size[0]:
+        p.error(f"--in-chans {args.in_chans} and --input-size {args.input_size[0]} … are of other channels")
+    stages = (None, "part", "baseline") if args.baseline else (None, "part")
+    checks.check_effects(p, args, all(stage_options(args, stage).shift for stage in stages))
     if not args.dataset and not args.data_dir:
         p.error("nothing to train on: give --data-dir DIR, or --dataset digits")
     for stage in (None, *STAGES):
@@ -124,10 +128,22 @@ def follows_recipe(args: argparse.Namespace) -> bool:
     return not (args.grid or args.overlap or args.margin or args.part_scale is not None or args.views)
 
 
+def channels(args: argparse.Namespace) -> int | None:
+    """Of the images; None: as many as the model takes by itself."""
+    return args.input_size[0] if args.in_chans is None and args.input_size else args.in_chans
+
+
 def model_arguments(args: argparse.Namespace, classes: int | None) -> dict:
     """Keyword arguments for `timm.create_model`."""
     classes = args.num_classes or classes
     if classes is None:
         raise TrainError("the number of classes is not known from the data; give --num-classes")
-    given = {"num_classes": classes, "drop_rate": args.drop, "drop_path_rate": args.drop_path, **args.model_kwargs}
+    colours = None if channels(args) == 3 else channels(args)
+    given = {
+        "num_classes": classes,
+        "in_chans": colours,
+        "drop_rate": args.drop,
+        "drop_path_rate": args.drop_path,
+        **args.model_kwargs,
+    }
     return {k: v for k, v in given.items() if v is not None}

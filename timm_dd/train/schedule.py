@@ -10,6 +10,8 @@ import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 
+from ..errors import TrainError
+
 
 class Steps(Scheduler):
     """The rate times ``rates[i]`` from epoch ``milestones[i]`` on, after `warmup` epochs that rise linearly."""
@@ -66,4 +68,8 @@ def create(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_p
             **{**scheduler_kwargs(args), "num_epochs": max(args.epochs, 1), "decay_milestones": milestones},
             updates_per_epoch=updates_per_epoch,
         )
+        if schedule is None:
+            raise TrainError(
+                f"--sched {args.sched}: timm has no such schedule; cosine, step and poly are some that it has"
+            )
     return Plateau(schedule, args.plateau_epochs) if args.plateau_epochs else schedule

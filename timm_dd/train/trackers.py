@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,11 +13,7 @@ from ..errors import TrainError, headline
 
 
 class Trackers:
-    """The figures of every epoch, under the network's name, to all that `args` asks for.
-
-    Raises:
-        TrainError: a package is not installed.
-    """
+    """The figures of every epoch, under the network's name, to all that `args` asks for, see `check`."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, rank: int):
         self.board = _tensorboard(folder) if args.log_tensorboard else None
@@ -45,18 +42,24 @@ class Trackers:
             self.wandb.finish()
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raise TrainError if what is asked for is not installed."""
+    for name, module in (("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")):
+        if getattr(args, f"log_{name}"):
+            try:
+                import_module(module)
+            except ImportError as e:
+                raise TrainError(f"--log-{name} needs the package: pip install 'timm_dd[{name}]'") from e
+
+
 def _tensorboard(folder: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e:
-        raise TrainError("--log-tensorboard needs the package: pip install 'timm_dd[tensorboard]'") from e
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(folder / "tensorboard")
 
 
 def _wandb(args: argparse.Namespace, folder: Path, rank: int):
-    try:
-        import wandb
-    except ImportError as e:
-        raise TrainError("--log-wandb needs the package: pip install 'timm_dd[wandb]'") from e
+    import wandb
+
     name = f"{folder.name}-{rank}" if rank else folder.name  # a part's figures come from the rank that trains it
     return wandb.init(project=args.wandb_project, group=folder.name, name=name, dir=folder, config=vars(args))
