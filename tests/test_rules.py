@@ -17,6 +17,7 @@ from timm.layers.split_batchnorm import SplitBatchNorm2d
 from timm.layers.std_conv import StdConv2dSame
 from timm.models.vgg import ConvMlp
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -692,6 +693,16 @@ ROWS |= {
         lambda: net(
             fn(sequence_first, nn.TransformerEncoder(layer(activation=nn.SiLU()), 2, enable_nested_tensor=False))
         )
+    ),
+    "weight_norm": row(
+        lambda: net(weight_norm(conv(12, 8, 3)), nn.Tanh(), weight_norm(conv(8, 8, 3, groups=4)), out=8)
+    ),
+    "weight_norm of a transposed convolution": row(lambda: net(weight_norm(nn.ConvTranspose2d(12, 8, 3)), out=8)),
+    "weight_norm of a fully connected layer": row(
+        lambda: net(tail=(nn.AdaptiveAvgPool2d(1), nn.Flatten(), weight_norm(nn.Linear(12, 8)), nn.Linear(8, 5)))
+    ),
+    "weight_norm of the classifier": row(
+        lambda: net(tail=(nn.AdaptiveAvgPool2d(1), nn.Flatten(), weight_norm(nn.Linear(12, 5)))), "divides each row"
     ),
     "checkpoint": row(lambda: net(fn(lambda x, c: checkpoint(c, x, use_reentrant=False), conv(12, 12, 1)))),
     "one gate of several": row(lambda: net(fn(lambda x, c: x * c(x)[:, 1:2].sigmoid(), conv(12, 3, 1))), S),

@@ -10,6 +10,7 @@ import torch
 from conftest import NARROW, RELATIVE, Plain, check_split, images, shake, sum_error
 from timm.layers import StdConv2d
 from torch import fx, nn
+from torch.nn.utils import parametrizations as by
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
 import timm_dd
@@ -237,6 +238,12 @@ def hooked(by):
     return model
 
 
+def parametrized(norm):
+    model = copy.deepcopy(VALID)
+    norm(model[0])
+    return model
+
+
 def scripted():
     with warnings.catch_warnings(action="ignore"):
         return torch.jit.script(VALID)
@@ -298,6 +305,8 @@ VALID = nn.Sequential(nn.Conv2d(3, 8, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         (lambda: timm_dd.split(hooked(prune.identity), 2, example_input=IMAGE), "0 .* its weight is computed by"),
         (lambda: timm_dd.split(hooked(weight_norm), 2, example_input=IMAGE), "weight is computed by a hook; make a"),
         (lambda: timm_dd.split(hooked(spectral_norm), 2, example_input=IMAGE), "weight is computed by a hook; make a"),
+        (lambda: timm_dd.split(parametrized(by.spectral_norm), 2, example_input=IMAGE), "0 is parametrized; remove"),
+        (lambda: timm_dd.split(parametrized(by.orthogonal), 2, example_input=IMAGE), "0 is parametrized; remove"),
         (lambda: timm_dd.split("dd_resnet32", 4).crops(None), "expected images of .* got NoneType"),
         (lambda: timm_dd.verify(VALID, None), "expected a merged model .* and NoneType"),
         (lambda: timm_dd.split("resnet18", 4, domain=Domain.grid(2, 2, overlap=500)), "larger than the image"),

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._ops import OpOverload
 from torch.fx._symbolic_trace import _assert_is_none
+from torch.nn.utils.parametrizations import _WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
@@ -22,6 +23,7 @@ __all__ = [
     "ASSERT_IS_NONE",
     "OpOverload",
     "TorchDispatchMode",
+    "WeightNorm",
     "storage_key",
     "timm_config",
     "tree_flatten",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 ASSERT_IS_NONE = _assert_is_none  # what fx records where an argument is fixed to None
+WeightNorm = _WeightNorm  # what torch.nn.utils.parametrizations.weight_norm registers
 
 
 def storage_key(tensor: torch.Tensor) -> int:

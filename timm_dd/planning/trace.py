@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import checkpoint
 
-from ..compat import ASSERT_IS_NONE
+from ..compat import ASSERT_IS_NONE, WeightNorm
 from ..errors import SplitError, headline
 from . import modes
 from .graphs import evaluate_node, float_type, graph_module, skeleton
@@ -132,7 +132,7 @@ def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence
         SplitError: fx cannot trace the model.
     """
     for path, module in model.named_modules():
-        if is_parametrized(module):
+        if is_parametrized(module) and not _normalises_rows(module):
             raise SplitError(
                 f"{path or type(model).__name__} is parametrized; remove_parametrizations makes plain weights of it"
             )
@@ -154,6 +154,14 @@ def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence
     _chunk_as_pieces(graph)
     _constants_as_buffers(graph, model)
     return graph_module(model, graph, type(model).__name__)
+
+
+def _normalises_rows(module: nn.Module) -> bool:
+    """Whether all that is parametrized are weights of whose rows each has its own norm; see `Op.param`."""
+    if isinstance(module, nn.RNNBase):
+        return False
+    lists = module.parametrizations.values()
+    return all(len(ps) == 1 and isinstance(ps[0], WeightNorm) and ps[0].dim == 0 < ps.original0.ndim for ps in lists)
 
 
 @contextlib.contextmanager

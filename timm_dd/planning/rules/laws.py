@@ -173,3 +173,17 @@ def cross_channel(axes: Sequence[Axis | None], reason: str, otherwise: Law) -> L
         return context.approximate(reason) if any(map(context.is_cut, axes)) else otherwise(context, *inputs)
 
     return law
+
+
+def normed(rows: Axis | None, columns: Sequence[Axis | None], otherwise: Law) -> Law:
+    """An operation with a weight whose rows are divided by their norms: zeros outside a part's block change no norm, as
+    long as the row is that part's alone."""
+
+    def law(context: Context, *inputs: Relation) -> Relation:
+        relation = otherwise(context, *inputs)
+        owned = rows is not None and context.is_cut(rows) and not context.partly_sharded(rows)
+        if not owned and any(map(context.is_cut, columns)):
+            context.approximate("divides each row of a weight by its norm over the input channels of all parts")
+        return relation
+
+    return law

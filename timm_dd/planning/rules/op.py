@@ -24,15 +24,17 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ...algebra.axes import Window
 from ...algebra.widths import Axis, Width, freeze, make_whole, unify
 from ...errors import SplitError
 from ..modes import TrainingOnly, is_training_only
 from ..shapes import Sizes
-from .laws import Law
+from .laws import Law, normed
 
 RULES: dict[Any, Callable] = {}
+NORMS_OF_ROWS = ".original0"
 
 
 def rule(*targets):
@@ -133,6 +135,16 @@ class Notes:
     def is_trained(self, name: str | None) -> bool:
         return isinstance(self.tensors.get(name or ""), nn.Parameter)
 
+    def add(self, name: str, axes: Sequence[Axis | None], fans=None, outside: str = "zero") -> None:
+        """The axes of a parameter or buffer; those of a module that is called twice, or of tied ones, are one."""
+        first = self.alias[name]
+        if first not in self.params:
+            self.params[first] = Param(tuple(axes), fans, outside)
+            return
+        for a, b in zip(self.params[first].axes, axes):
+            if a is not None and b is not None:
+                unify(a, b)
+
 
 class Op:
     """One node of the graph as a rule sees it.
@@ -146,6 +158,7 @@ class Op:
     def __init__(self, notes: Notes, node: fx.Node, module: nn.Module | None, path: str, out: Any):
         self._notes, self.node, self.module, self.path, self.out = notes, node, module, path, out
         self.resize: Callable | None = None
+        self._rows: list[Sequence[Axis | None]] = []  # the axes of weights whose rows are normalised
 
     @property
     def divisor(self) -> int:
@@ -238,18 +251,18 @@ class Op:
         (full,) = self.names(name)
         if full is None:
             return
-        first, params = self._notes.alias.get(full, ""), self._notes.params
-        if not first:
+        if full not in self._notes.alias:
             raise self.refuse(
                 f"its {name} is computed by a hook; make a plain parameter of it: remove_weight_norm, "
                 "remove_spectral_norm or prune.remove"
             )
-        if first not in params:
-            params[first] = Param(axes, fans, outside)
-            return
-        for a, b in zip(params[first].axes, axes):  # a module that is called twice, or a tied parameter
-            if a is not None and b is not None:
-                unify(a, b)
+        if not full.endswith(NORMS_OF_ROWS):
+            return self._notes.add(full, axes, fans, outside)
+        if outside != "zero":
+            raise self.refuse(f"standardises a {name} that weight_norm scales; use one of them")
+        self._notes.add(full, (axes[0], *(None for _ in axes[1:])))
+        self._notes.add(f"{full[:-1]}1", axes)
+        self._rows.append(axes)
 
     def trained(self, value: Value | None) -> str | None:
         """The name of a parameter that is read from the graph, None for anything computed or fixed."""
@@ -260,11 +273,8 @@ class Op:
 
     def names(self, *params: str) -> tuple[str | None, ...]:
         """The state dict keys of the module's parameters, None for one that it lacks."""
-        return tuple(f"{self.path}.{p}" if self._has(p) else None for p in params)
-
-    def _has(self, param: str) -> bool:
-        owner, _, leaf = param.rpartition(".")
-        return getattr(self.module.get_submodule(owner), leaf, None) is not None
+        keys = (_key(self.module, p) for p in params)
+        return tuple(None if key is None else f"{self.path}.{key}" for key in keys)
 
     # ---- numbers that differ in a part
 
@@ -315,6 +325,8 @@ class Op:
 
     def result(self, axes: Sequence[Axis | None], law: Law, *inputs: Any) -> Value:
         """The operation's tensor; what is not a `Value` among `inputs` is a constant and has no say."""
+        for rows, *columns in self._rows:
+            law = normed(rows, columns, law)
         value = Value(tuple(axes), law, tuple(v for v in inputs if isinstance(v, Value)), self)
         self._notes.values.append(value)
         return value
@@ -327,6 +339,16 @@ class Op:
 
     def refuse(self, message: str) -> SplitError:
         return SplitError(f"{self.where()}: {message}")
+
+
+def _key(module: nn.Module, param: str) -> str | None:
+    """The key of a module's parameter, None if it lacks it. Of a weight under weight_norm, whose rows (original1) are
+    scaled to the norms in original0, it is that of these."""
+    owner, _, leaf = param.rpartition(".")
+    of = module.get_submodule(owner)
+    if getattr(of, leaf, None) is None:
+        return None
+    return f"{owner}.parametrizations.{leaf}{NORMS_OF_ROWS}".lstrip(".") if is_parametrized(of, leaf) else param
 
 
 def unpacked(given: Sequence) -> Sequence:
