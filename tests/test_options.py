@@ -108,10 +108,11 @@ def test_a_number_out_of_its_range_is_refused(given, capsys):
 
 
 WITHOUT_EFFECT = [
-    "--aa rand-m9", "--vflip 0.5", "--color-jitter 0.3", "--scale 0.5 1", "--ratio 1 1", "--train-crop-mode rkrc",
+    "--no-aug --aa rand-m9", "--no-aug --vflip 0.5", "--color-jitter 0.3", "--scale 0.5 1", "--ratio 1 1",
+    "--train-crop-mode rkrc",
     "--data-dir x", "--train-split x", "--dataset-download", "--no-aug --reprob 0.2 --shift 0",
     "--no-aug --hflip 0.2 --shift 0", "--amp-dtype float16", "--clip-mode agc", "--model-ema-decay 0.9",
-    "--wandb-project x", "--reassign", "--baseline --aa rand-m9",
+    "--wandb-project x", "--reassign", "--baseline --color-jitter 0.3",
 ]  # fmt: skip
 
 
@@ -122,8 +123,9 @@ def test_an_option_without_effect_is_refused(given, capsys):
 
 @pytest.mark.parametrize(
     "given",
-    ["--aa rand-m9 --shift 0", "--aa rand-m9 --part-shift 0", "--color-jitter 0", "--aa rand-m9 --baseline "
-     "--baseline-shift 0", "--no-aug", "--amp --amp-dtype float16", "--reassign --cycles 2", "--hflip 0"],
+    ["--color-jitter 0.3 --shift 0", "--color-jitter 0.3 --part-shift 0", "--color-jitter 0",
+     "--color-jitter 0.3 --baseline --baseline-shift 0",
+     "--no-aug", "--amp --amp-dtype float16", "--reassign --cycles 2", "--hflip 0"],
 )  # fmt: skip
 def test_an_option_with_an_effect_in_some_stage_is_not(given):
     options.parse([*RUN, *given.split()])

@@ -269,6 +269,22 @@ def test_workers_go_on_when_they_are_asked_to_stop():
         assert torch.equal(epoch(loader), epoch(loader, signal.SIGTERM, signal.SIGINT))
 
 
+def test_shifts_go_with_flips_and_policies():
+    """A flip of every image along both axes turns it by half a circle; a policy that inverts colours does so."""
+    config = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+
+    def image(*given):
+        args = options.parse([*RUN, "--shift", "1", *given])
+        sets = data.datasets(args)[:2]
+        data.loaders(args, {**config, "crop_pct": 1.0}, *sets, torch.device("cpu"), distributed=False)
+        data.seed_epoch(0, 0)
+        return torch.as_tensor(np.asarray(sets[0][0][0]))
+
+    plain = image("--hflip", "0")
+    assert torch.equal(image("--hflip", "1", "--vflip", "1"), plain.flip(1, 2))
+    assert not torch.equal(image("--hflip", "0", "--aa", "rand-m9-n3-p1.0"), plain)
+
+
 # ---- the schedule of section 3.1.1
 
 

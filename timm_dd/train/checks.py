@@ -37,7 +37,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-AUGMENTATION = "aa color_jitter ratio scale train_crop_mode vflip"  # of timm's crops
+CROPS = "color_jitter ratio scale train_crop_mode"  # of timm, and what goes with them
 
 
 def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -77,8 +77,8 @@ def check_effects(p: argparse.ArgumentParser, args: argparse.Namespace, shifted:
     """
     defaults = vars(parser(add_help=False).parse_args([]))
     excluded = [
-        (args.no_aug, "beside --no-aug", f"{AUGMENTATION} hflip reprob"),
-        (shifted, "beside --shift, which shifts and flips whole images", AUGMENTATION),
+        (args.no_aug, "beside --no-aug", f"{CROPS} aa hflip reprob vflip"),
+        (shifted, "beside --shift, which shifts whole images", CROPS),
         (args.dataset == "digits", "beside --dataset digits", "data_dir dataset_download train_split val_split"),
         (not args.dataset, "without --dataset", "dataset_download"),
         (not args.amp, "without --amp", "amp_dtype"),
