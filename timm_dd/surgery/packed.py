@@ -2,9 +2,9 @@
 
 The packed graph is a part's graph in which each operation is that of all parts: `torch.vmap` over the part makes
 convolutions grouped ones with K times the groups, linear layers batched products; a BatchNorm of K parts is one of K
-times the channels. Tensors pass from node to node with the parts as their first dim. So a packed network is an
-ordinary GraphModule, a function of its parameters, its buffers and x, which ``torch.compile(fullgraph=True)`` takes as
-one graph.
+times the channels; what vmap has no rule for goes part by part. Tensors pass from node to node with the parts as their
+first dim. So a packed network is an ordinary GraphModule, a function of its parameters, its buffers and x, which
+``torch.compile(fullgraph=True)`` takes as one graph.
 """
 
 from __future__ import annotations
@@ -166,12 +166,13 @@ def pack(parts: Sequence[fx.GraphModule]) -> PackedGraph:
 
 
 def _overwriting(root: nn.Module, graph: fx.Graph) -> set[nn.Module]:
-    """The modules that work in place on memory that is read again: without that they would be another network."""
+    """The modules whose input, or what shares its memory, is read after them: out of place, one that works in place would
+    be another network."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     memory: dict[
         fx.Node, set[fx.Node]
     ] = {}  # of each node those that may share it: only what has weights makes its own
-    found = set()
+    found: set[nn.Module] = set()
     for node in graph.nodes:
         module = root.get_submodule(node.target) if node.op == "call_module" else None
         sources = [] if module is not None and any(True for _ in module.parameters()) else node.all_input_nodes
@@ -179,10 +180,9 @@ def _overwriting(root: nn.Module, graph: fx.Graph) -> set[nn.Module]:
         for member in memory[node]:
             memory[member] = memory[node]
     for node in graph.nodes:
-        module = root.get_submodule(node.target) if node.op == "call_module" else None
-        earlier = (n for n in memory[node] if order[n] < order[node])
-        if vars(module or root).get("inplace") and any(order[u] > order[node] for n in earlier for u in n.users):
-            found.add(module)
+        earlier = [n for n in memory[node] if order[n] < order[node]]
+        if node.op == "call_module" and any(order[user] > order[node] for n in earlier for user in n.users):
+            found.add(root.get_submodule(node.target))
     return found
 
 
@@ -221,7 +221,7 @@ def _method(name: str, x: Any, *args: Any, **kwargs: Any) -> Any:
 def _packed(function: Callable, name: str, parts: int) -> Callable:
     """A node's function, of all parts, with the node's name."""
 
-    over = one_by_one if function is F.rrelu else over_parts
+    over = one_by_one if function in (F.rrelu, F.rrelu_) else over_parts
 
     def packed(*args: Any, **kwargs: Any) -> Any:
         return over(function, parts, *args, **kwargs)
