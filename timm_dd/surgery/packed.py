@@ -166,8 +166,8 @@ def pack(parts: Sequence[fx.GraphModule]) -> PackedGraph:
 
 
 def _overwriting(root: nn.Module, graph: fx.Graph) -> set[nn.Module]:
-    """The modules whose input, or what shares its memory, is read after them: out of place, one that works in place would
-    be another network."""
+    """The modules whose input, or what shares its memory, is read after them: out of place, one that works in place
+    would be another network."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     memory: dict[
         fx.Node, set[fx.Node]
