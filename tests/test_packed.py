@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import RUN
+import torch.nn.functional as F
+from conftest import RUN, images
 from torch import nn
 
 import timm_dd
@@ -91,6 +92,111 @@ def test_tied_weights_stay_tied():
     assert packed.b.weight is packed.c.weight
     for own, found in zip(parts(x), packed(torch.stack(parts.crops(x)))):
         assert torch.allclose(own, found, atol=1e-6)
+
+
+class Around(nn.Module):
+    """A network around an operation on feature maps (B, 8, 7, 7)."""
+
+    def __init__(self, operation, *modules):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10)
+        self.operation, self.inner = operation, nn.ModuleList(modules)
+
+    def forward(self, x):
+        return self.fc(self.operation(self.bn(self.conv(x)), *self.inner).mean((2, 3)))
+
+
+class Twice(nn.Module):
+    """A block that has several names and is called by each."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.a = self.b = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.c, self.fc = nn.Sequential(self.a, self.a[0]), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.fc(self.a[1](self.c(self.b(self.a(self.stem(x))))).mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, rnn):
+        super().__init__()
+        self.conv, self.rnn, self.fc = nn.Conv2d(3, 8, 3), rnn(8, 8, num_layers=2, batch_first=True), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.fc(self.rnn(self.conv(x).flatten(2).transpose(1, 2))[0].mean(1))
+
+
+def halves(x, act):
+    a = x.flatten(2)
+    return act(x) * 2 + a.reshape(x.shape)
+
+
+def overwritten(x):
+    y = x
+    y += x.sigmoid()
+    return x * F.leaky_relu_(y.mul(-1), 0.2) + y
+
+
+SAME = {
+    "overwritten by a module": lambda: Around(lambda x, act: act(x) + x, nn.ReLU(inplace=True)),
+    "the result not used": lambda: Around(lambda x, act: (act(x), x)[1], nn.Hardswish(inplace=True)),
+    "a view before": lambda: Around(halves, nn.LeakyReLU(0.3, inplace=True)),
+    "a view overwritten": lambda: Around(
+        lambda x, act: act(x.flatten(2)).reshape(x.shape) + x, nn.Threshold(0.1, 0.0, inplace=True)
+    ),
+    "through dropout": lambda: Around(lambda x, no, act: act(no(x)) + x, nn.Dropout(0.0), nn.ReLU(inplace=True)),
+    "by functions": lambda: Around(lambda x: x.add_(1.0).mul(2) + torch.relu_(x)),
+    "by operators": lambda: Around(overwritten),
+    "one module twice": lambda: Around(lambda x, bn: bn(bn(x).relu()), nn.BatchNorm2d(8)),
+    "several names": Twice,
+    "momentum None": lambda: Around(lambda x, bn: bn(x), nn.BatchNorm2d(8, momentum=None)),
+    "no statistics": lambda: Around(lambda x, bn: bn(x), nn.BatchNorm2d(8, track_running_stats=False)),
+    "RReLU": lambda: Around(lambda x, act: act(x), nn.RReLU(0.25, 0.25)),
+    "RReLU in place": lambda: Around(lambda x, act: act(x) * x, nn.RReLU(0.25, 0.25, inplace=True)),
+    "F.rrelu": lambda: Around(lambda x: F.rrelu(x, 0.25, 0.25, training=True)),
+    "a drop path by hand": lambda: Around(lambda x, drop: drop(x), ByHand()),
+    "RNN": lambda: Recurrent(nn.RNN),
+    "LSTM": lambda: Recurrent(nn.LSTM),
+    "GRU": lambda: Recurrent(nn.GRU),
+}
+
+
+class ByHand(nn.Module):
+    """Branches on a value; draws the same for all."""
+
+    def forward(self, x):
+        return x * 3 if self.training and torch.ones(1) > 0 else x
+
+
+@pytest.mark.parametrize("make", SAME.values(), ids=SAME)
+def test_packed_is_no_other_network(make):
+    """Outputs, gradients and all buffers, over several calls in both modes."""
+    parts = timm_dd.split(make().double(), 2, example_input=torch.empty(1, 3, 9, 9), domain=Domain.full(2))
+    packed, x = parts.packed(), images(4, 3, 9, 9)
+    for mode in (True, True, False, True):
+        networks = (parts.train(mode), packed.train(mode))
+        for network, given in zip(networks, (x, torch.stack(parts.crops(x)))):
+            network.zero_grad()
+            network(given).square().sum().backward()
+        torch.testing.assert_close(packed(torch.stack(parts.crops(x))), parts(x), rtol=1e-9, atol=1e-11)
+        state, grads = packed.state_dict(), {name: p.grad for name, p in packed.named_parameters()}
+        for k, part in enumerate(parts):
+            for name, t in part.state_dict().items():
+                torch.testing.assert_close(state[name][k], t, rtol=1e-9, atol=1e-11, msg=name)
+            for name, p in part.named_parameters():
+                torch.testing.assert_close(grads[name][k], p.grad, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_in_place_stays_one_graph():
+    """For a compiler; and where nothing is read again, no module works in place."""
+    parts = timm_dd.split(SAME["a view before"](), 2, example_input=torch.empty(1, 3, 9, 9), domain=Domain.full(2))
+    packed, x = parts.packed(), torch.randn(4, 3, 9, 9)
+    compiled = torch.compile(packed, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(torch.stack(parts.crops(x))), parts(x))
+    plain = timm_dd.split("resnet10t", 2, img_size=32, domain=Domain.full(2)).packed()
+    assert not any(vars(m).get("inplace") for m in plain.modules())
 
 
 BOXES = Domain.custom([timm_dd.Box((0, 0), (size, 16)) for size in (16, 16, 16, 24)])

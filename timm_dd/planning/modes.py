@@ -8,6 +8,7 @@ is an error with its line. What is computed under ``torch.no_grad()`` is `detach
 from __future__ import annotations
 
 import linecache
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from ..compat import tree_map_only
 from ..errors import SplitError
 from .graphs import STAYS_IN_EVAL, module_path
 
-LIBRARIES = tuple(str(folder) for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+LIBRARIES = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 REMEDY = (
     "put it into a module of its own without parameters that returns its input in eval mode, or leave it out of the "
     "model that is split"

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import get_notrace_functions
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -22,7 +24,10 @@ from torch.utils import checkpoint
 from ..compat import ASSERT_IS_NONE, WeightNorm
 from ..errors import SplitError, headline
 from . import modes
-from .graphs import evaluate_node, float_type, graph_module, skeleton
+from .graphs import STAYS_IN_EVAL, evaluate_node, float_type, graph_module, module_path, skeleton
+
+DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
+IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}  # besides what ends with an underscore
 
 
 class Tracer(fx.Tracer):
@@ -150,8 +155,9 @@ def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence
             "its forward must not branch on the values of tensors"
         ) from e
     _drop_assertions(graph)
-    _chain_in_place(graph)
+    _chain_in_place(graph, model)
     _chunk_as_pieces(graph)
+    _dropout_as_modules(graph, model)
     _constants_as_buffers(graph, model)
     return graph_module(model, graph, type(model).__name__)
 
@@ -201,13 +207,26 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
             _erase(graph, n)
 
 
-def _chain_in_place(graph: fx.Graph) -> None:
+def _chain_in_place(graph: fx.Graph, model: nn.Module) -> None:
     """Whoever reads a tensor after ``tensor.mul_(…)`` reads the result of that."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        if node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
+        if _in_place(node, model) and isinstance(node.args[0], fx.Node):
             before = node.args[0]
             before.replace_all_uses_with(node, lambda user, i=order[node]: order[user] > i)
+
+
+def _in_place(node: fx.Node, model: nn.Module) -> bool:
+    if not node.args:
+        return False
+    if node.op == "call_module":
+        return bool(vars(model.get_submodule(node.target)).get("inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target in IN_PLACE or node.kwargs.get("inplace", False):
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
 
 
 def chunk_or_split(x: torch.Tensor, sizes: int | list[int], dim: int) -> tuple[torch.Tensor, ...]:
@@ -222,6 +241,23 @@ def _chunk_as_pieces(graph: fx.Graph) -> None:
             node.op, node.target = "call_function", chunk_or_split
             node.args = tuple(_argument(node, i, name, 0) for i, name in enumerate(("input", "chunks", "dim")))
             node.kwargs = {}
+
+
+def _dropout_as_modules(graph: fx.Graph, model: nn.Module) -> None:
+    """Dropout called as a function of the mode is a module where it is called, whose probability can be set."""
+    for node in list(graph.nodes):
+        training = _argument(node, 2, "training", True)
+        if node.target not in DROPOUTS or not isinstance(training, fx.Node) or training.target is not modes.by_mode:
+            continue
+        path = module_path(node)
+        owner, new = model.get_submodule(path), DROPOUTS[node.target](_argument(node, 1, "p", 0.5))
+        vars(new).update((name, mark) for name, mark in vars(owner).items() if name == STAYS_IN_EVAL)
+        owner.add_module(f"_{node.name}", new.train(owner.training))
+        with graph.inserting_before(node):
+            called = graph.call_module(f"{path}._{node.name}".lstrip("."), (_argument(node, 0, "input", None),))
+        node.replace_all_uses_with(called)
+        for unused in (node, training, training.args[0]):
+            graph.erase_node(unused)
 
 
 def _constants_as_buffers(graph: fx.Graph, model: nn.Module) -> None:

@@ -38,9 +38,20 @@ def emit(
     for output in plan.outputs:
         _spread(part, nodes[output.node], output.dim, output.axis.size, output.axis.index(k, plan.divisor))
     _give(modules, tensors)
-    for path, module in source.named_modules(remove_duplicate=False):
-        modules[path].training = module.training
+    for path, module in modules.items():
+        module.training = _mode(source, path)
     return graph_module(part, copied, type(graph).__name__)
+
+
+def _mode(source: nn.Module, path: str) -> bool:
+    """Whether the module at `path`, or the one that tracing put it into, is in training mode."""
+    owner = source
+    for name in path.split("."):
+        inner = owner._modules.get(name)
+        if inner is None:
+            break
+        owner = inner
+    return owner.training
 
 
 def emit_whole(graph: fx.GraphModule, model: nn.Module) -> fx.GraphModule:

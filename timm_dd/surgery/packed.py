@@ -2,9 +2,9 @@
 
 The packed graph is a part's graph in which each operation is that of all parts: `torch.vmap` over the part makes
 convolutions grouped ones with K times the groups, linear layers batched products; a BatchNorm of K parts is one of K
-times the channels. Tensors pass from node to node with the parts as their first dim. So a packed network is an
-ordinary GraphModule, a function of its parameters, its buffers and x, which ``torch.compile(fullgraph=True)`` takes as
-one graph.
+times the channels; what vmap has no rule for goes part by part. Tensors pass from node to node with the parts as their
+first dim. So a packed network is an ordinary GraphModule, a function of its parameters, its buffers and x, which
+``torch.compile(fullgraph=True)`` takes as one graph.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.func import functional_call, vmap
 
 from ..compat import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from ..errors import SplitError
 from ..planning.graphs import BATCH_NORMS, CONTENTS, STAYS_IN_EVAL, Graph, copy_graph, graph_module
+from ..planning.modes import is_training_only
 
 OF_BATCH_NORM = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 NUMBERS = (int, float, str, bool, tuple, type(None))
@@ -78,9 +80,19 @@ class PackedModule(nn.Module):
         self._of_part[0].training = mode
         return super().train(mode)
 
+    def _call(self, state: dict[str, torch.Tensor], args: tuple, kwargs: dict | None = None) -> Any:
+        """The module with other tensors, each in all of its places, which `functional_call` would not put back."""
+        return functional_call(self._of_part[0], state, args, kwargs, tie_weights=False)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = functools.partial(functional_call, *self._of_part)
-        return over_parts(call, self._parts, dict(_tensors(self)), args, kwargs)
+        return over_parts(self._call, self._parts, _state(self), args, kwargs)
+
+
+class OneByOne(PackedModule):
+    """A module that vmap has no rule for, or whose code may branch on values."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return one_by_one(self._call, self._parts, _state(self), args, kwargs)
 
 
 class PackedBatchNorm(PackedModule):
@@ -88,7 +100,7 @@ class PackedBatchNorm(PackedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         state = {name: t.flatten() for name, t in _tensors(self)}
-        y = functional_call(*self._of_part, state, (x.movedim(0, 1).flatten(1, 2),))
+        y = self._call(state, (x.movedim(0, 1).flatten(1, 2),))
         return y.unflatten(1, (self._parts, -1)).movedim(1, 0)
 
 
@@ -117,6 +129,19 @@ def over_parts(function: Callable, parts: int, *args: Any, **kwargs: Any) -> Any
     return plain[0] if plain else result
 
 
+def one_by_one(function: Callable, parts: int, *args: Any, **kwargs: Any) -> Any:
+    """As `over_parts`, part after part: as many launches."""
+    leaves, spec = tree_flatten((args, kwargs))
+    results = []
+    for k in range(parts):
+        given, named = tree_unflatten([leaf[k] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec)
+        results.append(tree_flatten(function(*given, **named)))
+    stacked = [
+        torch.stack(row) if isinstance(row[0], torch.Tensor) else row[0] for row in zip(*(r for r, _ in results))
+    ]
+    return tree_unflatten(stacked, results[0][1])
+
+
 def pack(parts: Sequence[fx.GraphModule]) -> PackedGraph:
     """The `parts` as one network, with copies of their tensors.
 
@@ -127,16 +152,38 @@ def pack(parts: Sequence[fx.GraphModule]) -> PackedGraph:
     rows = zip(*(_tensors(part) for part in parts))
     stacked = {id(row[0][1]): _stack([t for _, t in row]) for row in rows}
     root, graph = copy_graph(parts[0])
+    overwriting = _overwriting(root, graph)
     for module in root.modules():
         for tensors in (vars(module)["_parameters"], vars(module)["_buffers"]):
             tensors.update((leaf, stacked[id(t)]) for leaf, t in tensors.items() if t is not None)
-        if vars(module).get("inplace"):  # in place on a view of all parts' costs copies of them all
-            vars(module)["inplace"] = False
+        if vars(module).get("inplace") and module not in overwriting:
+            vars(module)["inplace"] = False  # in place on a view of all parts' costs copies of them all
     _pack_modules(root, graph, len(parts))
     _pack_functions(graph, len(parts))
     packed = graph_module(root, graph, f"Packed{type(parts[0]).__name__}", PackedGraph)
     assert isinstance(packed, PackedGraph)
     return packed
+
+
+def _overwriting(root: nn.Module, graph: fx.Graph) -> set[nn.Module]:
+    """The modules whose input, or what shares its memory, is read after them: out of place, one that works in place
+    would be another network."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    memory: dict[
+        fx.Node, set[fx.Node]
+    ] = {}  # of each node those that may share it: only what has weights makes its own
+    found: set[nn.Module] = set()
+    for node in graph.nodes:
+        module = root.get_submodule(node.target) if node.op == "call_module" else None
+        sources = [] if module is not None and any(True for _ in module.parameters()) else node.all_input_nodes
+        memory[node] = {node}.union(*(memory[n] for n in sources))
+        for member in memory[node]:
+            memory[member] = memory[node]
+    for node in graph.nodes:
+        earlier = [n for n in memory[node] if order[n] < order[node]]
+        if node.op == "call_module" and any(order[user] > order[node] for n in earlier for user in n.users):
+            found.add(root.get_submodule(node.target))
+    return found
 
 
 def _pack_modules(root: nn.Module, graph: fx.Graph, parts: int) -> None:
@@ -146,10 +193,16 @@ def _pack_modules(root: nn.Module, graph: fx.Graph, parts: int) -> None:
         owner, _, leaf = path.rpartition(".")
         module = root.get_submodule(path)
         if id(module) not in new:
-            names = {name for name, _ in _tensors(module)}
-            plain = isinstance(module, BATCH_NORMS) and names <= OF_BATCH_NORM
-            new[id(module)] = (PackedBatchNorm if plain else PackedModule)(module, parts)
+            new[id(module)] = _kind(module)(module, parts)
         root.get_submodule(owner)._modules[leaf] = new[id(module)]
+
+
+def _kind(module: nn.Module) -> type[PackedModule]:
+    counts = isinstance(module, BATCH_NORMS) and module.momentum is None  # a mean, by the value of its count
+    if counts or isinstance(module, (nn.RNNBase, nn.RReLU)) or is_training_only(module):
+        return OneByOne
+    plain = isinstance(module, BATCH_NORMS) and {name for name, _ in _tensors(module)} <= OF_BATCH_NORM
+    return PackedBatchNorm if plain else PackedModule
 
 
 def _pack_functions(graph: fx.Graph, parts: int) -> None:
@@ -168,8 +221,10 @@ def _method(name: str, x: Any, *args: Any, **kwargs: Any) -> Any:
 def _packed(function: Callable, name: str, parts: int) -> Callable:
     """A node's function, of all parts, with the node's name."""
 
+    over = one_by_one if function in (F.rrelu, F.rrelu_) else over_parts
+
     def packed(*args: Any, **kwargs: Any) -> Any:
-        return over_parts(function, parts, *args, **kwargs)
+        return over(function, parts, *args, **kwargs)
 
     packed.__name__ = packed.__qualname__ = name
     return packed
@@ -177,6 +232,13 @@ def _packed(function: Callable, name: str, parts: int) -> Callable:
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return chain(module.named_parameters(), module.named_buffers())
+
+
+def _state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """All tensors by name; one that has several places under each of its names, a module under its first."""
+    names = ((f"{path}." if path else "", m) for path, m in module.named_modules())
+    slots = ((path + leaf, t) for path, m in names for leaf, t in chain(m._parameters.items(), m._buffers.items()))
+    return {name: t for name, t in slots if t is not None}
 
 
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -27,7 +27,9 @@ FUNCTIONS = (
     F.softshrink, torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.log, torch.sqrt, torch.rsqrt, torch.square,
     torch.abs, torch.clamp, operator.pow, torch.pow, "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "log",
     "sqrt", "rsqrt", "square", "abs", "clamp", "clamp_", "pow", operator.gt, operator.ge, operator.lt, operator.le,
-    operator.eq, operator.ne, torch.gt, torch.ge, torch.lt, torch.le, "gt", "ge", "lt", "le", "sqrt_",
+    operator.eq, operator.ne, torch.gt, torch.ge, torch.lt, torch.le, "gt", "ge", "lt", "le", "sqrt_", torch.relu_,
+    F.leaky_relu_, F.elu_, F.selu_, F.celu_, F.rrelu_, F.hardtanh_, F.threshold_, torch.sigmoid_, torch.tanh_, "tanh_",
+    torch.clamp_,
 )  # fmt: skip
 SUMS = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub", "sub_")
 PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
