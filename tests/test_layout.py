@@ -31,7 +31,7 @@ LAYERS = [
 # Inside a room, in the order of its story.
 ROOMS = {
     "algebra": ["axes", "journal", "widths", "view", "domain"],
-    "planning": ["graphs", "trace", "shapes", "rules", "reader", "relations", "plan", "assemble", "planner"],
+    "planning": ["graphs", "trace", "shapes", "rules", "reader", "relations", "numbers", "plan", "assemble", "planner"],
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
     "surgery": ["emit", "source", "packed", "parts", "split", "merge"],
     "train": (

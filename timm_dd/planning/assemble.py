@@ -34,6 +34,7 @@ def assemble(reading: Reading, relations: Relations, model: str | None, model_ar
         head=_head(reading, relations),
         approximations=tuple(relations.approximations),
         layers=tuple(_layers(reading, relations)),
+        batch=reading.sizes.batch,
     )
 
 

@@ -6,7 +6,6 @@ part. The second pass, `relations`, begins once it is settled which Widths are c
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -141,7 +140,6 @@ class _Reader:
         if node.op == "output":
             return self._output(node)
         if not any(isinstance(v, torch.Tensor) for v in flat(op.out)):
-            self._keep_count(op)
             return op.out  # a size, a dtype
         if op.divisor == 1 and not self.sizes.boxed:
             return _uncut(op.out, op)
@@ -155,20 +153,6 @@ class _Reader:
                 "leave this operation out of the model, or add a rule in timm_dd/planning/rules"
             )
         return bind(found, op, args, kwargs)
-
-    def _keep_count(self, op: Op) -> None:
-        """A number of channels in the graph stays the global one: what counts channels in a part is an edit, and all
-        else (a scale by the square root of the width) is the global network's."""
-        node = op.node
-        source, dim = None, None
-        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-            shape = node.args[0]
-            if shape.target is getattr and shape.args[1] == "shape" or shape.target == "size" and len(shape.args) == 1:
-                source, dim = self.env[shape.args[0]], node.args[1]
-        elif node.op == "call_method" and node.target == "size" and len(node.args) == 2:
-            source, dim = self.env[node.args[0]], node.args[1]
-        if isinstance(source, Value) and isinstance(dim, int) and source.axes[dim] is not None:
-            op.arg(value=lambda k: op.out)
 
     def _attribute(self, op: Op) -> Any:
         """A parameter in the graph: its axes wait for what they will be unified with."""
