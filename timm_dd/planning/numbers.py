@@ -1,10 +1,10 @@
 """The numbers of a graph that depend on a cut axis: sizes read from shapes, in whatever spelling, and what is computed
 from them.
 
-Which do is found by evaluating them at the parts' sizes. A single number keeps in the parts the global network's value, as
-a constant; where a rule knows that it counts the part's channels, the rule's own edit stands in its place. What is more
-than one number (a shape), or depends on the batch as well, can only be what the part makes of it: that is right where it
-says the size of a tensor, and refused where it is used as a value.
+Which do is found by evaluating them at the parts' sizes. A single number keeps in the parts the global network's value,
+as a constant; where a rule knows that it counts the part's channels, the rule's own edit stands in its place. What is
+more than one number (a shape), or depends on the batch as well, can only be what the part makes of it: that is right
+where it says the size of a tensor, and refused where it is used as a value.
 """
 
 from __future__ import annotations
@@ -126,6 +126,6 @@ def _same(a: Any, b: Any) -> bool:
 
 def _refusal(op: Op, number: fx.Node) -> SplitError:
     return SplitError(
-        f"{op.where()}{source_line(op.node)}: uses {number.name}{source_line(number)} as a value, which counts channels "
-        "that are cut together with other sizes; multiply single sizes such as x.shape[1] instead"
+        f"{op.where()}{source_line(op.node)}: uses {number.name}{source_line(number)} as a value, which counts "
+        "channels that are cut together with other sizes; multiply single sizes such as x.shape[1] instead"
     )

@@ -16,7 +16,7 @@ from torch import fx
 from ..algebra.domain import Domain, spatial
 from ..algebra.widths import Axis, Width, freeze, make_whole, unify
 from ..errors import SplitError, WidthError
-from .graphs import float_type, module_path
+from .graphs import float_type, module_path, source_line
 from .rules.laws import COPY, Context, Kind, Relation
 from .rules.op import RULES, Notes, Op, Param, Value, bind, module_rule
 from .shapes import Sizes
@@ -139,6 +139,8 @@ class _Reader:
             return self._attribute(op)
         if node.op == "output":
             return self._output(node)
+        if isinstance(node.target, type) and any(isinstance(self.env[n], Value) for n in node.all_input_nodes):
+            return self._made(op, node.target)
         if not any(isinstance(v, torch.Tensor) for v in flat(op.out)):
             return op.out  # a size, a dtype
         if op.divisor == 1 and not self.sizes.boxed:
@@ -153,6 +155,16 @@ class _Reader:
                 "leave this operation out of the model, or add a rule in timm_dd/planning/rules"
             )
         return bind(found, op, args, kwargs)
+
+    def _made(self, op: Op, kind: type) -> tuple:
+        """An object that the model makes of tensors: a named tuple's entries, nothing of any other class."""
+        if not issubclass(kind, tuple):
+            raise SplitError(
+                f"{self.reading.gm._get_name()} puts tensors into a {kind.__name__}{source_line(op.node)}, of which "
+                "nothing is known; expected a tensor, or a tuple, list or dict of tensors"
+            )
+        args, kwargs = fx.node.map_arg((op.node.args, op.node.kwargs), lambda n: self.env[n])
+        return (*args, *kwargs.values())
 
     def _attribute(self, op: Op) -> Any:
         """A parameter in the graph: its axes wait for what they will be unified with."""

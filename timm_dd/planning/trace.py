@@ -25,6 +25,7 @@ from ..errors import SplitError, headline
 from .graphs import Graph, ancestors, evaluate_node, float_type, graph_module, skeleton
 
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))  # in whose lines no model does anything
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
 
 
@@ -123,7 +124,7 @@ class Tracer(fx.Tracer):
         return answer
 
     def other_decision(self, batch: int) -> Decision | None:
-        """The first decision that is another one on a `batch` of images; None too where the model does not run on it."""
+        """The first decision that is another one on a `batch` of images; None too where the model does not run."""
         env: dict[fx.Node, Any] = {}
         try:
             for decision in self.decisions:
@@ -188,6 +189,12 @@ def _check_plain(model: nn.Module) -> None:
             raise SplitError(
                 f"{path or type(model).__name__} is parametrized; remove_parametrizations makes plain weights of it"
             )
+        for hook in (hook for kind in HOOKS for hook in vars(module)[kind].values()):
+            name = getattr(hook, "__qualname__", type(hook).__name__)
+            raise SplitError(
+                f"{path or type(model).__name__} has a hook, {name}, of whose doings nothing is known; remove the hook, "
+                "and register it on the parts or on the merged model"
+            )
 
 
 def _traced(
@@ -221,8 +228,8 @@ def _check_batches(
             continue
         if _listing(graph) != _listing(tracer.graph):
             raise SplitError(
-                f"{type(model).__name__} at {decision.line} does something else on a batch of {other} than on one of {batch}; "
-                "what the forward does must not depend on the number of images"
+                f"{type(model).__name__} at {decision.line} does something else on a batch of {other} than on one of "
+                f"{batch}; what the forward does must not depend on the number of images"
             )
 
 

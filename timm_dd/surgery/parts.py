@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
-from torch.utils.data import default_collate
 
+from ..compat import tree_flatten, tree_unflatten
 from ..errors import MergeError, SplitError, headline
 from ..planning.graphs import first_float
 from ..planning.plan import Plan
@@ -68,12 +68,11 @@ class Parts(nn.ModuleList):
             raise SplitError(f"expected images of {self.plan.input_size}, got a batch of shape {tuple(x.shape)}")
         return tuple(view.crop(x) for view in self.plan.views())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> Any:
         """Logits of the parts, each on its box: (K, B, classes); their sum over K is (2.16). Of several outputs,
         each is stacked; reconstructions of boxes of several sizes are a list."""
-        outputs = [part(crop) for part, crop in zip(self, self.crops(x))]
-        shapes = {y.shape for y in outputs if isinstance(y, torch.Tensor)}
-        return default_collate(outputs) if len(shapes) <= 1 else outputs
+        outputs = [tree_flatten(part(crop)) for part, crop in zip(self, self.crops(x))]
+        return tree_unflatten([_stacked(leaves) for leaves in zip(*(leaves for leaves, _ in outputs))], outputs[0][1])
 
     def packed(self) -> PackedGraph:
         """All parts as one `torch.fx.GraphModule` on stacked crops, with copies of their weights:
@@ -120,6 +119,13 @@ class Parts(nn.ModuleList):
         parts = cls(modules, plan, graph, network.origin, seed)
         parts.epoch = epoch
         return parts
+
+
+def _stacked(leaves: Sequence[Any]) -> Any:
+    """One output of the parts; what is no tensor is the same for all of them."""
+    if not isinstance(leaves[0], torch.Tensor):
+        return leaves[0]
+    return torch.stack(leaves) if len({t.shape for t in leaves}) == 1 else list(leaves)
 
 
 class _Whole:
