@@ -192,8 +192,8 @@ def _check_plain(model: nn.Module) -> None:
         for hook in (hook for kind in HOOKS for hook in vars(module)[kind].values()):
             name = getattr(hook, "__qualname__", type(hook).__name__)
             raise SplitError(
-                f"{path or type(model).__name__} has a hook, {name}, of whose doings nothing is known; remove the hook, "
-                "and register it on the parts or on the merged model"
+                f"{path or type(model).__name__} has a hook, {name}, of whose doings nothing is known; "
+                "remove the hook, and register it on the parts or on the merged model"
             )
 
 

@@ -125,7 +125,7 @@ def _stacked(leaves: Sequence[Any]) -> Any:
     """One output of the parts; what is no tensor is the same for all of them."""
     if not isinstance(leaves[0], torch.Tensor):
         return leaves[0]
-    return torch.stack(leaves) if len({t.shape for t in leaves}) == 1 else list(leaves)
+    return torch.stack(list(leaves)) if len({t.shape for t in leaves}) == 1 else list(leaves)
 
 
 class _Whole:
