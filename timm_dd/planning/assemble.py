@@ -41,6 +41,7 @@ def assemble(
         approximations=tuple(relations.approximations),
         layers=tuple(_layers(reading, relations)),
         narrow=narrow,
+        batch=reading.sizes.batch,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
@@ -58,7 +58,13 @@ def _clone(module: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor], me
 
 
 class Graph(fx.GraphModule):
-    """A GraphModule whose deep copies have all of its tensors: fx itself drops those that no node uses."""
+    """A GraphModule whose deep copies have all of its tensors: fx itself drops those that no node uses.
+
+    Attributes:
+        batch: of images with which it was traced.
+    """
+
+    batch = 2
 
     def __deepcopy__(self, memo: dict) -> Graph:
         root = nn.Module()
@@ -141,6 +147,23 @@ def evaluate_node(gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) ->
     if node.target in MAKERS:
         kwargs = {**kwargs, "device": "meta"}
     return node.target(*args, **kwargs)
+
+
+def ancestors(node: fx.Node, known: Container[fx.Node]) -> Iterator[fx.Node]:
+    """`node` and what it is computed from, as far as it is not `known`, inputs first."""
+    wanted, stack = set[fx.Node](), [node]
+    while stack:
+        n = stack.pop()
+        if n not in known and n not in wanted:
+            wanted.add(n)
+            stack.extend(n.all_input_nodes)
+    return (n for n in node.graph.nodes if n in wanted)
+
+
+def source_line(node: fx.Node) -> str:
+    """The line of the model's code that the node comes from, for messages; empty if not known."""
+    line = node.meta.get("line")
+    return f" at {line}" if line else ""
 
 
 def module_path(node: fx.Node) -> str:

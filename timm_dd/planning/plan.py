@@ -119,6 +119,7 @@ class Plan:
         head: parameters whose scaling scales the logits, for ``merge(head="mean")`` (2.22); empty if none do.
         config: timm's ``config.json`` of the merged model; None for what timm has no config for.
         narrow: what has fewer channels than there are parts, (operation, channels), and is whole in every part.
+        batch: the number of images with which the model was traced, 2 wherever it takes two.
         approximations: (node, module path, reason); empty means that with every part seeing the whole image
             F(x) = Σ F_k(x) to rounding, (2.16).
     """
@@ -139,6 +140,7 @@ class Plan:
     layers: tuple[Layer, ...] = field(default=())
     config: dict | None = None
     narrow: tuple[tuple[str, int], ...] = ()
+    batch: int = 2
 
     @property
     def exact(self) -> bool:
@@ -178,6 +180,7 @@ class Plan:
             "outputs": [[o.node, o.dim, o.axis.to_json()] for o in self.outputs],
             "layers": [_layer_to_json(r) for r in self.layers],
             "config": self.config,
+            **({"batch": self.batch} if self.batch != 2 else {}),
         }
         return {**d, "narrow": [list(n) for n in self.narrow]} if self.narrow else d
 
@@ -201,13 +204,14 @@ class Plan:
             layers=tuple(Layer(p, o, tuple(s), tuple(map(tuple, k)), tuple(why)) for p, o, s, k, why in d["layers"]),
             config=None if d["config"] is None else dict(d["config"]),
             narrow=tuple((where, n) for where, n in d.get("narrow", ())),
+            batch=d.get("batch", 2),
         )
         plan._check()
         return plan
 
     def _check(self) -> None:
         """Raise ValueError unless the numbers agree with each other: a file may say anything."""
-        counts = (self.parts, self.divisor, *self.input_size)
+        counts = (self.parts, self.divisor, self.batch, *self.input_size)
         if not all(_is_count(n) and n > 0 for n in counts) or self.domain.parts != self.parts:
             raise ValueError(f"unexpected counts {shown(counts)} with {self.domain.parts} boxes")
         if self.model is not None and not re.fullmatch(r"[\w.-]+", self.model):  # no path, no repository

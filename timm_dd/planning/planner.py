@@ -2,7 +2,8 @@
 
 `reader` runs the rules over the nodes: they name axes and unify them, so that at the end every channel axis is a sum of
 products of Widths. `relations` cuts the Widths and evaluates the laws, which say how the parts' tensors give the merged
-network's, where that is not exact, and so how merge treats each parameter. `assemble` writes both down.
+network's, where that is not exact, and so how merge treats each parameter. `numbers` keeps the sizes that the graph
+computes with as they are in the global network. `assemble` writes all down.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import fx
 from ..algebra.domain import Domain
 from ..errors import SplitError, WidthError
 from .assemble import assemble
+from .numbers import settle
 from .plan import Plan
 from .reader import Inexpressible, Reading, read
 from .relations import Relations, relate
@@ -96,7 +98,9 @@ def analyse(
             f"them whole in every part; otherwise the largest K that works here is "
             f"{_largest(gm, divisor, input_size, output)}"
         )
-    return Analysis(reading, relate(reading), narrow)
+    relations = relate(reading)
+    settle(reading, relations.cuts)
+    return Analysis(reading, relations, narrow)
 
 
 def _check_scale(domain: Domain, input_size: Sequence[int], output: str) -> None:

@@ -6,7 +6,6 @@ part. The second pass, `relations`, begins once it is settled which Widths are c
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from torch import fx
 from ..algebra.domain import Domain, spatial
 from ..algebra.widths import Axis, Width, freeze, make_whole, unify
 from ..errors import SplitError, WidthError, reporting
-from .graphs import float_type, module_path
+from .graphs import float_type, module_path, source_line
 from .rules.laws import COPY, Context, Kind, Relation
 from .rules.op import RULES, Notes, Op, Param, Value, bind, module_rule
 from .shapes import Sizes
@@ -142,8 +141,9 @@ class _Reader:
             return self._attribute(op)
         if node.op == "output":
             return self._output(node)
+        if isinstance(node.target, type) and any(isinstance(self.env[n], Value) for n in node.all_input_nodes):
+            return self._made(op, node.target)
         if not any(isinstance(v, torch.Tensor) for v in flat(op.out)):
-            self._keep_count(op)
             return op.out  # a size, a dtype
         if op.divisor == 1 and not self.sizes.boxed:
             return _uncut(op.out, op)
@@ -158,19 +158,15 @@ class _Reader:
             )
         return bind(found, op, args, kwargs)
 
-    def _keep_count(self, op: Op) -> None:
-        """A number of channels in the graph stays the global one: what counts channels in a part is an edit, and all
-        else (a scale by the square root of the width) is the global network's."""
-        node = op.node
-        source, dim = None, None
-        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-            shape = node.args[0]
-            if shape.target is getattr and shape.args[1] == "shape" or shape.target == "size" and len(shape.args) == 1:
-                source, dim = self.env[shape.args[0]], node.args[1]
-        elif node.op == "call_method" and node.target == "size" and len(node.args) == 2:
-            source, dim = self.env[node.args[0]], node.args[1]
-        if isinstance(source, Value) and isinstance(dim, int) and source.axes[dim] is not None:
-            op.arg(value=lambda k: op.out)
+    def _made(self, op: Op, kind: type) -> tuple:
+        """An object that the model makes of tensors: a named tuple's entries, nothing of any other class."""
+        if not issubclass(kind, tuple):
+            raise SplitError(
+                f"{self.reading.gm._get_name()} puts tensors into a {kind.__name__}{source_line(op.node)}, of which "
+                "nothing is known; expected a tensor, or a tuple, list or dict of tensors"
+            )
+        args, kwargs = fx.node.map_arg((op.node.args, op.node.kwargs), lambda n: self.env[n])
+        return (*args, *kwargs.values())
 
     def _attribute(self, op: Op) -> Any:
         """A parameter in the graph: its axes wait for what they will be unified with."""

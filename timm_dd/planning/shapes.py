@@ -19,7 +19,7 @@ from ..algebra.axes import Window
 from ..algebra.domain import spatial
 from ..algebra.view import View
 from ..errors import SplitError, headline
-from .graphs import evaluate_node
+from .graphs import Graph, evaluate_node
 
 PROBE = 3_548_160  # 2^10 · 3² · 5 · 7 · 11: divisible by every stride up to 12 and by 1024
 UNKNOWN = object()
@@ -34,9 +34,10 @@ class Sizes:
         views: one for each part, their boxes in the coordinates of `size`.
     """
 
-    def __init__(self, gm: fx.GraphModule, shape: Sequence[int], views: Sequence[View]):
+    def __init__(self, gm: Graph, shape: Sequence[int], views: Sequence[View]):
         size = spatial(shape)
-        lead = (2, *shape[: len(shape) - len(size)])  # batch, channels
+        self.batch = gm.batch
+        lead = (self.batch, *shape[: len(shape) - len(size)])  # and channels
         self.gm, self.views = gm, views
         self.scaled = any(v.scaled for v in views)
         seen = [s for s in dict.fromkeys(v.size for v in views) if s != size]

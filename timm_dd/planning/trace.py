@@ -11,6 +11,7 @@ import inspect
 import operator
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -24,10 +25,44 @@ from torch.utils import checkpoint
 from ..compat import ASSERT_IS_NONE, WeightNorm
 from ..errors import SplitError, headline
 from . import modes
-from .graphs import STAYS_IN_EVAL, evaluate_node, float_type, graph_module, module_path, skeleton
+from .graphs import STAYS_IN_EVAL, Graph, ancestors, evaluate_node, float_type, graph_module, module_path, skeleton
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}  # besides what ends with an underscore
+
+
+class Known(fx.Proxy):
+    """What a node gives, of which Python may ask what the sizes of the image decide: a length, a whole number."""
+
+    def __getattr__(self, name: str) -> KnownAttribute:
+        return KnownAttribute(self, name)
+
+    def __len__(self) -> int:
+        return self.tracer.decide(self.node, len)
+
+    def __int__(self) -> int:
+        return self.tracer.decide(self.node, int)
+
+    def __index__(self) -> int:
+        return self.tracer.decide(self.node, operator.index)
+
+    def __float__(self) -> float:
+        return self.tracer.decide(self.node, float)
+
+
+class KnownAttribute(fx.proxy.Attribute, Known):
+    """An attribute of `Known`, which becomes a node where it is not called."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the forward asked of a node, the answer at the image's size, and the line where it asked."""
+
+    node: fx.Node
+    ask: Callable[[Any], Any]
+    answer: Any
+    line: str
 
 
 class Tracer(fx.Tracer):
@@ -36,7 +71,10 @@ class Tracer(fx.Tracer):
     from a buffer is part of the graph, as it is from a parameter.
 
     Args:
-        inputs: of the model, by name: the image on the meta device, the defaults of the others.
+        inputs: of the model, by name: a batch of images on the meta device, the defaults of the others.
+
+    Attributes:
+        decisions: all that the forward asked of sizes.
     """
 
     proxy_buffer_attributes = True
@@ -46,29 +84,67 @@ class Tracer(fx.Tracer):
         self._is_leaf, self._inputs = is_leaf, inputs
         self._env: dict[fx.Node, Any] = {}
         self._evaluating = False
+        self.decisions: list[Decision] = []
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
         return self._is_leaf(m) or modes.is_training_only(m) or super().is_leaf_module(m, qualified_name)
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Known(node, self)
+
     def to_bool(self, obj: fx.Proxy) -> bool:
         """A branch on sizes goes the way it goes at the image's size; one on values of a tensor is an error of fx."""
-        asked = obj.node  # an attribute's node is made when it is asked for
+        return self.decide(obj.node, bool, lambda: super(Tracer, self).to_bool(obj))
+
+    def iter(self, obj: fx.Proxy) -> Iterator:
+        return iter([obj[i] for i in range(self.decide(obj.node, len, lambda: super(Tracer, self).iter(obj)))])
+
+    def decide(self, node: fx.Node, ask: Callable[[Any], Any], otherwise: Callable[[], Any] | None = None) -> Any:
+        """What `ask` says of the node's value at the image's size; `otherwise` where that is not known."""
         self._evaluating = True
         try:
-            for node in self.graph.nodes:
-                if node not in self._env:
-                    given = node.op == "placeholder"
-                    self._env[node] = self._inputs[node.target] if given else evaluate_node(self.root, node, self._env)
-            value = self._env[asked]
+            for n in self.graph.nodes:
+                if n not in self._env:
+                    self._env[n] = self._evaluate(n, self._env)
+            value = self._env[node]
+            if isinstance(value, torch.Tensor) and ask is not len:
+                raise TypeError(
+                    f"{ask.__name__} of a tensor's values at {_line()}, which are not known while it is traced"
+                )
+            answer = ask(value)
         except Exception:  # any operation may fail on meta tensors; then fx says what it cannot trace
-            return super().to_bool(obj)
+            if otherwise is None:
+                raise
+            return otherwise()
         finally:
             self._evaluating = False
-        return super().to_bool(obj) if isinstance(value, torch.Tensor) else bool(value)
+        self.decisions.append(Decision(node, ask, answer, _line()))
+        return answer
+
+    def other_decision(self, batch: int) -> Decision | None:
+        """The first decision that is another one on a `batch` of images; None too where the model does not run."""
+        env: dict[fx.Node, Any] = {}
+        try:
+            for decision in self.decisions:
+                for node in ancestors(decision.node, env):
+                    env[node] = self._evaluate(node, env, batch)
+                if decision.ask(env[decision.node]) != decision.answer:
+                    return decision
+        except Exception:  # any operation may refuse a batch in its own way
+            pass
+        return None
+
+    def _evaluate(self, node: fx.Node, env: dict[fx.Node, Any], batch: int | None = None) -> Any:
+        if node.op != "placeholder":
+            return evaluate_node(self.root, node, env)
+        given = self._inputs[node.target]
+        return (
+            given if batch is None or not isinstance(given, torch.Tensor) else given.new_empty(batch, *given.shape[1:])
+        )
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        node.meta["line"] = modes.line_of(traceback.walk_stack(None))
+        node.meta["line"] = _line()
         if not torch.is_grad_enabled():
             node.meta["no_grad"] = True
         return node
@@ -87,7 +163,7 @@ class Tracer(fx.Tracer):
         attributes = (vars(module).values() for module in m.modules())
         if any(isinstance(v, torch.Tensor) for v in chain(m.parameters(), m.buffers(), *attributes)):
             return False
-        count, stack = len(self.graph.nodes), self.module_stack.copy()
+        count, stack, asked = len(self.graph.nodes), self.module_stack.copy(), len(self.decisions)
         m.train()
         with modes.watched_draws() as drawn:
             try:
@@ -97,6 +173,7 @@ class Tracer(fx.Tracer):
             finally:
                 m.eval()
                 self.module_stack = stack
+                del self.decisions[asked:]
                 for node in list(self.graph.nodes)[: count - 1 : -1]:
                     self.graph.erase_node(node)
 
@@ -129,24 +206,55 @@ class Tracer(fx.Tracer):
         return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
-def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence[int]) -> fx.GraphModule:
-    """The graph of a `skeleton` on images of `size`, (C, *size), in eval mode; its state dict has the model's keys, all
-    of them.
+def _line() -> str:
+    return modes.line_of(traceback.walk_stack(None))
+
+
+def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence[int], batch: int = 2) -> Graph:
+    """The graph of a `skeleton` on `batch` images of `size`, (C, *size), in eval mode; its state dict has the model's
+    keys, all of them.
 
     Raises:
-        SplitError: fx cannot trace the model.
+        SplitError: fx cannot trace the model, or the batch's size decides what the model does.
     """
+    _check_plain(model)
+    tracer, graph = _traced(model, is_leaf, size, batch)
+    _check_batches(model, is_leaf, size, batch, tracer, graph)
+    _drop_assertions(graph)
+    _chain_in_place(graph, model)
+    _chunk_as_pieces(graph)
+    _dropout_as_modules(graph, model)
+    _constants_as_buffers(graph, model)
+    gm = graph_module(model, graph, type(model).__name__)
+    gm.batch = batch
+    return gm
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Raise SplitError for modules that do more than their forward says."""
     for path, module in model.named_modules():
         if is_parametrized(module) and not _normalises_rows(module):
             raise SplitError(
                 f"{path or type(model).__name__} is parametrized; remove_parametrizations makes plain weights of it"
             )
+        for hook in (hook for kind in HOOKS for hook in vars(module)[kind].values()):
+            name = getattr(hook, "__qualname__", type(hook).__name__)
+            raise SplitError(
+                f"{path or type(model).__name__} has a hook, {name}, of whose doings nothing is known; "
+                "remove the hook, and register it on the parts or on the merged model"
+            )
+
+
+def _traced(
+    model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence[int], batch: int
+) -> tuple[Tracer, fx.Graph]:
     image, *others = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in others if p.default is not p.empty}
-    inputs = {image.name: torch.empty(2, *size, device="meta", dtype=float_type(model)), **defaults}
+    inputs = {image.name: torch.empty(batch, *size, device="meta", dtype=float_type(model)), **defaults}
+    tracer = Tracer(is_leaf, inputs)
     try:
         with torch.enable_grad(), _without_checkpoints():
-            graph = Tracer(is_leaf, inputs).trace(model, concrete_args=defaults or None)
+            return tracer, tracer.trace(model, concrete_args=defaults or None)
     except SplitError:
         raise
     except Exception as e:  # any code of the model runs here and may fail in its own way
@@ -154,12 +262,35 @@ def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence
             f"torch.fx cannot trace {type(model).__name__}: {type(e).__name__}: {headline(e)}; "
             "its forward must not branch on the values of tensors"
         ) from e
-    _drop_assertions(graph)
-    _chain_in_place(graph, model)
-    _chunk_as_pieces(graph)
-    _dropout_as_modules(graph, model)
-    _constants_as_buffers(graph, model)
-    return graph_module(model, graph, type(model).__name__)
+
+
+def _check_batches(
+    model: nn.Module,
+    is_leaf: Callable[[nn.Module], bool],
+    size: Sequence[int],
+    batch: int,
+    tracer: Tracer,
+    graph: fx.Graph,
+) -> None:
+    """Raise SplitError where the model does something else on another batch: one of a single image, of one image more,
+    of many. A batch on which it does not run, as of 1 image where it folds 4 frames into one, says nothing."""
+    for other in sorted({1, batch + 1, 2 * batch, 1000 * batch} - {batch}):
+        decision = tracer.other_decision(other)
+        if decision is None:
+            continue
+        try:
+            _, another = _traced(skeleton(model), is_leaf, size, other)
+        except SplitError:
+            continue
+        if _listing(another) != _listing(graph):
+            raise SplitError(
+                f"{type(model).__name__} at {decision.line} does something else on a batch of {other} than on one of "
+                f"{batch}; what the forward does must not depend on the number of images"
+            )
+
+
+def _listing(graph: fx.Graph) -> list[tuple]:
+    return [(n.op, n.target, str(n.args), str(n.kwargs)) for n in graph.nodes]
 
 
 def _normalises_rows(module: nn.Module) -> bool:

@@ -73,12 +73,11 @@ class Parts(nn.ModuleList):
         views = self.plan.views()
         return tuple(views[k].crop(x) for k in self.members)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> Any:
         """Logits of the parts, each on its box: (K, B, classes); their sum over K is (2.16). Of several outputs,
         each is stacked; reconstructions of boxes of several sizes are a list."""
-        outputs = [part(crop) for part, crop in zip(self, self.crops(x))]
-        shapes = [y.shape for y in outputs if isinstance(y, torch.Tensor)]  # perhaps symbolic ones, of no hash
-        return _stacked(outputs) if all(s == shapes[0] for s in shapes) else outputs
+        outputs = [tree_flatten(part(crop)) for part, crop in zip(self, self.crops(x))]
+        return tree_unflatten([_stacked(leaves) for leaves in zip(*(leaves for leaves, _ in outputs))], outputs[0][1])
 
     @public
     def packed(self) -> PackedGraph:
@@ -143,11 +142,12 @@ class Parts(nn.ModuleList):
         return parts
 
 
-def _stacked(outputs: list) -> Any:
-    """The parts' outputs, tensor by tensor; what is no tensor (None, a number) is the first part's."""
-    leaves, form = zip(*map(tree_flatten, outputs))
-    stacked = [torch.stack(own) if isinstance(own[0], torch.Tensor) else own[0] for own in zip(*leaves)]
-    return tree_unflatten(stacked, form[0])
+def _stacked(leaves: Sequence[Any]) -> Any:
+    """One output of the parts; what is no tensor is the same for all of them."""
+    if not isinstance(leaves[0], torch.Tensor):
+        return leaves[0]
+    alike = all(t.shape == leaves[0].shape for t in leaves)  # perhaps symbolic shapes, which have no hash
+    return torch.stack(list(leaves)) if alike else list(leaves)
 
 
 class _Whole:

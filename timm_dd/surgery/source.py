@@ -39,6 +39,7 @@ class Network:
         output: ``logits``, ``features`` or ``boxes``, see `planner.analyse`.
         name, args: by which any timm makes it; None and {} for your own nn.Module.
         fresh: its weights are random, and are re-scaled in the parts.
+        batch: of the example, where the network takes no two images: one that folds 4 frames into one takes 4.
     """
 
     module: nn.Module
@@ -47,6 +48,7 @@ class Network:
     name: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
     fresh: bool = False
+    batch: int = 2
 
     @classmethod
     def of(
@@ -74,7 +76,8 @@ class Network:
         if not isinstance(example_input, torch.Tensor) or example_input.ndim < 2:
             raise SplitError("a module needs example_input, a tensor (B, C, *size), to know the image's size")
         module = model if with_weights else skeleton(model)
-        return cls(module, tuple(example_input.shape[1:]), _output(model, reconstruct))
+        batch, *size = example_input.shape
+        return cls(module, tuple(size), _output(model, reconstruct), batch=max(batch, 2))
 
     @classmethod
     def _of_name(
@@ -99,16 +102,16 @@ class Network:
     @classmethod
     def of_plan(cls, plan: Plan, model: nn.Module | None) -> Network:
         """The network that was split by `plan`; `model` where it was your own nn.Module. Errors of `plan_model`."""
-        return cls(plan_model(plan, model), plan.input_size, plan.output, plan.model, plan.model_args)
+        return cls(plan_model(plan, model), plan.input_size, plan.output, plan.model, plan.model_args, batch=plan.batch)
 
     @property
     def origin(self) -> nn.Module | None:
         """The user's module, where it was no timm name."""
         return self.module if self.name is None else None
 
-    def trace(self) -> fx.GraphModule:
-        """Its graph on the meta device."""
-        return trace(skeleton(self.module), has_rule, self.input_size)
+    def trace(self, batch: int | None = None) -> fx.GraphModule:
+        """Its graph on the meta device, of a `batch` of images, by default the network's own."""
+        return trace(skeleton(self.module), has_rule, self.input_size, self.batch if batch is None else batch)
 
     def plan(
         self, parts: int, domain: Domain | None = None, narrow: str = "replicate", width_divisor: int | None = None
@@ -127,8 +130,16 @@ class Network:
         divisor = parts if width_divisor is None else width_divisor
         if not isinstance(divisor, int) or divisor < 1:
             raise SplitError(f"width_divisor is a whole number from 1 up, got {divisor!r}")
-        graph, replicate, size = self.trace(), narrow == "replicate", self.input_size
-        named = (self.name, dict(self.args))
+        replicate = narrow == "replicate"
+        try:
+            return self._plan(2, divisor, domain, replicate)
+        except SplitError:
+            if self.batch == 2:
+                raise
+            return self._plan(self.batch, divisor, domain, replicate)
+
+    def _plan(self, batch: int, divisor: int, domain: Domain, replicate: bool) -> tuple[fx.GraphModule, Plan]:
+        graph, size, named = self.trace(batch), self.input_size, (self.name, dict(self.args))
         plan = make_plan(graph, divisor, domain, size, *named, output=self.output, replicate=replicate)
         _warn_of_narrow(plan)
         return graph, replace(plan, config=models.config(self.module, {"input_size": size}))

@@ -1,0 +1,120 @@
+"""Numbers that a forward takes from shapes, and what it decides by them: the claim by value, or a refusal."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import images, shake, sum_error
+from test_rules import fn, net
+
+import timm_dd
+from timm_dd import Domain, SplitError
+
+RELATIVE = 1e-9
+
+
+def rest(x):
+    b, c, *size = x.shape
+    return x.flatten(2).view(b, c, *size) * c**-0.5
+
+
+def unpacked(x):
+    b, c = x.shape[:2]
+    return x * (b * c) ** -0.5 * b**0.5
+
+
+def frames(x):
+    """Groups of 4 images, of which each has the mean of the group added."""
+    b, c, h, w = x.shape
+    mean = x.view(b // 4, 4, c, h, w).mean(1, keepdim=True)
+    return x + mean.expand(-1, 4, -1, -1, -1).reshape(b, c, h, w)
+
+
+def frames_checked(x):
+    if x.shape[0] % 4:
+        raise ValueError("expected groups of 4")
+    return frames(x)
+
+
+SCALES = {
+    "the first sizes": unpacked,
+    "the last sizes": lambda x: x * x.shape[1:][0] ** -0.5,
+    "backwards": lambda x: x / x.shape[::-1][2],
+    "by keyword": lambda x: x * x.size(dim=1) ** -0.5,
+    "of one image": lambda x: x / x[0].numel(),
+    "of a shape": lambda x: x / x.shape[1:].numel(),
+    "a product": lambda x: x / math.prod(x.shape[1:]),
+    "a sum": lambda x: x / sum(x.shape[1:]),
+    "a stride": lambda x: x / x.stride(0),
+    "flattened": lambda x: x / x.flatten(1).size(-1),
+    "the rest": rest,
+    "a list": lambda x: x / [*x.size()][1],
+    "a dict": lambda x: x / dict(c=x.shape[1])["c"],
+    "a float": lambda x: x * float(x.shape[1]) ** -0.5,
+    "a whole number": lambda x: torch.cat([x[:, : int(x.shape[1] * 0.5)].tanh(), x[:, int(x.shape[1] * 0.5) :]], 1),
+    "a loop": lambda x: sum(x * i for i in range(x.shape[1])),
+    "the number of dims": lambda x: x - x.mean(tuple(range(2, x.ndim)), keepdim=True) * len(x.shape),
+    "positions": lambda x: F.interpolate(x, size=(int(x.shape[2] * 1.5), int(x.shape[3] * 1.5))),
+    "a branch": lambda x: x * 2 if x.shape[1] > 5 else x,
+    "a whole shape": lambda x: x.flatten(2).tanh().view(x.shape),
+    "a count as a size": lambda x: x.view(x.numel() // 81, 81).view(x.shape).tanh(),
+}
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("name", SCALES)
+def test_numbers_of_shapes_are_the_global_networks(name, parts):
+    x = images(2, 3, 9, 9)
+    split = shake(timm_dd.split(net(fn(SCALES[name])), parts, domain=Domain.full(parts), example_input=x))
+    assert split.plan.exact == (sum_error(split, timm_dd.merge(split), x) <= RELATIVE)
+    assert split.plan.exact == (name != "a count as a size")
+
+
+@pytest.mark.parametrize("name", [n for n in SCALES if n not in ("a count as a size", "positions")])
+def test_numbers_of_shapes_on_boxes(name):
+    """A part on its box is that of a network for images as large as the box."""
+    x, domain, model = images(2, 3, 9, 9), Domain.grid(1, 2, overlap=2), net(fn(SCALES[name])).double()
+    parts = timm_dd.split(model, 2, domain=domain, example_input=x).eval()
+    for k, crop in enumerate(parts.crops(x)):
+        alone = timm_dd.split(model, 2, domain=Domain.full(2), example_input=crop).eval()[k]
+        assert torch.equal(parts[k](crop), alone(crop))
+
+
+@pytest.mark.parametrize("read", [lambda x: x.numel(), lambda x: x.nelement(), lambda x: x.nbytes], ids=str)
+def test_counts_of_channels_and_images_are_no_values(read):
+    with pytest.raises(SplitError, match=r"truediv.* at test_numbers.py:\d+: uses \w+ at test_numbers.py:\d+ as"):
+        timm_dd.split(net(fn(lambda x: x / read(x))), 3, example_input=images(1, 3, 9, 9))
+
+
+ON_THE_BATCH = {
+    "more than one": lambda x: x * 2 if x.shape[0] > 1 else x,
+    "an odd number": lambda x: x * 2 if x.size(0) % 2 else x,
+    "many": lambda x: x * 2 if len(x) > 100 else x,
+    "a loop over images": lambda x: torch.stack([image for image in x]),
+    "a loop over numbers": lambda x: torch.cat([x[i : i + 1] for i in range(x.shape[0])]),
+    "a whole number": lambda x: x * int(x.shape[0]),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("name", ON_THE_BATCH)
+def test_what_the_batch_decides_is_refused(name, batch):
+    with pytest.raises(SplitError, match=r"at test_numbers.py:\d+ does something else on a batch of"):
+        timm_dd.split(net(fn(ON_THE_BATCH[name])), 2, example_input=images(batch, 3, 9, 9))
+
+
+def refuses_many(x):
+    if x.shape[0] > 100:
+        raise ValueError("too many")
+    return x
+
+
+@pytest.mark.parametrize("forward, batch", [(refuses_many, 2), (frames, 4), (frames, 8), (frames_checked, 4)])
+def test_batches_that_do_not_run_decide_nothing(forward, batch, tmp_path):
+    """The example's own batch runs, and is known from files."""
+    x, model = images(batch, 3, 9, 9), net(fn(forward)).double()
+    parts = shake(timm_dd.split(model, 3, domain=Domain.full(3), example_input=x))
+    assert parts.plan.exact and sum_error(parts, timm_dd.merge(parts), x) <= RELATIVE
+    parts.save(tmp_path)
+    assert torch.equal(timm_dd.Parts.load(tmp_path, model).eval()(x), parts(x))
