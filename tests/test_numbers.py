@@ -83,7 +83,7 @@ def test_numbers_of_shapes_on_boxes(name):
 
 @pytest.mark.parametrize("read", [lambda x: x.numel(), lambda x: x.nelement(), lambda x: x.nbytes], ids=str)
 def test_counts_of_channels_and_images_are_no_values(read):
-    with pytest.raises(SplitError, match=r"truediv.* at test_numbers.py:\d+: uses \w+ at test_numbers.py:\d+ as"):
+    with pytest.raises(SplitError, match=r"truediv.*test_numbers.py:\d+ .*: uses \w+ at .*test_numbers.py:\d+ .* as"):
         timm_dd.split(net(fn(lambda x: x / read(x))), 3, example_input=images(1, 3, 9, 9))
 
 
@@ -100,7 +100,7 @@ ON_THE_BATCH = {
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("name", ON_THE_BATCH)
 def test_what_the_batch_decides_is_refused(name, batch):
-    with pytest.raises(SplitError, match=r"at test_numbers.py:\d+ does something else on a batch of"):
+    with pytest.raises(SplitError, match=r"test_numbers.py:\d+ .* does something else on a batch of"):
         timm_dd.split(net(fn(ON_THE_BATCH[name])), 2, example_input=images(batch, 3, 9, 9))
 
 

@@ -240,8 +240,9 @@ def _check_plain(model: nn.Module) -> None:
         for hook in (hook for kind in HOOKS for hook in vars(module)[kind].values()):
             name = getattr(hook, "__qualname__", type(hook).__name__)
             raise SplitError(
-                f"{path or type(model).__name__} has a hook, {name}, of whose doings nothing is known; "
-                "remove the hook, and register it on the parts or on the merged model"
+                f"{path or type(model).__name__} has a hook, {name}, of whose doings nothing is known; remove the hook "
+                "(one that makes a weight with remove_weight_norm, remove_spectral_norm or prune.remove), and register "
+                "it on the parts or on the merged model"
             )
 
 

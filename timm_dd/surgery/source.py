@@ -171,7 +171,7 @@ def _warn_of_narrow(plan: Plan) -> None:
         warnings.warn(
             f"too few channels for {plan.divisor} parts, so that these stay whole in every part: {places}; "
             "narrow='refuse' makes that an error",
-            stacklevel=5,  # the caller of `split`, `plan` or `profile`
+            stacklevel=6,  # the caller of `split`, `plan` or `profile`
         )
 
 

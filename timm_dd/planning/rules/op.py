@@ -252,10 +252,7 @@ class Op:
         if full is None:
             return
         if full not in self._notes.alias:
-            raise self.refuse(
-                f"its {name} is computed by a hook; make a plain parameter of it: remove_weight_norm, "
-                "remove_spectral_norm or prune.remove"
-            )
+            raise self.refuse(f"its {name} is neither a parameter nor a buffer; make one of it")
         if not full.endswith(NORMS_OF_ROWS):
             return self._notes.add(full, axes, fans, outside)
         if outside != "zero":
