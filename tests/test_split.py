@@ -233,9 +233,16 @@ IMAGE = torch.empty(1, 3, 16, 16)
 def hooked(by):
     """A network with a weight that one of torch's old-style hooks computes."""
     model = copy.deepcopy(VALID)
-    with warnings.catch_warnings(action="ignore"):  # torch prefers its parametrizations
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch prefers its parametrizations
         by(model[0], "weight")
     return model
+
+
+def of_no_parameter(module, name):
+    weight = getattr(module, name).detach()
+    delattr(module, name)
+    setattr(module, name, weight)
 
 
 def parametrized(norm):
@@ -245,7 +252,8 @@ def parametrized(norm):
 
 
 def scripted():
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         return torch.jit.script(VALID)
 
 
@@ -302,6 +310,7 @@ VALID = nn.Sequential(nn.Conv2d(3, 8, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         (lambda: timm_dd.split("resnet18", 4, domain=Domain.grid(3, 1)), "expected 4 boxes"),
         (lambda: timm_dd.split("resnet18", 4, seed="0"), "seed: expected a whole number, got str"),
         (lambda: timm_dd.split(scripted(), 2, example_input=IMAGE), "no Python code to trace"),
+        (lambda: timm_dd.split(hooked(of_no_parameter), 2, example_input=IMAGE), "0 .*weight is neither a parameter"),
         (lambda: timm_dd.split(hooked(prune.identity), 2, example_input=IMAGE), "0 has a hook, .*prune.remove"),
         (lambda: timm_dd.split(hooked(weight_norm), 2, example_input=IMAGE), "0 has a hook, .*remove_weight_norm"),
         (lambda: timm_dd.split(hooked(spectral_norm), 2, example_input=IMAGE), "0 has a hook, .*remove_weight_norm"),

@@ -245,7 +245,7 @@ def _second_level(g) -> None:
     """What the parts decide together, without a composed model."""
     g.add_argument(
         "--aggregate",
-        nargs="+",
+        nargs="*",
         default=[],
         choices=AGGREGATIONS,
         help="let the parts decide together, each on its view: by the mean of their probabilities, a majority, the sum "

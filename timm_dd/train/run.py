@@ -6,15 +6,13 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.utils.data import IterableDataset
 
 from .. import console, models
 from ..algebra.domain import Domain
@@ -25,13 +23,14 @@ from ..storage.atomic import replace_json
 from ..surgery.parts import Parts
 from ..surgery.split import split
 from ..text import table
-from . import checkpoints, coarse, data, optimizers, options, schedule, trackers, views
+from . import checkpoints, coarse, data, options, views
 from .checkpoints import CheckpointTimer
 from .composed import reassign
 from .decoded import decoded
 from .engines import part_threads
 from .folder import Ranks, RunFolder
 from .joint import train_joint
+from .rehearsal import rehearse
 from .stages import Context, meet, train_baseline, train_parts, tune
 from .trackers import Trackers
 
@@ -72,28 +71,7 @@ class Run:
         self.parts = self._as_seen(config)
         self.whole = self._whole(config)
         views.check(args, self.parts)
-        self._rehearse()
-
-    def _rehearse(self) -> None:
-        """Make what every stage will need, and throw it away: what cannot be made is known before there is a folder.
-
-        Raises:
-            TrainError: an optimizer, a schedule, a transform or a tracker cannot be made.
-        """
-        trackers.check(self.args)
-        sets = self.train_set, self.val_set
-        for stage in ("part", None, *(["baseline"] if self.args.baseline else [])):
-            args = options.stage_options(self.args, stage)
-            with _said_of(f"--opt {args.opt}"):
-                optimizer = optimizers.create(torch.nn.Linear(1, 1), args, 1.0)
-            with _said_of(f"--sched {args.sched}"):
-                schedule.create(args, optimizer, 1).step_update(1)
-            with _said_of("augmentation"):
-                made = data.loaders(args, self.data_config, *sets, torch.device("cpu"), distributed=False)
-            for loader in made:
-                if not isinstance(loader.dataset, IterableDataset):
-                    with _said_of("the first image"):
-                        loader.dataset[0]
+        rehearse(args, self.data_config, (self.train_set, self.val_set))
 
     @property
     def folder(self) -> Path:
@@ -257,17 +235,6 @@ class Run:
             "split": self.args.val_split,
             "run": self.place.digest(self.parts.plan),
         }
-
-
-@contextmanager
-def _said_of(what: str) -> Iterator[None]:
-    """Errors of timm, torch and Pillow as TrainError, in one line that begins with `what`."""
-    try:
-        yield
-    except TrainError:
-        raise
-    except Exception as e:  # each library has its own for what it does not know
-        raise TrainError(f"{what}: {type(e).__name__}: {headline(e)}; give another") from e
 
 
 def summary_table(summary: dict, args: argparse.Namespace) -> str:
