@@ -1,12 +1,14 @@
 """Parts of timm's families and of your own modules: exactness, counts, variance, options and errors."""
 
 import copy
+import dataclasses
 import pickle
 import warnings
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import NARROW, RELATIVE, Plain, check_split, images, shake, sum_error
 from timm.layers import StdConv2d
 from torch import fx, nn
@@ -18,6 +20,7 @@ from timm_dd import Domain, SplitError, TimmDDError
 from timm_dd.planning.rules.op import RULES
 from timm_dd.reports.verify import verify
 from timm_dd.surgery import source
+from timm_dd.surgery.trial import check_parts_run
 
 QUICK = ["resnet18", "mobilenetv3_small_050", "dd_resnet32"]
 FAMILIES = [
@@ -369,3 +372,32 @@ def test_the_largest_k_of_the_message_works(groups, width, too_many):
     for k in range(largest + 1, too_many):
         with pytest.raises(SplitError):
             timm_dd.split(model, k, domain=Domain.full(k), example_input=x, narrow="refuse")
+
+
+# ---- every different part runs once before there is a plan
+
+
+class Cropped(nn.Module):
+    """Fewer channels by a padding below zero, of which a part's layers know nothing."""
+
+    def forward(self, x):
+        return F.pad(x, (0, 0, 0, 0, -2, -2))
+
+
+def test_parts_that_would_not_run_are_refused():
+    tail = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), Cropped(), *tail)
+    with pytest.raises(SplitError, match=r"part 0 does not run on 3×8×8: 4.*reduction dim"):
+        timm_dd.split(model, 2, example_input=torch.empty(1, 3, 8, 8), domain=Domain.full(2))
+
+
+@pytest.mark.parametrize("name, field", [("skresnet18", "edits"), ("densenet121", "outputs")])
+def test_a_plan_that_forgets_something_does_not_pass(name, field):
+    """Sizes of reshapes, or the places of features."""
+    options = {"num_classes": 0} if field == "outputs" else {}
+    network = source.Network.of(name, with_weights=False, img_size=64, **options)
+    graph, plan = network.plan(4, Domain.full(4))
+    assert getattr(plan, field)
+    check_parts_run(graph, plan)
+    with pytest.raises(SplitError, match="part 0"):
+        check_parts_run(graph, dataclasses.replace(plan, **{field: ()}))

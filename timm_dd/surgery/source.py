@@ -24,6 +24,7 @@ from ..planning.planner import make_plan
 from ..planning.rules import has_rule
 from ..planning.trace import trace
 from .emit import emit, slices
+from .trial import check_parts_run
 
 NARROW = ("replicate", "refuse")  # what becomes of widths below K
 OF_A_NAME = ("img_size", "pretrained", "seed")  # options that are no arguments of `timm.create_model`
@@ -141,6 +142,7 @@ class Network:
     def _plan(self, batch: int, divisor: int, domain: Domain, replicate: bool) -> tuple[fx.GraphModule, Plan]:
         graph, size, named = self.trace(batch), self.input_size, (self.name, dict(self.args))
         plan = make_plan(graph, divisor, domain, size, *named, output=self.output, replicate=replicate)
+        check_parts_run(graph, plan)
         _warn_of_narrow(plan)
         return graph, replace(plan, config=models.config(self.module, {"input_size": size}))
 
