@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import images, shake
+from conftest import NARROW, images, shake
 from test_theorem import ALIGNED, FEATURES, Sequence, Valid, mlp, split
 from torch import nn
 
@@ -57,6 +57,7 @@ def test_features_are_claimed_and_hold_on_boxes(domain):
         ("tf_mobilenetv3_small_minimal_100", 4, Domain.grid(2, 2), 64),
     ],
 )
+@pytest.mark.filterwarnings(f"ignore:{NARROW}")
 def test_no_false_alarm(name, parts, domain, size):
     """Padding, misaligned boxes, pooling and approximations: claims are made only where they hold."""
     report = checked(name, parts, domain, img_size=size)
