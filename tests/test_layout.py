@@ -18,7 +18,7 @@ PACKAGE = Path(timm_dd.__file__).parent
 # Each imports only from those before it and from itself; those of one line do not import each other.
 LAYERS = [
     {"version"},
-    {"errors", "compat"},
+    {"errors", "compat", "machine"},
     {"text", "models", "console"},
     {"algebra"},
     {"paper_networks"},

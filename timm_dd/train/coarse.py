@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ..errors import TrainError
+from ..machine import memory
 from ..storage.atomic import replace_json, replacing
 from ..two_level import files
 from ..two_level.aggregate import WITHOUT_WEIGHTS, CoarseNet, side_by_side
@@ -40,10 +40,9 @@ def check(args: argparse.Namespace, images: int) -> None:
         return
     check_coarse(args.parts, args.num_classes, args.coarse_widths, args.coarse_dropout)
     needed = 4 * args.coarse_views * images * args.parts * args.num_classes
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > memory // 4:
+    if needed > memory() // 4:
         raise TrainError(
-            f"--aggregate dnn: {needed / 1e9:,.1f} GB of probabilities, this machine has {memory / 1e9:,.1f} GB; use "
+            f"--aggregate dnn: {needed / 1e9:,.1f} GB of probabilities, this machine has {memory() / 1e9:,.1f} GB; use "
             "fewer --coarse-views or --train-num-samples, or mean, vote or sum"
         )
 

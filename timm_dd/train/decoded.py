@@ -5,7 +5,6 @@ Ranks and their loaders' workers map that file, so that it lies in memory once, 
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from tqdm import tqdm
 
 from ..errors import FileError, headline
+from ..machine import memory
 from ..storage.atomic import locked, replacing
 from .data import begin_worker
 
@@ -80,7 +80,7 @@ def _decode(dataset: Dataset, workers: int) -> list[tuple[np.ndarray, tuple[int,
     """(pixels, (height, width), class) of all images; None as soon as it is plain that they are not for `Decoded`."""
     dataset.transform = None
     images: list = []
-    held, limit = 0, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // SHARE
+    held, limit = 0, memory() // SHARE
     generator = torch.Generator()  # not the one that augmentation draws from
     loader = DataLoader(
         dataset, BATCH, num_workers=workers, collate_fn=_pixels, generator=generator, worker_init_fn=_begin_worker

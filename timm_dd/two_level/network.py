@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch.func import functional_call
 
 from ..compat import tree_map_only
 from ..errors import MergeError, SplitError
+from ..machine import memory
 from ..surgery.parts import Parts
 from . import files
 from .aggregate import AGGREGATIONS, WIDTHS, WITHOUT_WEIGHTS, CoarseNet, side_by_side
@@ -217,9 +217,8 @@ def check_coarse(parts: int, classes: int, widths: Sequence[int], dropout: float
         raise MergeError(f"dropout: expected a number from 0 to below 1, got {dropout}")
     sizes = [parts * classes, *widths, classes]
     needed = 4 * TRAINED * sum((a + 1) * b for a, b in zip(sizes, sizes[1:]))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
+    if needed > memory():
         raise MergeError(
             f"a coarse net on {parts} × {classes:,} probabilities takes {needed / 1e9:,.1f} GB to train, this machine "
-            f"has {memory / 1e9:,.1f}; use smaller widths, or mean, vote or sum"
+            f"has {memory() / 1e9:,.1f}; use smaller widths, or mean, vote or sum"
         )
