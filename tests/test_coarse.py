@@ -100,6 +100,18 @@ def test_two_ranks_give_the_same_bits(run, tmp_path):
         assert (tmp_path / "run" / "two-level" / name).read_bytes() == (run / "two-level" / name).read_bytes()
 
 
+def test_kept_probabilities_are_of_the_same_options(run, tmp_path, monkeypatch):
+    """A run that ended while the dense network trained, and goes on with other options."""
+    with monkeypatch.context() as m:
+        m.setattr(coarse, "CoarseNet", lambda *sizes: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path, *COARSE, "--coarse-views", "1")
+    assert (tmp_path / "run" / "two-level" / "probabilities.safetensors").exists()
+    assert train(tmp_path, *COARSE, "--resume") == 0
+    for name in FILES:
+        assert (tmp_path / "run" / "two-level" / name).read_bytes() == (run / "two-level" / name).read_bytes()
+
+
 def test_probabilities_beyond_memory(tmp_path, capsys):
     assert train(tmp_path, *COARSE, "--coarse-views", "100000000") == 1
     assert "GB of probabilities" in capsys.readouterr().err

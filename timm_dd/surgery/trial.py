@@ -10,7 +10,7 @@ from torch import fx
 
 from ..compat import tree_leaves
 from ..errors import SplitError, headline
-from ..planning.graphs import evaluate_node
+from ..planning.graphs import evaluate_node, float_type
 from ..planning.modes import where
 from ..planning.plan import Plan
 from .emit import emit
@@ -20,10 +20,10 @@ def check_parts_run(graph: fx.GraphModule, plan: Plan) -> None:
     """Raise SplitError unless each part runs on its view, and gives what the whole network gives on images as large."""
     held = (graph.named_parameters(remove_duplicate=False), graph.named_buffers(remove_duplicate=False))
     dtypes = {name: t.dtype for name, t in chain(*held)}
+    tensors = {name: t for name, t in {**plan.tensors, **plan.constants}.items() if name in dtypes}
     tried, whole = set(), None
     for k, view in enumerate(plan.views()):
-        tensors = {**plan.tensors, **plan.constants}
-        shapes = {name: t.part_shape(k, plan.divisor) for name, t in tensors.items() if name in dtypes}
+        shapes = {name: t.part_shape(k, plan.divisor) for name, t in tensors.items()}
         size = (*plan.input_size[: len(plan.input_size) - len(view.size)], *view.size)
         kind = (size, *shapes.values(), str([edit.values[k] for edit in plan.edits]))
         if kind in tried:
@@ -43,7 +43,7 @@ _REPORT = "this network cannot be split as it is, report it with its code"
 def _run(network: fx.GraphModule, shape: tuple[int, ...], name: str) -> list[tuple[int, ...]]:
     """The shapes of a network's outputs on the meta device."""
     env: dict[fx.Node, Any] = {}
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    dtype = float_type(network)
     for node in network.graph.nodes:
         try:
             image = node.op == "placeholder"

@@ -11,9 +11,11 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -50,7 +52,8 @@ def check(args: argparse.Namespace, images: int) -> None:
 def decide_together(run: Context) -> tuple[dict[str, float], float]:
     """(top-1 of each way of ``--aggregate``, seconds of all); writes ``two-level/``. Of the first rank; others wait
     where they meet next."""
-    folder, made_by = run.folder.two_level, options.of_second_level(run.args)
+    folder = run.folder.two_level
+    made_by = {**options.of_second_level(run.args), "parts": files.seals(run.folder.parts.path)}
     told, start, hows = folder / "summary.json", time.perf_counter(), run.args.aggregate
     if run.folder.resuming and told.exists() and (before := json.loads(told.read_text()))["options"] == made_by:
         return before["top1"], before["seconds"]
@@ -61,7 +64,7 @@ def decide_together(run: Context) -> tuple[dict[str, float], float]:
     train, validation = run.loaders(args, distributed=False)
     learners = [part_learner(run, k, 1) for k in range(len(run.parts))]
     logits, labels = _logits(run, learners, validation)
-    coarse = _train(run, learners, train, logits.shape[-1]) if "dnn" in hows else None
+    coarse = _train(run, learners, train, logits.shape[-1], json.dumps(made_by)) if "dnn" in hows else None
     by = {**WITHOUT_WEIGHTS, "dnn": lambda z: coarse(side_by_side(z))}
     with torch.no_grad():
         found = {how: _accuracy(by[how](logits), labels) for how in hows}
@@ -91,10 +94,10 @@ def _accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float:
     return 100 * int((scores.argmax(-1) == labels).sum()) / len(labels)
 
 
-def _train(run: Context, learners: Sequence[Learner], loader, classes: int) -> CoarseNet:
+def _train(run: Context, learners: Sequence[Learner], loader, classes: int, made_by: str) -> CoarseNet:
     """The dense network, in eval mode."""
     args = run.args
-    p, labels = _probabilities(run, learners, loader)
+    p, labels = _probabilities(run, learners, loader, made_by)
     torch.set_num_threads(1)  # layers so small are no work for two
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
@@ -109,18 +112,24 @@ def _train(run: Context, learners: Sequence[Learner], loader, classes: int) -> C
     return net.eval()
 
 
-def _probabilities(run: Context, learners: Sequence[Learner], loader) -> tuple[torch.Tensor, ...]:
-    """(views·N, K·C) probabilities of the parts on the training images, and the labels."""
-    path, views = run.folder.two_level / KEPT, run.args.coarse_views
-    if not path.exists():
+def _probabilities(run: Context, learners: Sequence[Learner], loader, made_by: str) -> tuple[torch.Tensor, ...]:
+    """(views·N, K·C) probabilities of the parts on the training images, and the labels; what is kept, if the same parts
+    and options made it."""
+    path = run.folder.two_level / KEPT
+    if not path.exists() or _made_by(path) != made_by:
         found = []
-        for view in range(views):
+        for view in range(run.args.coarse_views):
             data.seed_epoch(run.seed, VIEWS + view)
             found.append(_logits(run, learners, loader))
         inputs, labels = ([*column] for column in zip(*((side_by_side(z), y) for z, y in found)))
         held = {"probabilities": torch.cat(inputs), "labels": torch.cat(labels)}
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as temporary:
-            save_file(held, temporary)
+            save_file(held, temporary, {"made_by": made_by})
     held = load_file(path)
     return held["probabilities"], held["labels"]
+
+
+def _made_by(path: Path) -> str | None:
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("made_by")

@@ -123,6 +123,12 @@ def describe(folder: str | Path) -> tuple[Description, Place]:
         raise MergeError(f"{path} is not whole ({type(e).__name__}: {headline(e)}); {_AGAIN}") from e
 
 
+def seals(folder: Path) -> list[str | None]:
+    """The checksums of a folder's parts, as their files say."""
+    with PartsFolder(folder) as opened:
+        return [opened.open(k).metadata.get(SEAL) for k in range(opened.plan.parts)]
+
+
 def check_parts(place: Place, members: Iterable[int]) -> None:
     """Raise MergeError unless these are the parts that the network was made of."""
     with PartsFolder(place.parts) as opened:
