@@ -33,6 +33,7 @@ def rehearse(args: argparse.Namespace, data_config: dict, sets: Sequence[Dataset
     trackers.check(args)
     for stage in ("part", None, *(["baseline"] if args.baseline else [])):
         staged = options.stage_options(args, stage)
+        staged.workers = 0  # one image needs no process of its own
         with _said_of(f"--opt {staged.opt}"):
             optimizer = optimizers.create(torch.nn.Linear(1, 1), staged, 1.0)
         with _said_of(f"--sched {staged.sched}"):
