@@ -62,7 +62,7 @@ def test_gradients_are_the_composed_networks_inside_the_blocks(by, chunks, tmp_p
     expected = composed_gradients(parts, x, y, chunks)
     some = learners(parts, tmp_path, range(4), "--grad-accum-steps", str(chunks))
     with Joint(by()) as joint:
-        joint._gradients(some, x, y)
+        joint.gradients(some, [x] * len(some), y)
     for k, part in enumerate(parts):
         check_gradients(parts.plan, k, part, expected)
 
@@ -70,8 +70,9 @@ def test_gradients_are_the_composed_networks_inside_the_blocks(by, chunks, tmp_p
 def gradients_of_a_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    parts, mine = parts_of_a_network(), range(rank, 4, 2)
-    loss = Joint(Engine(), dist.group.WORLD)._gradients(learners(parts, folder, mine), *batch())
+    parts, mine, (x, y) = parts_of_a_network(), range(rank, 4, 2), batch()
+    some = learners(parts, folder, mine)
+    loss = Joint(Engine(), dist.group.WORLD).gradients(some, [x] * len(some), y)[0]
     found = {k: {name: p.grad for name, p in parts[k].named_parameters()} for k in mine}
     torch.save((loss, found), folder / f"{rank}.pt")
     dist.destroy_process_group()

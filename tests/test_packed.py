@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import RUN, images
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_dd
 from timm_dd import Domain
@@ -452,7 +453,7 @@ def test_out_of_memory_halves_the_batch_once(tmp_path, capsys):
 
 def test_packed_out_of_memory_halves_the_batch_of_all(tmp_path, capsys):
     some, whole, by, seen = learners(tmp_path), learners(tmp_path), Packed(), []
-    gradients = by._gradients
+    gradients = by.gradients
 
     def limited(learners, x, y):
         seen.append(len(y) // learners[0].micro_batches)
@@ -460,7 +461,7 @@ def test_packed_out_of_memory_halves_the_batch_of_all(tmp_path, capsys):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return gradients(learners, x, y)
 
-    by._gradients = limited
+    by.gradients = limited
     other = Packed()
     for n in whole:
         n.micro_batches = 2
@@ -492,3 +493,34 @@ def test_pack_takes_any_like_parts():
     x = torch.randn(2, 3, 32, 32)
     two = pack([parts[1], parts[3]])
     torch.testing.assert_close(two(torch.stack([x, x])), torch.stack([parts[1](x), parts[3](x)]), rtol=1e-4, atol=1e-5)
+
+
+class Convolves(nn.Module):
+    """By a layer, by a function, and transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.back = nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2)
+        self.weight, self.fc = nn.Parameter(torch.randn(8, 8, 3, 3) / 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.fc(F.conv2d(self.back(self.conv(x).relu()), self.weight).mean((2, 3)))
+
+
+def test_packed_convolutions_are_as_precise_as_the_parts():
+    """Under autocast: the dtypes of all convolutions, and the values."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.convolution.default:
+                dtypes.append({t.dtype for t in args[:3] if t is not None})
+            return function(*args, **(kwargs or {}))
+
+    parts = timm_dd.split(Convolves(), 2, example_input=torch.empty(1, 3, 16, 16))
+    packed, x = parts.packed(), images(2, 3, 16, 16).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        own, dtypes = parts(x), []
+        with Seen():
+            found = packed(torch.stack(parts.crops(x)))
+    assert dtypes == [{torch.bfloat16}] * 3 and found.dtype == own.dtype
+    torch.testing.assert_close(found.float(), own.float(), rtol=2e-2, atol=2e-2)

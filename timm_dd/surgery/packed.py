@@ -18,12 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.func import functional_call, vmap
+from torch.nn.modules.conv import _ConvNd
 
 from ..compat import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from ..errors import SplitError
 from ..planning.graphs import BATCH_NORMS, CONTENTS, STAYS_IN_EVAL, Graph, copy_graph, graph_module
 from ..planning.modes import is_training_only
 
+LINEAR_MAPS = (
+    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+)  # fmt: skip
 OF_BATCH_NORM = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 NUMBERS = (int, float, str, bool, tuple, type(None))
 
@@ -88,6 +92,13 @@ class PackedModule(nn.Module):
         return over_parts(self._call, self._parts, _state(self), args, kwargs)
 
 
+class PackedLinearMap(PackedModule):
+    """A convolution or a fully connected layer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return over_parts(self._call, self._parts, *autocast((_state(self), args, kwargs)))
+
+
 class OneByOne(PackedModule):
     """A module that vmap has no rule for, or whose code may branch on values."""
 
@@ -127,6 +138,17 @@ def over_parts(function: Callable, parts: int, *args: Any, **kwargs: Any) -> Any
 
     result = vmap(of_part, randomness="different")(*(leaves[i] for i in tensors))
     return plain[0] if plain else result
+
+
+def autocast(tensors: Any) -> Any:
+    """`tensors` as a convolution or a linear layer takes them under autocast, whose lists lack what vmap makes of
+    these."""
+
+    def lower(t: torch.Tensor) -> torch.Tensor:
+        kind, single = t.device.type, t.is_floating_point() and t.dtype != torch.float64
+        return t.to(torch.get_autocast_dtype(kind)) if single and torch.is_autocast_enabled(kind) else t
+
+    return tree_map_only(torch.Tensor, lower, tensors)
 
 
 def one_by_one(function: Callable, parts: int, *args: Any, **kwargs: Any) -> Any:
@@ -201,6 +223,8 @@ def _kind(module: nn.Module) -> type[PackedModule]:
     counts = isinstance(module, BATCH_NORMS) and module.momentum is None  # a mean, by the value of its count
     if counts or isinstance(module, (nn.RNNBase, nn.RReLU)) or is_training_only(module):
         return OneByOne
+    if isinstance(module, (nn.Linear, _ConvNd)):
+        return PackedLinearMap
     plain = isinstance(module, BATCH_NORMS) and {name for name, _ in _tensors(module)} <= OF_BATCH_NORM
     return PackedBatchNorm if plain else PackedModule
 
@@ -224,6 +248,8 @@ def _packed(function: Callable, name: str, parts: int) -> Callable:
     over = one_by_one if function in (F.rrelu, F.rrelu_) else over_parts
 
     def packed(*args: Any, **kwargs: Any) -> Any:
+        if function in LINEAR_MAPS:
+            args, kwargs = autocast((args, kwargs))
         return over(function, parts, *args, **kwargs)
 
     packed.__name__ = packed.__qualname__ = name

@@ -21,15 +21,23 @@ from tqdm import tqdm
 
 from ..errors import SplitError, TrainError, headline
 from ..surgery.packed import check_alike, pack
+from .capture import Captured, CudaGraph
 from .learner import Learner, within_memory
 
-TRIALS = 3
+TRIALS = 3  # updates of each engine, to choose by
+CAPTURE_AFTER = 3  # updates, in which convolutions choose their algorithms and optimizers make their states
 PROCESSES, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 CGROUP = PROCESSES / "self" / "cgroup"
 
 
 class Engine:
-    """One after another. A context, which ends what the engine began."""
+    """One after another. A context, which ends what the engine began.
+
+    Attributes:
+        warm_up: updates that are slower than those after them.
+    """
+
+    warm_up = 1
 
     def run(self, works: Sequence[Callable[[], Any]]) -> list:
         """The results of all `works`, in their order."""
@@ -39,9 +47,17 @@ class Engine:
         """One update of each learner on a batch; with `isolate_failures` one that fails leaves the others to go on."""
         self.run([partial(n.guard, partial(n.step, x, y), isolate_failures) for n in learners])
 
-    def logits(self, learners: Sequence[Learner], x: torch.Tensor, micro_batch: int) -> list[torch.Tensor]:
-        """Each learner's on its view of a batch, with the graph that `backward` goes back through."""
-        return self.run([partial(n.training_logits, x, micro_batch) for n in learners])
+    def gradients(
+        self, learners: Sequence[Learner], seen: Sequence[torch.Tensor], y: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        """The learners' losses of a batch, of which each has `seen` its view; their gradients are what follows."""
+        return self.run([partial(n.gradients, x, y) for n, x in zip(learners, seen)])
+
+    def logits(
+        self, learners: Sequence[Learner], seen: Sequence[torch.Tensor], micro_batch: int
+    ) -> Sequence[torch.Tensor]:
+        """The learners' on what each has seen of a micro-batch, with the graph that `backward` goes back through."""
+        return self.run([partial(n.training_logits, x, micro_batch) for n, x in zip(learners, seen)])
 
     def backward(self, learners: Sequence[Learner], logits: Sequence[torch.Tensor], gradient: torch.Tensor) -> None:
         """Add to the learners' gradients what follows from the loss's `gradient` with respect to their logits, which is
@@ -85,7 +101,7 @@ class Packed(Engine):
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
         if not self.works:
             return self.instead.step(learners, x, y, isolate_failures)
-        gradients = partial(self._gradients, list(learners), x, y)
+        gradients = partial(self.gradients, learners, [n.view(x) for n in learners], y)
         try:
             losses = gradients() if self.instead else within_memory(learners, gradients, len(y))
         except SplitError:  # not alike: the same for every batch
@@ -101,19 +117,21 @@ class Packed(Engine):
         for n, loss in zip(learners, losses):
             n.guard(partial(n.update, loss, len(y)), isolate_failures)
 
-    def _gradients(self, learners: list[Learner], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The losses of a batch, (K,), its gradients added up over the micro-batches."""
+    def gradients(
+        self, learners: Sequence[Learner], seen: Sequence[torch.Tensor], y: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        if not self.works:
+            return self.instead.gradients(learners, seen, y)
         first = learners[0]
-        self._pack(learners)
         total = torch.zeros(len(learners), device=first.device)
-        for i, (x_i, y_i) in enumerate(first.chunks(x, y)):
-            with first.random(first.updates, i), first.autocast():
-                logits = self.forward(torch.stack([n.view(x_i) for n in learners]))
+        for i, (y_i, *seen_i) in enumerate(first.chunks(y, *seen)):
+            logits = self.logits(learners, seen_i, i)
+            with first.autocast():
                 losses = [n.criterion(z, y_i) * (len(y_i) / len(y)) for n, z in zip(learners, logits)]
             sum(n.scaler.scale(loss) for n, loss in zip(learners, losses)).backward()
             total += torch.stack(losses).detach()
         self.packed.scatter_gradients(n.net for n in learners)
-        return total
+        return total.unbind()
 
     def _pack(self, learners: list[Learner]) -> None:
         """Make the learners one network, whose gradients are zero."""
@@ -124,16 +142,97 @@ class Packed(Engine):
             self.forward = torch.compile(self.packed, backend=name) if name else self.packed
         self.packed.zero_grad()
 
-    def logits(self, learners: Sequence[Learner], x: torch.Tensor, micro_batch: int) -> list[torch.Tensor]:
+    def logits(
+        self, learners: Sequence[Learner], seen: Sequence[torch.Tensor], micro_batch: int
+    ) -> Sequence[torch.Tensor]:
         first = learners[0]
         if micro_batch == 0:
             self._pack(list(learners))
         with first.random(first.updates, micro_batch), first.autocast():
-            return list(self.forward(torch.stack([n.view(x) for n in learners])))
+            return self.forward(torch.stack(list(seen))).unbind()
 
     def backward(self, learners: Sequence[Learner], logits: Sequence[torch.Tensor], gradient: torch.Tensor) -> None:
         torch.autograd.backward(logits, [n.scaler.scale(gradient.to(z.dtype)) for n, z in zip(learners, logits)])
         self.packed.scatter_gradients(n.net for n in learners)
+
+
+class Streams(Engine):
+    """Side by side on a GPU, each learner on a stream of its own."""
+
+    def __init__(self, learners: int, device: torch.device):
+        self.streams = [torch.cuda.Stream(device) for _ in range(learners)]
+
+    def run(self, works: Sequence[Callable[[], Any]]) -> list:
+        here, results = torch.cuda.current_stream(), []
+        for stream, work in zip(self.streams, works):
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                results.append(work())
+        for stream in self.streams:
+            here.wait_stream(stream)
+        return results
+
+
+class Graphed(Engine):
+    """The updates of another engine, each as one CUDA graph: forward, backward, and where the optimizer is fused its
+    step. What cannot be captured goes on without.
+
+    Args:
+        graph: what captures; for tests one that needs no GPU.
+    """
+
+    warm_up = CAPTURE_AFTER + 1
+
+    def __init__(self, by: Engine, graph: Callable[[], CudaGraph] = CudaGraph):
+        self.by, self.graph = by, graph
+        self.learners: list[Learner] = []
+        self.captured: Captured | None = None
+
+    def run(self, works: Sequence[Callable[[], Any]]) -> list:
+        return self.by.run(works)
+
+    def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
+        learners = list(learners)
+        if learners != self.learners or (self.captured is not None and self.captured.moved):
+            self.learners, self.steps, self.captured, self.place = learners, 0, None, self.graph()
+        given = [y, *(n.view(x) for n in learners)]
+        if self.steps == CAPTURE_AFTER and self._may_capture(learners):
+            self._capture(given)
+        self.steps += 1
+        if self.captured is None or not self.captured.takes(given):
+            with self.place.aside():
+                return self.by.step(learners, x, y, isolate_failures)
+        with learners[0].random(learners[0].updates, 0):
+            losses = self.captured(*given)
+        for n, loss in zip(learners, losses):
+            if not self._steps_inside(n):
+                n.apply_gradients()
+            n.note(loss, len(y))
+
+    def _capture(self, given: Sequence[torch.Tensor]) -> None:
+        try:
+            self.captured = Captured(self.place, self._learn, given, [n.optimizer for n in self.learners])
+        except Exception as e:  # each library has its own for what a graph cannot hold
+            tqdm.write(f"not as a CUDA graph: {headline(e)}", sys.stdout)
+
+    def _learn(self, y: torch.Tensor, *seen: torch.Tensor) -> Sequence[torch.Tensor]:
+        losses = self.by.gradients(self.learners, seen, y)
+        for n in self.learners:
+            if self._steps_inside(n):
+                n.apply_gradients()
+        return losses
+
+    @staticmethod
+    def _steps_inside(learner: Learner) -> bool:
+        return bool(learner.optimizer.defaults.get("fused"))
+
+    @staticmethod
+    def _may_capture(learners: Sequence[Learner]) -> bool:
+        """A batch in one piece, of one process."""
+        return all(n.micro_batches == 1 and not n.distributed for n in learners)
+
+    def __exit__(self, *error: object) -> None:
+        self.by.__exit__(*error)
 
 
 class Auto(Engine):
@@ -145,10 +244,11 @@ class Auto(Engine):
 
     @property
     def best(self) -> Engine | None:
-        """None while the trial goes on; the first update of each, which warms up, does not count."""
-        if len(self.engines) > 1 and any(len(s) <= TRIALS for s in self.seconds):
+        """None while the trial goes on; warming up does not count."""
+        timed = [s[engine.warm_up :] for engine, s in zip(self.engines, self.seconds)]
+        if len(self.engines) > 1 and any(len(s) < TRIALS for s in timed):
             return None
-        return self.engines[min(range(len(self.engines)), key=lambda i: min(self.seconds[i][1:], default=0.0))]
+        return self.engines[min(range(len(self.engines)), key=lambda i: min(timed[i], default=0.0))]
 
     def run(self, works: Sequence[Callable[[], Any]]) -> list:
         return (self.best or self.engines[0]).run(works)
@@ -156,7 +256,8 @@ class Auto(Engine):
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
         if self.best is not None:
             return self.best.step(learners, x, y, isolate_failures)
-        i = min(range(len(self.engines)), key=lambda i: len(self.seconds[i]))
+        left = [TRIALS + engine.warm_up - len(s) for engine, s in zip(self.engines, self.seconds)]
+        i = left.index(max(left))
         start = self._now()
         self.engines[i].step(learners, x, y, isolate_failures)
         self.seconds[i].append(self._now() - start)
@@ -178,8 +279,8 @@ def engine(
     cores: int,
     around: Callable[[Engine], Engine] = lambda by: by,
 ) -> Engine:
-    """``sequential``, ``threads``, ``packed``, or ``auto``: on a CPU the faster of those that give the same bits, on a
-    GPU that of one after another and packed.
+    """``sequential``, ``threads``, ``packed``, ``graph``, or ``auto``: on a CPU the faster of those that give the same
+    bits, on a GPU the fastest of one after another and graphs of them, packed or on a stream for each.
 
     Args:
         cores: of this process.
@@ -189,19 +290,29 @@ def engine(
         TrainError: not on this device.
     """
     threads, on_cpu = torch.get_num_threads(), device.type == "cpu"
-    if name == "threads" and not on_cpu:
-        raise TrainError("--engine threads is for CPUs; use auto")
+    if name in ("threads", "graph") and on_cpu is (name == "graph"):
+        raise TrainError(f"--engine {name} is for {'GPUs' if on_cpu else 'CPUs'}; use auto")
     if name == "packed":
         return around(Packed())
-    workers = max(1, min(len(learners), cores // threads)) if on_cpu and name != "sequential" else 1
-    if name == "threads":
-        return around(Threads(workers))
-    candidates = [around(Engine())]
-    if workers > 1:
-        candidates.append(around(Threads(workers)))
-    if name == "auto" and not on_cpu and _alike(learners):
-        candidates.append(around(Packed(instead=candidates[0])))
+    one_by_one = around(Engine())
+    if name == "sequential":
+        return one_by_one
+    if on_cpu:
+        workers = max(1, min(len(learners), cores // threads))
+        candidates = [one_by_one] * (name == "auto") + [around(Threads(workers))] * (workers > 1 or name == "threads")
+    else:
+        candidates = [one_by_one] * (name == "auto") + _graphs(learners, device, around)
     return Auto(candidates, device) if len(candidates) > 1 else candidates[0]
+
+
+def engine_of_one(name: str, device: torch.device) -> Engine:
+    """Of a network that is trained alone, by the parts' engine."""
+    return Graphed(Engine()) if device.type == "cuda" and name in ("auto", "graph") else Engine()
+
+
+def _graphs(learners: Sequence[Learner], device: torch.device, around: Callable[[Engine], Engine]) -> list[Engine]:
+    apart = around(Streams(len(learners), device)) if len(learners) > 1 else around(Engine())
+    return [Graphed(apart), *([Graphed(around(Packed(instead=apart)))] if _alike(learners) else [])]
 
 
 def _alike(learners: Sequence[Learner]) -> bool:

@@ -280,10 +280,10 @@ def _run(g) -> None:
     )
     g.add_argument(
         "--engine",
-        choices=["auto", "sequential", "threads", "packed"],
+        choices=["auto", "sequential", "threads", "packed", "graph"],
         default="auto",
-        help="how the parts of a process take their steps: one after another, in threads (CPUs), as one network; auto: "
-        "the fastest in a trial, on CPUs of those that give the same bits",
+        help="how the networks of a process take their steps: one after another, in threads (CPUs), parts as one "
+        "network, as CUDA graphs (GPUs); auto: the fastest in a trial, on CPUs of those that give the same bits",
     )
     g.add_argument(
         "--part-threads",

@@ -61,6 +61,7 @@ class Ranks:
             return torch.device("cpu")
         index = self.local_rank % max(torch.cuda.device_count(), 1)
         torch.cuda.set_device(index)
+        torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True  # as timm trains
         return torch.device("cuda", index)
 
 

@@ -40,24 +40,26 @@ class Joint(Engine):
         return [self._sum(self.by.run(works))] * len(works)
 
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
-        gradients = partial(self._gradients, learners, x, y)
-        loss = gradients() if self.group else within_memory(learners, gradients, len(y))  # ranks halve no batch alone
-        self.by.run([partial(n.update, loss, len(y)) for n in learners])
+        gradients = partial(self.gradients, learners, [n.view(x) for n in learners], y)
+        losses = gradients() if self.group else within_memory(learners, gradients, len(y))  # ranks halve no batch alone
+        self.by.run([partial(n.update, loss, len(y)) for n, loss in zip(learners, losses)])
 
-    def _gradients(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The loss of a batch; its gradients are added up over the micro-batches."""
+    def gradients(
+        self, learners: Sequence[Learner], seen: Sequence[torch.Tensor], y: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        """The loss of a batch, for each; its gradients are added up over the micro-batches."""
         first = learners[0]
         total = torch.zeros((), device=first.device)
         for n in learners:
             n.optimizer.zero_grad()
-        for i, (x_i, y_i) in enumerate(first.chunks(x, y)):
-            logits = self.by.logits(learners, x_i, i)
+        for i, (y_i, *seen_i) in enumerate(first.chunks(y, *seen)):
+            logits = self.by.logits(learners, seen_i, i)
             together = self._sum([z.detach() for z in logits]).requires_grad_()
             loss = first.criterion(together, y_i) * (len(y_i) / len(y))
             (gradient,) = torch.autograd.grad(loss, together)
             self.by.backward(learners, logits, gradient)
             total += loss.detach()
-        return total
+        return [total] * len(learners)
 
     def _sum(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
         """Over all parts of all ranks; in float64, where the order of float32 numbers does not matter."""

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..algebra.view import Box, View
 from ..errors import TrainError, headline
 from . import optimizers, options, schedule
+from .capture import capturing
 from .layout import layout
 from .views import drawn
 
@@ -38,8 +39,9 @@ class SeededRandom:
 
     @contextmanager
     def __call__(self, update: int, micro_batch: int) -> Iterator[None]:
-        """Seed torch's generator for a forward pass, while no other thread draws, then put it back as it was."""
-        if not self.drawn:
+        """Seed torch's generator for a forward pass, while no other thread draws, then put it back as it was. Not while
+        a graph is captured, whose replays are seeded."""
+        if not self.drawn or capturing():
             yield
             return
         with _RANDOM:
@@ -160,39 +162,47 @@ class Learner:
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """One update on a batch."""
-        self.update(within_memory([self], partial(self._gradients, x, y), len(y)), len(y))
+        self.update(within_memory([self], partial(self.gradients, self.view(x), y), len(y)), len(y))
 
-    def _gradients(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The loss of a batch, its gradients added up over the micro-batches."""
+    def gradients(self, seen: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch, of which the network has `seen` its view; its gradients are added up over the
+        micro-batches."""
         self.optimizer.zero_grad()
         total = torch.zeros_like(self._total)
-        batches = self.chunks(x, y)
+        batches = list(self.chunks(seen, y))
         for i, (x_i, y_i) in enumerate(batches):
             later = self.model.no_sync() if self.distributed and i + 1 < len(batches) else nullcontext()
             with later:
-                with self.random(self.updates, i), self.autocast():
-                    loss = self.criterion(self.forward(self.view(x_i)), y_i) * (len(y_i) / len(y))
+                with self.autocast():
+                    loss = self.criterion(self.training_logits(x_i, i), y_i) * (len(y_i) / len(y))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
 
-    def chunks(self, x: torch.Tensor, y: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def chunks(self, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
         """The micro-batches of a batch."""
-        return list(zip(x.chunk(self.micro_batches), y.chunk(self.micro_batches)))
+        return zip(*(t.chunk(self.micro_batches) for t in tensors))
 
-    def training_logits(self, x: torch.Tensor, micro_batch: int) -> torch.Tensor:
-        """Of the network on its view of a micro-batch, for `update`."""
+    def training_logits(self, seen: torch.Tensor, micro_batch: int) -> torch.Tensor:
+        """Of the network on what it has seen of a micro-batch, with the graph to go back through."""
         with self.random(self.updates, micro_batch), self.autocast():
-            return self.forward(self.view(x))
+            return self.forward(seen)
 
     def update(self, loss: torch.Tensor, images: int) -> None:
         """Take a step along the gradients of a batch, whose mean loss was `loss`."""
+        self.apply_gradients()
+        self.note(loss, images)
+
+    def apply_gradients(self) -> None:
         if self.args.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             dispatch_clip_grad(self.model.parameters(), self.args.clip_grad, self.args.clip_mode)
         with self.around_step():
             self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def note(self, loss: torch.Tensor, images: int) -> None:
+        """An update has been taken on a batch, whose mean loss was `loss`."""
         self.updates += 1
         if self.ema is not None:
             self.ema.update(self.net, step=self.updates)

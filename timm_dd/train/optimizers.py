@@ -17,8 +17,11 @@ def create(model: nn.Module, args: argparse.Namespace, lr: float) -> Optimizer:
     scaled: if the first ones overflow, as they often do, torch's fused SGD goes on with momenta that nobody has set."""
     given = {**optimizer_kwargs(args), "lr": lr}
     plain = create_optimizer_v2(model, **given)
-    fused = "fused" in plain.defaults and not scales(args)
-    return create_optimizer_v2(model, **given, fused=True) if fused else plain
+    if "fused" not in plain.defaults or scales(args):
+        return plain
+    on_gpu = next(model.parameters()).is_cuda
+    graphs = {"capturable": True} if on_gpu and "capturable" in plain.defaults else {}
+    return create_optimizer_v2(model, **given, fused=True, **graphs)
 
 
 def scales(args: argparse.Namespace) -> bool:

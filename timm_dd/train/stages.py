@@ -30,10 +30,10 @@ from ..planning.plan import Plan
 from ..storage import files
 from ..storage.merge_files import write_merged
 from ..surgery.parts import Parts
-from . import data, options, views
+from . import data, options, resident, views
 from .checkpoints import CheckpointTimer, restore
 from .composed import add_noise, between, calibrate, rate_between, refit_head, some
-from .engines import Engine, cores_of_rank, engine, share_cores
+from .engines import Engine, cores_of_rank, engine, engine_of_one, share_cores
 from .folder import PartsStage, Ranks, RunFolder
 from .learner import Learner
 from .loop import TrainingLoop, evaluate
@@ -70,8 +70,10 @@ class Context:
     trackers: Trackers
 
     def loaders(self, args: argparse.Namespace, distributed: bool, train_size: Sequence[int] | None = None) -> tuple:
-        """(train, validation); see `data.loaders`."""
-        return data.loaders(args, self.data_config, *self.sets, self.device, distributed, train_size)
+        """(train, validation); see `data.loaders`, and on GPUs `resident`."""
+        config, device = self.data_config, self.device
+        train, val = data.loaders(args, config, *self.sets, device, distributed, train_size)
+        return resident.training(train, args, config, device), resident.validation(val, config, device)
 
     def about(self, stage: str) -> dict[str, str]:
         """What a model's metadata say of where it comes from; `stage` is its name in the run's summary."""
@@ -251,8 +253,9 @@ def _fit(
 
     if run.folder.resuming:
         restore(learner)
-    shared = (run.seed, run.timer, Engine(), run.trackers, keep, run.ranks.primary, run.ranks.primary)
-    TrainingLoop(title, loaders, epochs, *shared).fit([learner])
+    with engine_of_one(run.args.engine, run.device) as by:
+        shared = (run.seed, run.timer, by, run.trackers, keep, run.ranks.primary, run.ranks.primary)
+        TrainingLoop(title, loaders, epochs, *shared).fit([learner])
     if epochs == 0:
         keep()
     return accuracy(learner, loaders, shared=True)
