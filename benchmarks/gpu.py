@@ -1,4 +1,4 @@
-"""A step of all K parts on a GPU against one of the global network, engine by engine, beside what bytes and FLOPs allow.
+"""A step of all K parts on a GPU against one of the global network, beside what bytes and FLOPs allow.
 
     python benchmarks/gpu.py --seconds 300        # the rows that gpu.csv lacks, as many as that time allows
 

@@ -2,6 +2,12 @@
 
 import pickle
 import resource
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +41,59 @@ def test_pixels_and_classes_are_the_sets(photographs, workers, tmp_path):
     assert isinstance(found, decoded.Decoded) and len(found) == 70 and same(found, photographs)
     assert same(pickle.loads(pickle.dumps(found)), photographs)
     assert [p.name for p in (tmp_path / "d").iterdir()] == ["train.safetensors"]
+
+
+def test_workers_do_not_share_a_tar(photographs, tmp_path):
+    """Which the first process has read of, so that it is open when they begin."""
+    folder = tmp_path / "images"
+    for i in range(70, 400):
+        shutil.copy(folder / "ab"[i % 2] / f"{i % 70}.jpg", folder / "ab"[i % 2] / f"{i}.jpg")
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(folder, ".")
+    tarred = create_dataset("", root=str(tmp_path / "images.tar"))
+    expected = [(np.asarray(x), y) for x, y in tarred]
+    assert len(expected) == 400 and same(decoded.decoded(tarred, tmp_path / "held.safetensors", 2), expected)
+
+
+STUCK = """
+import multiprocessing, sys, threading
+from torch.utils.data import DataLoader
+from timm_dd.train.decoded import _begin_worker
+
+class Stuck(list):
+    def __getitem__(self, i):
+        return i if i < 2 else threading.Event().wait()
+
+batches = iter(DataLoader(Stuck(range(8)), 1, num_workers=2, worker_init_fn=_begin_worker))
+next(batches)
+print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+sys.stdin.readline()
+raise OSError("a bad image")
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["fails", "is killed"])
+def test_workers_end_with_the_first_process(killed):
+    """Even those that wait for something that does not come."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    workers = process.stdout.readline().split()
+    if killed:
+        process.kill()
+    _, errors = process.communicate("go on\n" if not killed else None, timeout=60)
+    assert len(workers) == 2 and (killed or "OSError: a bad image" in errors)
+    for pid in workers:
+        end = time.monotonic() + 10
+        while _runs(pid):
+            assert time.monotonic() < end, f"worker {pid} goes on"
+
+
+def _runs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_batches_are_the_same(tmp_path):

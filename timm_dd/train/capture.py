@@ -44,8 +44,8 @@ class CudaGraph:
 
 
 class Captured:
-    """`function`, captured for arguments of the shapes of `given`; the learning rates of `optimizers`, which it may use,
-    are those of each call."""
+    """`function`, captured for arguments of the shapes of `given`; the learning rates of `optimizers`, which it may
+    use, are those of each call."""
 
     def __init__(
         self,

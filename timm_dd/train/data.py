@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import signal
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from torchvision import transforms
 
 from ..errors import TrainError, headline
 from . import options
+from .workers import begin_worker
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of Pillow, by channels
 SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "valid", "eval", "test")}
@@ -280,14 +280,6 @@ def _common(args: argparse.Namespace, config: dict, device: torch.device, distri
         persistent_workers=False,  # new workers are seeded every epoch, see seed_epoch
         worker_seeding=begin_worker,
     )
-
-
-def begin_worker(info) -> int:
-    """What a loader's worker does first: who asks a run to stop may ask all its processes, and its first process needs
-    the others until it has saved; they end with it. Returns the seed that torch gave it, for timm."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    return info.seed
 
 
 def _plain(args: argparse.Namespace, config: dict, transform):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..errors import FileError, headline
 from ..machine import memory
 from ..storage.atomic import locked, replacing
-from .data import begin_worker
+from .workers import begin_worker
 
 SHARE = 8  # a set may take one of so many parts of the machine's memory
 BATCH = 64
