@@ -1,43 +1,67 @@
-"""Image sets for benchmarks that train: where they are, and what is cut from their training images for a search."""
+"""Image sets for benchmarks that train, as folders of class folders: timm lists them much sooner than a tar."""
 
 import gzip
 import io
 import random
 import struct
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
+Files = Iterable[tuple[str, bytes]]  # class/name and content
 IDX = "{}-images-idx3-ubyte.gz", "{}-labels-idx1-ubyte.gz"  # of Fashion-MNIST, which Debian packages
-SPLITS = {"train": "train", "t10k": "val"}
+SPLITS = {"train": "train", "val": "t10k"}
 
 
-def find(name: str, folders: Sequence[Path], kept: Path) -> Path:
-    """The folder of a set's train.tar and val.tar; Fashion-MNIST's are made in `kept` from its own files.
+def whole(name: str, folders: Sequence[Path], place: Path) -> Path:
+    """`place`, filled with ``train`` and ``val`` of a set.
 
     Raises:
-        FileNotFoundError: no folder has them.
+        FileNotFoundError: no folder has it.
     """
-    for folder in folders:
-        if (folder / name / "train.tar").exists():
-            return folder / name
-    if name != "fashion":
-        raise FileNotFoundError(f"no {name}/train.tar in {', '.join(map(str, folders))}")
-    pattern = IDX[0].format("train")
-    found = next((path.parent for folder in folders for path in folder.rglob(pattern)), None)
-    if found is None:
-        raise FileNotFoundError(f"no {pattern} in {', '.join(map(str, folders))} (Debian: dataset-fashion-mnist)")
-    place = kept / name
-    for split, ours in SPLITS.items():
-        if not (place / f"{ours}.tar").exists():
-            write_tar(place / f"{ours}.tar", images(found, split))
+    files = source(name, folders)
+    for split in SPLITS:
+        fill(place / split, lambda split=split: files(split))
     return place
 
 
-def images(folder: Path, split: str) -> Iterable[tuple[str, bytes]]:
-    """Names and PNG files of a pair of idx files, see http://yann.lecun.com/exdb/mnist."""
+def cut(name: str, folders: Sequence[Path], place: Path, train: int, val: int) -> Path:
+    """`place`, filled with so many of a set's training images to train on, and so many others of them to validate.
+
+    Raises:
+        FileNotFoundError: no folder has it.
+    """
+    files = source(name, folders)
+    if not (place / "val").exists():
+        drawn = random.Random(0).sample(sorted(files("train")), train + val)
+        fill(place / "train", lambda: drawn[:train])
+        fill(place / "val", lambda: drawn[train:])
+    return place
+
+
+def source(name: str, folders: Sequence[Path]) -> Callable[[str], Files]:
+    """The files of a split: of ``NAME/SPLIT.tar`` in one of the folders; Fashion-MNIST has its own format."""
+    for folder in folders:
+        if (folder / name / "train.tar").exists():
+            return lambda split: of_tar(folder / name / f"{split}.tar")
+        found = next(folder.rglob(IDX[0].format("train")), None) if name == "fashion" else None
+        if found is not None:
+            return lambda split: of_idx(found.parent, SPLITS[split])
+    wanted = f"{name}/train.tar" if name != "fashion" else f"{IDX[0].format('train')} (Debian: dataset-fashion-mnist)"
+    raise FileNotFoundError(f"no {wanted} in {', '.join(map(str, folders))}")
+
+
+def of_tar(path: Path) -> Files:
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.isfile():
+                yield member.name, tar.extractfile(member).read()
+
+
+def of_idx(folder: Path, split: str) -> Files:
+    """PNG files of a pair of idx files, whose format is that of MNIST: http://yann.lecun.com/exdb/mnist."""
     pixels, labels = (gzip.decompress((folder / name.format(split)).read_bytes()) for name in IDX)
     _, count, height, width = struct.unpack(">4I", pixels[:16])
     for i in range(count):
@@ -46,23 +70,13 @@ def images(folder: Path, split: str) -> Iterable[tuple[str, bytes]]:
         yield f"{labels[8 + i]}/{i:05}.png", file.getvalue()
 
 
-def cut(source: Path, place: Path, train: int, val: int) -> Path:
-    """A set of some of the images of another's train.tar, to train and to validate, in `place`."""
-    with tarfile.open(source / "train.tar") as tar:
-        names = sorted(member.name for member in tar if member.isfile())
-        chosen = random.Random(0).sample(names, train + val)
-        for split, part in (("train", chosen[:train]), ("val", chosen[train:])):
-            if not (place / f"{split}.tar").exists():
-                write_tar(place / f"{split}.tar", ((name, tar.extractfile(name).read()) for name in sorted(part)))
-    return place
-
-
-def write_tar(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    with tarfile.open(unfinished, "w") as tar:
-        for name, content in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    unfinished.rename(path)
+def fill(place: Path, files: Callable[[], Files]) -> None:
+    """Write files into a folder, unless it is there: it is when all are."""
+    if place.exists():
+        return
+    unfinished = place.with_suffix(".part")
+    for name, content in files():
+        path = unfinished / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    unfinished.rename(place)

@@ -60,6 +60,7 @@ class Job(NamedTuple):
     @property
     def updates(self) -> int:
         images = SETS[self.set].searched[0] if self.searches else SETS[self.set].images
+        images = ways.parse(self.set, self.way, self.n, self.given).train_num_samples or images
         return images // ways.BATCH * sum(ways.epochs(self.way, self.n).values())
 
 
@@ -96,12 +97,15 @@ def best_rate(search: list[dict[str, str]], which: str, way: str) -> float:
 
 
 def expected(job: Job, own: list[dict[str, str]], others: list[dict[str, str]]) -> float:
-    """Seconds, from the slowest updates of earlier runs of the way, else of the set; 0 if there are none."""
+    """Seconds, at most, judging from earlier runs of the way, else of the set; 0 if there are none."""
     rows = [row for row in own if row["set"] == job.set]
     alike = [row for row in rows if row["way"] == job.way]
     alike = alike or [row for row in others if (row["set"], row["way"]) == (job.set, job.way)] or rows
-    per_update = [float(row["wall_s"]) / sum(int(row[f"{stage}_updates"]) for stage in STAGES) for row in alike]
-    return job.updates * max(per_update, default=0.0)
+    found = []
+    for row in alike:
+        updates, spent = sum(int(row[f"{stage}_updates"]) for stage in STAGES), float(row["seconds"])
+        found.append(max(0.0, float(row["wall_s"]) - spent) + job.updates * spent / updates)
+    return max(found, default=0.0)
 
 
 # ---- a run and its row
@@ -191,6 +195,13 @@ def _curves(curves: dict[str, list[list[dict[str, str]]]], seconds: dict[str, fl
 # ---- all of them
 
 
+def images_of(job: Job, args: argparse.Namespace) -> Path:
+    place = args.kept / "images" / (f"{job.set}-search" if job.searches else job.set)
+    if job.searches:
+        return image_sets.cut(job.set, args.data, place, *SETS[job.set].searched)
+    return image_sets.whole(job.set, args.data, place)
+
+
 def measure(args: argparse.Namespace) -> None:
     begun, origin = time.perf_counter(), provenance()
     search_path = args.out.parent / SEARCH
@@ -206,10 +217,7 @@ def measure(args: argparse.Namespace) -> None:
             print(f"{said}: left out, {needed:.0f} s needed of {left:.0f}", flush=True)
             continue
         try:
-            folder = image_sets.find(job.set, args.data, args.kept)
-            if args.search:
-                folder = image_sets.cut(folder, args.kept / f"{job.set}-search", *SETS[job.set].searched)
-            row = carry_out(job, folder, args)
+            row = carry_out(job, images_of(job, args), args)
         except (TimmDDError, FileNotFoundError) as e:
             print(f"{said}: not done: {e}", flush=True)
             continue

@@ -6,6 +6,7 @@ The parts of K = 8 and 16 train as long as those of 4, as in gu2022's Table 3.3,
 """
 
 import argparse
+from functools import cache
 from typing import NamedTuple
 
 import timm_dd
@@ -125,9 +126,11 @@ def costs(which: str, way: str, n: int, given: list[str]) -> dict[str, float]:
 
 
 def _multiply_adds(which: str, args: argparse.Namespace, seen: Domain) -> int:
+    keywords = {"img_size": args.img_size, "num_classes": SETS[which].classes, **args.model_kwargs}
+    return _of_parts(args.model, seen, tuple(keywords.items()))
+
+
+@cache
+def _of_parts(model: str, seen: Domain, keywords: tuple[tuple[str, object], ...]) -> int:
     """Of all parts."""
-    size = {"img_size": args.img_size, "num_classes": SETS[which].classes}
-    return (
-        seen.parts
-        * timm_dd.profile(args.model, seen.parts, domain=seen, **size, **args.model_kwargs).part.multiply_adds
-    )
+    return seen.parts * timm_dd.profile(model, seen.parts, domain=seen, **dict(keywords)).part.multiply_adds
