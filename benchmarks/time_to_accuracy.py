@@ -60,8 +60,8 @@ class Job(NamedTuple):
     @property
     def updates(self) -> int:
         images = SETS[self.set].searched[0] if self.searches else SETS[self.set].images
-        images = ways.parse(self.set, self.way, self.n, self.given).train_num_samples or images
-        return images // ways.BATCH * sum(ways.epochs(self.way, self.n).values())
+        args = ways.parse(self.set, self.way, self.n, self.given)
+        return (args.train_num_samples or images) // args.batch_size * sum(ways.epochs(self.way, self.n).values())
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ from timm_dd.text import table
 
 LENGTHS = ("-half", "-double")
 MEASURES = {"cost": "multiply-adds", "seconds": "seconds", "updates_s": "seconds of updates alone"}
+PAPER = ["gu2022, ResNet32, overlap", "4", "80.11", "88.33", "", "94.40", "93.26"]  # Table 3.3, its parts' mean
 FIGURES = ("parts", "together", "joint", "composed", "final")
 
 
@@ -112,39 +113,61 @@ def as_good_as_the_best(groups: list[Group], measure: str) -> list[str]:
     return lines
 
 
+def shape(groups: list[Group]) -> list[list[str]]:
+    """As Table 3.3 of gu2022: parts, composed, tuned, random start; ours have re-estimated BatchNorm statistics too."""
+    lines = [["", "K", "parts", "composed", "re-estimated", "tuned", "random start"]]
+    random = next((g.text("final") for g in groups if g.way == "baseline"), "")
+    for g in groups:
+        k = g.rows[0]["parts_k"]
+        if g.way.removesuffix(f"-{k}") in ("boxes", "recipe"):
+            lines.append([g.way, k, *(g.text(name) for name in ("parts", "composed", "updated", "final")), random])
+    return [*lines, PAPER]
+
+
 def show(rows: list[dict[str, str]], speeds: list[dict[str, str]], picture: Path) -> None:
     with_speeds(rows, speeds)
     for key, groups in grouped(rows).items():
-        curves = {measure: points([g for g in groups if g.family == "baseline"], measure) for measure in MEASURES}
-        lines = [["way", "seeds", *FIGURES, *(word for name in MEASURES.values() for word in (name, "of baseline's"))]]
-        for g in groups:
-            shares = []
-            for measure, curve in curves.items():
-                budget = g.mean(measure)
-                shares += [g.text(measure), "" if budget is None else against(curve, budget, g.mean("final"))]
-            lines.append([g.way, str(len(g.rows)), *(g.text(name) for name in FIGURES), *shares])
-        print(f"{key[0]}, N = {key[1]} epochs, {key[3]} {key[2]}\n\n{table(lines)}\n")
+        print(f"{title(key)}\n\n{table(budgets(groups))}\n")
         print("\n".join(line for measure in MEASURES for line in as_good_as_the_best(groups, measure)), end="\n\n")
+        print(table(shape(groups)), end="\n\n")
     if rows:
         draw(grouped(rows), picture)
 
 
+def budgets(groups: list[Group]) -> list[list[str]]:
+    """A line for each way: its accuracies, its budgets, and these over what the baseline needs for that accuracy."""
+    curves = {measure: points([g for g in groups if g.family == "baseline"], measure) for measure in MEASURES}
+    lines = [["", "seeds", *FIGURES, *(word for name in MEASURES.values() for word in (name, "of baseline's"))]]
+    for g in groups:
+        shares = []
+        for measure, curve in curves.items():
+            budget = g.mean(measure)
+            shares += [g.text(measure), "" if budget is None else against(curve, budget, g.mean("final"))]
+        lines.append([g.way, str(len(g.rows)), *(g.text(name) for name in FIGURES), *shares])
+    return lines
+
+
+def title(key: tuple[str, ...]) -> str:
+    which, n, given, device = key
+    return f"{which}, N = {n} epochs, {device} {given}".strip()
+
+
 def draw(sets: dict[tuple[str, ...], list[Group]], path: Path) -> None:
-    """Accuracy over multiply-adds and over seconds: the baseline's lengths are the curve to beat."""
+    """Accuracy over each measure: the baseline's lengths are the curve to beat."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4 * len(sets)), layout="constrained")
-    for places, (key, groups) in zip(figure.subplots(len(sets), 2, squeeze=False), sets.items()):
-        for place, measure in zip(places, ("cost", "seconds")):
+    figure = Figure(figsize=(5 * len(MEASURES), 4 * len(sets)), layout="constrained")
+    for places, (key, groups) in zip(figure.subplots(len(sets), len(MEASURES), squeeze=False), sets.items()):
+        for place, (measure, name) in zip(places, MEASURES.items()):
+            known = sorted((g for g in groups if g.mean(measure) is not None), key=lambda g: g.mean(measure))
             for family in dict.fromkeys(g.family for g in groups):
-                own = sorted((g for g in groups if g.family == family), key=lambda g: g.mean(measure))
+                own = [g for g in known if g.family == family]
                 bars = [statistics.stdev(v) if len(v := g.values("final")) > 1 else 0.0 for g in own]
-                x, y = zip(*points(own, measure))
+                x, y = ([g.mean(of) for g in own] for of in (measure, "final"))
                 style = {"color": "black", "linewidth": 1.5} if family == "baseline" else {"linewidth": 0.8}
                 place.errorbar(x, y, bars, marker="o", capsize=3, label=family, **style)
-            place.set_xscale("log")
-            place.set_xlabel({"cost": "multiply-adds, epochs of the global network"}.get(measure, measure))
-            place.set_title(f"{key[0]}, N = {key[1]}, {key[3]} {key[2]}".strip())
+            place.set_xlabel(name)
+            place.set_title(title(key), fontsize="small")
         places[0].set_ylabel("top-1 %")
-        places[0].legend()
+        places[0].legend(fontsize="small")
     figure.savefig(path, dpi=150)

@@ -107,8 +107,8 @@ def measure(args: argparse.Namespace, path: Path) -> None:
             with path.open(newline="") as f:
                 rows = [row for row in csv.DictReader(f) if row["set"] != which or row["way"] not in args.ways]
         for way, of_way in found.items():
-            for stage in of_way:
-                about = {"set": which, "way": way, "stage": stage.name, "engine": args.engine, "batch": ways.BATCH}
+            for stage, by in of_way.items():
+                about = {"set": which, "way": way, "stage": stage.name, "engine": args.engine, "batch": by.batch_size}
                 figure = {"options": " ".join(args.given), "seconds": f"{statistics.median(times[stage]):.6f}"}
                 rows.append({**about, **figure, **origin})
                 print(which, way, stage.name, figure["seconds"], flush=True)

@@ -14,9 +14,8 @@ from timm_dd import Domain, console
 from timm_dd.train import options
 
 STAGES = ("part", "joint", "tune")
-BATCH = 128
 PLAIN = (
-    f"--opt adamw --weight-decay 0.02 --smoothing 0 --warmup-epochs 0 --sched cosine --sched-on-updates -b {BATCH} "
+    "--opt adamw --weight-decay 0.02 --smoothing 0 --warmup-epochs 0 --sched cosine --sched-on-updates -b 128 "
     "--crop-pct 1"
 )
 BOXES = "--preset paper --grid {grid} --overlap {overlap} --roam 0.5 --tune-rate 0.25"
