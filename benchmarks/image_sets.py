@@ -3,8 +3,10 @@
 import gzip
 import io
 import random
+import shutil
 import struct
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -71,12 +73,16 @@ def of_idx(folder: Path, split: str) -> Files:
 
 
 def fill(place: Path, files: Callable[[], Files]) -> None:
-    """Write files into a folder, unless it is there: it is when all are."""
+    """Write files into a folder, unless it is there: it is when all are, whichever process wrote them."""
     if place.exists():
         return
-    unfinished = place.with_suffix(".part")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=place.parent))
     for name, content in files():
         path = unfinished / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    unfinished.rename(place)
+    try:
+        unfinished.rename(place)
+    except OSError:  # another process was sooner
+        shutil.rmtree(unfinished)

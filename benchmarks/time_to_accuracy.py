@@ -21,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -33,7 +34,6 @@ import ways
 from common import provenance, write_table
 from ways import SETS, STAGES, WAYS
 
-from timm_dd import TimmDDError
 from timm_dd.train import options
 from timm_dd.train.run import Run
 
@@ -117,7 +117,7 @@ def carry_out(job: Job, folder: Path, args: argparse.Namespace) -> dict[str, str
     name = sha256(" ".join([*words, str(folder), args.device or ""]).encode()).hexdigest()[:16]
     place = args.kept / "runs" / name
     resume = ["--resume", str(place)] if (place / "args.yaml").exists() else []
-    how = ["--engine", args.engine, "--workers", str(args.workers), "--quiet"]
+    how = ["--engine", args.engine, "--workers", str(args.workers)]
     how += ["--device", args.device] if args.device else []
     given = options.parse(
         [*words, *how, *resume, "--data-dir", str(folder), "--output", str(place.parent), "--experiment", name]
@@ -164,7 +164,7 @@ def figures(job: Job, run: Run, summary: dict, wall: float) -> dict[str, str]:
     }
     tune_rate = options.stage_options(run.args, None).lr
     return {
-        **{"set": job.set, "way": job.way, "model": run.args.model, "parts_k": str(run.args.parts)},
+        **{"set": job.set, "way": job.way, "model": run.args.model, "k": str(run.args.parts)},
         **{"seed": str(job.seed), "n": str(job.n), "lr": str(job.lr)},
         **{"tune_lr": f"{tune_rate:g}" if lengths["tune"] else "", "options": " ".join(job.given)},
         **{"engine": run.args.engine, "images": str(len(run.train_set)), "device_type": run.device.type},
@@ -218,8 +218,10 @@ def measure(args: argparse.Namespace) -> None:
             continue
         try:
             row = carry_out(job, images_of(job, args), args)
-        except (TimmDDError, FileNotFoundError) as e:
-            print(f"{said}: not done: {e}", flush=True)
+        except Exception as e:  # whatever ends one run leaves the others
+            print(f"{said}: not done: {type(e).__name__}: {e}", flush=True)
+            with (args.kept / "log.txt").open("a") as log:
+                traceback.print_exc(file=log)
             continue
         rows.append({**row, **origin})
         write_table(path, rows, list(rows[-1]))

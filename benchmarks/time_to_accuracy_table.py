@@ -118,7 +118,7 @@ def shape(groups: list[Group]) -> list[list[str]]:
     lines = [["", "K", "parts", "composed", "re-estimated", "tuned", "random start"]]
     random = next((g.text("final") for g in groups if g.way == "baseline"), "")
     for g in groups:
-        k = g.rows[0]["parts_k"]
+        k = g.rows[0]["k"]
         if g.way.removesuffix(f"-{k}") in ("boxes", "recipe"):
             lines.append([g.way, k, *(g.text(name) for name in ("parts", "composed", "updated", "final")), random])
     return [*lines, PAPER]
