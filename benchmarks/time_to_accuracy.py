@@ -34,6 +34,7 @@ import ways
 from common import provenance, write_table
 from ways import SETS, STAGES, WAYS
 
+from timm_dd.errors import TrainError
 from timm_dd.train import options
 from timm_dd.train.run import Run
 
@@ -126,7 +127,12 @@ def carry_out(job: Job, folder: Path, args: argparse.Namespace) -> dict[str, str
     start = time.perf_counter()
     with (args.kept / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
         run = Run(given)
-        summary = run.go()
+        try:
+            summary = run.go()
+        except TrainError as e:
+            if run.timer.signal is None:
+                raise
+            raise SystemExit(str(e)) from e  # no other is to begin
     wall = time.perf_counter() - start
     row = figures(job, run, summary, wall)
     shutil.rmtree(place)
@@ -207,7 +213,10 @@ def measure(args: argparse.Namespace) -> None:
     search_path = args.out.parent / SEARCH
     path = search_path if args.search else args.out
     rows, search = read(path), read(search_path)
+    absent: set[str] = set()
     for job in jobs(args, search):
+        if job.set in absent:
+            continue
         said = f"{job.set} {job.way} seed {job.seed} lr {job.lr:g}"
         if any(job.is_that_of(row) for row in rows):
             continue
@@ -217,7 +226,13 @@ def measure(args: argparse.Namespace) -> None:
             print(f"{said}: left out, {needed:.0f} s needed of {left:.0f}", flush=True)
             continue
         try:
-            row = carry_out(job, images_of(job, args), args)
+            folder = images_of(job, args)
+        except FileNotFoundError as e:
+            print(f"{job.set}: left out, {e}", flush=True)
+            absent.add(job.set)
+            continue
+        try:
+            row = carry_out(job, folder, args)
         except Exception as e:  # whatever ends one run leaves the others
             print(f"{said}: not done: {type(e).__name__}: {e}", flush=True)
             with (args.kept / "log.txt").open("a") as log:
