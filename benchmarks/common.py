@@ -2,6 +2,7 @@
 
 import csv
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -9,14 +10,14 @@ from pathlib import Path
 
 import torch
 
+import timm_dd
+
 
 def provenance() -> dict[str, str]:
     """Commit, versions and device, for every row of a table."""
-    folder = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     return {
-        "timm_dd": git.stdout.strip() or version("timm_dd"),
+        "timm_dd": commit() or timm_dd.__version__,
         "timm": version("timm"),
         "torch": version("torch"),
         "python": platform.python_version(),
@@ -24,8 +25,18 @@ def provenance() -> dict[str, str]:
     }
 
 
+def commit() -> str:
+    """Nothing without git, or in a copy that has no history."""
+    if shutil.which("git") is None:
+        return ""
+    words = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+
+
 def write_table(path: Path, rows: Iterable[dict], fields: Sequence[str]) -> None:
-    with path.open("w", newline="") as f:
+    unfinished = path.with_suffix(".part")
+    with unfinished.open("w", newline="") as f:
         writer = csv.DictWriter(f, fields)
         writer.writeheader()
         writer.writerows(rows)
+    unfinished.replace(path)
