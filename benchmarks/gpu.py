@@ -64,7 +64,7 @@ SETTINGS = {
     f"{name}, {batch}": Setting(*rest, batch, *widths)
     for name, rest, batches, widths in (
         ("resnet32, 4 parts", ("dd_resnet32", 4, (2, 2), 4, 32), (128, 2048), ()),
-        ("resnet20 of 32-64-128, 4 parts", ("dd_resnet20", 4, (2, 2), 4, 32), (128,), ((32, 64, 128),)),
+        ("resnet20 of 32-64-128, 4 parts", ("dd_resnet20", 4, (2, 2), 4, 32), (128, 256), ((32, 64, 128),)),
         ("resnet50, 4 parts", ("resnet50", 4, (2, 2), 0, 224), (128, 512), ()),
         ("resnet32, 8 parts", ("dd_resnet32", 8, (2, 4), 0, 32), (128, 2048), ()),
         ("resnet32, 16 parts", ("dd_resnet32", 16, (4, 4), 0, 32), (128, 2048), ()),

@@ -19,7 +19,8 @@ from common import provenance, write_table
 
 import timm_dd
 from timm_dd import Domain, models
-from timm_dd.train.engines import Auto, Engine, cores_of_rank, engine, part_threads, share_cores
+from timm_dd.train.engines import Auto, cores_of_rank, engine, engine_of_one, part_threads, share_cores
+from timm_dd.train.folder import Ranks
 from timm_dd.train.joint import Joint
 from timm_dd.train.learner import Learner
 
@@ -60,7 +61,7 @@ def update_of(which: str, stage: Stage, args: argparse.Namespace, device: torch.
         for k, (net, view) in enumerate(zip(nets, views))
     ]
     if stage.seen is None:
-        threads, by = partial(share_cores, 1), Engine()
+        threads, by = partial(share_cores, 1), engine_of_one(args.engine, device)
     else:
         count = part_threads(args.engine, stage.parts, 1)
         threads = partial(torch.set_num_threads, count)
@@ -90,7 +91,7 @@ def seconds(update: Callable[[], None], device: torch.device) -> float:
 
 def measure(args: argparse.Namespace, path: Path) -> None:
     """Write the figures of args.sets and args.ways over those that the table at `path` has of them."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = Ranks.from_environment().device(args.device)
     origin = provenance()
     for which in args.sets:
         n, given = args.epochs or ways.SETS[which].epochs, [*args.given, "--engine", args.engine]

@@ -9,8 +9,9 @@ from PIL import Image
 from test_packed import CPU, Drops, batches, learners
 
 from timm_dd.errors import TrainError
-from timm_dd.train import data, options
+from timm_dd.train import data, options, resident
 from timm_dd.train.data import First, seed_epoch
+from timm_dd.train.decoded import decoded
 from timm_dd.train.engines import CAPTURE_AFTER, Engine, Graphed, Packed, engine
 from timm_dd.train.joint import Joint
 from timm_dd.train.learner import Learner
@@ -180,3 +181,30 @@ def test_shifts_and_flips_are_the_loaders():
     together = {key: expected[key] + found[key] for key in found}
     chi2 = sum((found[key] - expected[key]) ** 2 / n for key, n in together.items())
     assert chi2 < 288 + 4 * (2 * 288) ** 0.5  # four standard deviations of as many degrees of freedom
+
+
+def test_which_images_stay_on_the_device(tmp_path, monkeypatch):
+    """Those of one size that are only shifted and flipped, where they fit; the batches are those of the run."""
+    monkeypatch.setattr(resident, "DEVICES", ("cpu",))
+    memory = [10**9]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory[0], memory[0]))
+    config = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+
+    def kinds(*given, crop_pct=1.0):
+        args = options.parse(["--dataset", "digits", "-b", "100", "-j", "0", *given])
+        sets = [decoded(s, tmp_path / f"{i}.safetensors", 0) for i, s in enumerate(data.datasets(args)[:2])]
+        of = {**config, "crop_pct": crop_pct}
+        found = data.loaders(args, of, *sets, CPU, False)
+        held = resident.training(found[0], args, of, CPU), resident.validation(found[1], of, CPU)
+        return found, held, [isinstance(loader, Resident) for loader in held]
+
+    (_, val), (_, held), kind = kinds("--shift", "2")
+    assert kind == [True, True]
+    for (x, y), (mine, also) in zip(val, held, strict=True):
+        assert torch.equal(x, mine) and torch.equal(y, also)
+    assert kinds("--shift", "2", "--aa", "rand-m9")[2] == kinds()[2] == [False, True]
+    assert kinds("--no-aug", crop_pct=0.9)[2] == [True, False]
+    config["input_size"] = (3, 28, 28)
+    assert kinds("--shift", "2")[2] == [False, False]
+    config["input_size"], memory[0] = (3, 32, 32), 5 * 10**6
+    assert kinds("--shift", "2")[2] == [False, True]

@@ -13,6 +13,7 @@ from timm.data.loader import PrefetchLoader
 
 from .decoded import Decoded
 
+DEVICES = ("cuda",)
 SHARE = 4  # a set may take one of so many parts of the device's free memory
 
 
@@ -89,7 +90,7 @@ def validation(loader: PrefetchLoader, config: dict, device: torch.device) -> Pr
 
 def _resident(loader: PrefetchLoader, config: dict, device: torch.device, *moves) -> PrefetchLoader | Resident:
     dataset = loader.dataset
-    if device.type != "cuda" or not isinstance(dataset, Decoded):
+    if device.type not in DEVICES or not isinstance(dataset, Decoded):
         return loader
     sizes, (free, _) = {tuple(s) for s in dataset.sizes.tolist()}, torch.cuda.mem_get_info(device)
     if sizes != {tuple(config["input_size"][1:])} or dataset.pixels.nbytes * SHARE > free:
