@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import random
 import signal
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -147,11 +146,13 @@ def _dataset(args: argparse.Namespace, which: str) -> Dataset:
                 args.dataset, root=args.data_dir, split=split, download=args.dataset_download, input_img_mode=mode
             )
         return _images(Path(args.data_dir), split, which, mode)
-    except (AssertionError, RuntimeError, OSError, ValueError, ImportError, tarfile.TarError) as e:
-        if isinstance(e, TrainError):
-            raise
-        what = args.data_dir if not args.dataset else f"{args.dataset} in {args.data_dir}"
-        raise TrainError(f"no {split} images in {what}: {headline(e)}") from e
+    except TrainError:
+        raise
+    except Exception as e:  # each of timm's readers has its own
+        where = args.data_dir if not args.dataset else f"--dataset {args.dataset}"
+        if args.dataset:
+            where += f" in {args.data_dir}" if args.data_dir else " without --data-dir"
+        raise TrainError(f"no {split} images in {where}: {headline(e)}") from e
 
 
 def _images(root: Path, split: str, which: str, mode: str) -> Dataset:

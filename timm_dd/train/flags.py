@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
+import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 from timm.utils import ParseKwargs
@@ -25,6 +28,15 @@ STAGED = {
 
 class Parser(argparse.ArgumentParser):
     """One whose errors are one line: the usage of so many options is a page."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if re.fullmatch(
+                r"(--[^=]+=|-\w+)--", word
+            ):  # Python before 3.13 takes the value for the end of the options
+                self.error(f"{word}: expected a value")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; --help lists the options\n")

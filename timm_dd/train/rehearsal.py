@@ -31,6 +31,9 @@ def rehearse(args: argparse.Namespace, data_config: dict, sets: Sequence[Dataset
         TrainError: an optimizer, a schedule, a transform or a tracker cannot be made.
     """
     trackers.check(args)
+    if args.torchcompile is not None:
+        with _said_of(f"--torchcompile {args.torchcompile}"):
+            torch.compile(torch.nn.Linear(1, 1), backend=args.torchcompile)
     for stage in ("part", None, *(["baseline"] if args.baseline else [])):
         staged = options.stage_options(args, stage)
         staged.workers = 0  # one image needs no process of its own
