@@ -91,6 +91,15 @@ def _data(g) -> None:
         "--train-num-samples", type=int, metavar="N", help="use the first N training images of a fixed shuffle"
     )
     g.add_argument("--val-num-samples", type=int, metavar="N", help="the same of the validation images")
+    g.add_argument(
+        "--skip-bad-images",
+        nargs="?",
+        const="all",
+        type=limit,
+        metavar="N",
+        help="try each image before the run and leave out those that cannot be read, or up to N, instead of stopping "
+        "at the first",
+    )
     g.add_argument("--dataset-download", action="store_true", help="let timm download the data set")
     g.add_argument("--img-size", type=int, metavar="PX")
     g.add_argument("--in-chans", type=int, metavar="N", help="channels of the images: 1 grey, 3 colours, 4 with alpha")
@@ -115,6 +124,13 @@ def _data(g) -> None:
     g.add_argument("-vb", "--validation-batch-size", type=int, metavar="N")
     g.add_argument("-j", "--workers", type=int, default=4, metavar="N")
     g.add_argument("--pin-mem", action="store_true")
+
+
+def limit(text: str) -> int | str:
+    """A number, or ``all``."""
+    if text != "all" and not (text.isdecimal() and len(text) < 19):
+        raise argparse.ArgumentTypeError(f"expected a number from 0 up, or all, got {text!r}")
+    return text if text == "all" else int(text)
 
 
 def _model(g) -> None:
