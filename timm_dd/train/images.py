@@ -141,9 +141,9 @@ class Readable(Chosen):
             )
 
 
-def left_out(dataset: Dataset) -> list[str]:
-    """Why, of each image that is not in a data set because it cannot be read."""
-    return getattr(dataset, "left_out", [])
+def left_out(*sets: Dataset) -> list[str]:
+    """A line for each image that is not in its set because it cannot be read."""
+    return [f"left out: {why}" for dataset in sets for why in getattr(dataset, "left_out", ())]
 
 
 class _Tried(Dataset):

@@ -153,14 +153,15 @@ class Run:
         if self.ranks.primary:
             self.place.check(self.parts.plan, self.train_set)
         done = self.place.resuming and self.cycle < self.args.cycles and self.place.done
-        with self._explained():
+        with _explained(self.timer, self.folder):
             sets = [] if done else self._decoded()
         if self.ranks.primary:
             self.place.open(self.parts.plan, self.begun)
-            print(self._title(), *self._left_out(), sep="\n", flush=True)
+            print(self._title(), *left_out(self.train_set, self.val_set), sep="\n", flush=True)
         if done:
             return json.loads(self.place.summary.read_text())
-        with self.timer, Trackers(self.args, self.folder, self.ranks.rank) as tracked, self._explained():
+        rank, explained = self.ranks.rank, _explained(self.timer, self.folder)
+        with self.timer, Trackers(self.args, self.folder, rank) as tracked, explained:
             summary = self._carry_out(tracked, sets)
         if self.ranks.primary:
             replace_json(self.place.summary, summary)
@@ -180,28 +181,9 @@ class Run:
         except BaseException:
             if not self.place.begun:
                 shutil.rmtree(self.place.decoded, ignore_errors=True)
-                with suppress(OSError):  # there, or not empty
+                with suppress(OSError):
                     self.folder.rmdir()
             raise
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """What becomes of workers, and of other ranks that stop: they take the process group with them."""
-        try:
-            yield
-        except RuntimeError as e:
-            self.timer.check(self._kept())
-            if "DataLoader worker (pid" in str(e):
-                raise TrainError(
-                    f"a worker of the data loader was killed ({headline(e)}); {self._kept()}; if memory is short "
-                    "use fewer --workers"
-                ) from e
-            raise
-
-    def _kept(self) -> str:
-        """What a run that stops now leaves."""
-        written = any(checkpoints.found(path) for path in self.folder.rglob("*") if path.is_dir())
-        return "the last checkpoints are kept" if written else "no checkpoint was written yet"
 
     def _title(self) -> str:
         plan = self.parts.plan
@@ -212,9 +194,6 @@ class Run:
             f"{len(self.train_set):,} images to train on, {len(self.val_set):,} to validate; "
             f"{self.ranks.world} rank(s) on {self.device.type}; {self.folder}"
         )
-
-    def _left_out(self) -> list[str]:
-        return [f"left out: {why}" for s in (self.train_set, self.val_set) for why in left_out(s)]
 
     def _carry_out(self, tracked: Trackers, sets: Sequence[Dataset]) -> dict:
         context = Context(
@@ -265,6 +244,23 @@ class Run:
             "split": self.args.val_split,
             "run": self.place.digest(self.parts.plan),
         }
+
+
+@contextmanager
+def _explained(timer: CheckpointTimer, folder: Path) -> Iterator[None]:
+    """What becomes of workers, and of other ranks that stop: they take the process group with them."""
+    try:
+        yield
+    except RuntimeError as e:
+        written = any(checkpoints.found(path) for path in folder.rglob("*") if path.is_dir())
+        kept = "the last checkpoints are kept" if written else "no checkpoint was written yet"
+        timer.check(kept)
+        if "DataLoader worker (pid" in str(e):
+            raise TrainError(
+                f"a worker of the data loader was killed ({headline(e)}); {kept}; if memory is short "
+                "use fewer --workers"
+            ) from e
+        raise
 
 
 def summary_table(summary: dict, args: argparse.Namespace) -> str:
