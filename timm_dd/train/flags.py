@@ -122,7 +122,7 @@ def _data(g) -> None:
         "-b", "--batch-size", type=int, default=128, metavar="N", help="a part's, and a rank's in the second stage"
     )
     g.add_argument("-vb", "--validation-batch-size", type=int, metavar="N")
-    g.add_argument("-j", "--workers", type=int, default=4, metavar="N")
+    g.add_argument("-j", "--workers", type=int, metavar="N", help="by default 4, or as many as there are cores")
     g.add_argument("--pin-mem", action="store_true")
 
 

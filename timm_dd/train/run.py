@@ -29,7 +29,7 @@ from . import checkpoints, coarse, data, options, views
 from .checkpoints import CheckpointTimer
 from .composed import reassign
 from .decoded import decoded
-from .engines import part_threads
+from .engines import cores, part_threads
 from .folder import Ranks, RunFolder
 from .images import left_out
 from .joint import train_joint
@@ -57,6 +57,7 @@ class Run:
         self.args, self.ranks, self.begun = args, Ranks.from_environment(), time.time()
         self.last = None if before is None else before.place.tuned / "last"
         self.device = self.ranks.device(args.device)
+        args.workers = min(4, cores()) if args.workers is None else args.workers
         self.train_set, self.val_set, classes = data.datasets(args, self.ranks.world)
         self.model_args = options.model_arguments(args, classes)
         args.num_classes = self.model_args["num_classes"]
