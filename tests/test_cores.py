@@ -77,3 +77,14 @@ def test_workers_are_no_more_than_the_cores_unless_the_user_says_so(given, quota
     args = options.parse(["--dataset", "digits", "--model", "test_resnet", "--output", str(machine / "runs"), *given])
     Run(args)
     assert args.workers == expected
+
+
+def test_a_run_goes_on_with_the_threads_that_it_began_with(machine):
+    """On a machine of other cores too: the last bits of the parts depend on them."""
+    given = ["--dataset", "digits", "--model", "test_resnet", "--output", str(machine / "runs"), "--experiment", "run"]
+    (machine / "runs" / "run").mkdir(parents=True)
+    (machine / "runs" / "run" / "args.yaml").write_text("# torchrun None\n{part_threads: 3}\n")
+    for more, expected in ([], 4), (["--resume"], 3), (["--resume", "--part-threads", "2"], 2):
+        args = options.parse([*given, *more])
+        Run(args)
+        assert args.part_threads == expected

@@ -233,6 +233,13 @@ class RunFolder:
     def begun(self) -> bool:
         return (self.path / "args.yaml").exists()
 
+    @property
+    def threads(self) -> int | None:
+        """Of an operation of a part in the run that this one goes on with: on them its last bits depend."""
+        if not (self.resuming and self.begun):
+            return None
+        return yaml.safe_load((self.path / "args.yaml").read_text()).get("part_threads")
+
     def check(self, plan: Plan, train: Dataset) -> None:
         """Whether a run on the images `train` may begin here, or go on.
 

@@ -64,9 +64,10 @@ class Run:
         coarse.check(args, len(self.train_set))
         empty = models.create_empty(args.model, **self.model_args)
         self.data_config = data.data_config(args, empty)
-        args.part_threads = args.part_threads or part_threads(args.engine, args.parts, self.ranks.local_world)
         self.timer = CheckpointTimer(args.checkpoint_every)
         self.place = RunFolder.of_run(args, self.ranks) if before is None else before.place.next_cycle()
+        threads = args.engine, args.parts, self.ranks.local_world
+        args.part_threads = args.part_threads or self.place.threads or part_threads(*threads)
         config = models.config(empty, self.data_config)
         self.parts = self._as_seen(config)
         self.whole = self._whole(config)
