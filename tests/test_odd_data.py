@@ -1,6 +1,7 @@
 """Folders and tars as people have them: each is trained on, or the file that is in the way is named by its path."""
 
 import io
+import resource
 import shutil
 import struct
 import tarfile
@@ -293,3 +294,32 @@ def test_workers_do_not_share_a_place_in_a_tar(tmp_path):
         loader.dataset[0]
         pixels.append(torch.cat([x for x, _ in loader]))
     assert len(pixels[0]) > 100 and torch.equal(*pixels)
+
+
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        (["--num-classes", "2", "-b", "3"], "out of bounds"),
+        (["-b", "1", "--img-size", "16"], "more than 1 value per channel"),
+    ],
+)
+def test_all_parts_fail_for_the_reason_that_is_said(given, reason, tmp_path, capfd):
+    """Of a class too many; of one image in a batch, whose maps are one pixel."""
+    root = make(tmp_path / "data", {"train/c/0.png": encoded(8), "val/c/0.png": encoded(9)})
+    assert main(["train", *RUN, *given, "--data-dir", str(root), "--output", str(tmp_path / "runs")]) == 1
+    error = capfd.readouterr().err
+    assert len(error.splitlines()) == 1 and error.count(reason) == 2, error
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_file(tmp_path, monkeypatch, capfd):
+    root = make(tmp_path / "data", {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        given = ["--data-dir", str(root), "--output", str(tmp_path / "runs"), "--experiment", "r"]
+        assert main(["train", *RUN, *given]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capfd.readouterr().err
+    assert len(error.splitlines()) == 1 and f"{tmp_path}/runs/r/parts/" in error, error
+    assert not [path for path in (tmp_path / "runs").rglob("*") if path.name.startswith(".")]
