@@ -8,7 +8,8 @@ import yaml
 from conftest import RUN
 
 from timm_dd.cli import main
-from timm_dd.train import engines
+from timm_dd.train import engines, options
+from timm_dd.train.run import Run
 
 
 @pytest.fixture
@@ -68,3 +69,22 @@ def test_a_run_takes_no_more_threads_and_says_so(machine, monkeypatch):
     assert main(["train", *given]) == 0
     assert max(taken) == 2
     assert yaml.safe_load((machine / "runs" / "run" / "args.yaml").read_text())["part_threads"] == 2
+
+
+@pytest.mark.parametrize("given, quota, expected", [([], "200000", 2), ([], "max", 4), (["-j", "3"], "100000", 3)])
+def test_workers_are_no_more_than_the_cores_unless_the_user_says_so(given, quota, expected, machine):
+    (machine / "fs" / "cpu.max").write_text(f"{quota} 100000")
+    args = options.parse(["--dataset", "digits", "--model", "test_resnet", "--output", str(machine / "runs"), *given])
+    Run(args)
+    assert args.workers == expected
+
+
+def test_a_run_goes_on_with_the_threads_that_it_began_with(machine):
+    """On a machine of other cores too: the last bits of the parts depend on them."""
+    given = ["--dataset", "digits", "--model", "test_resnet", "--output", str(machine / "runs"), "--experiment", "run"]
+    (machine / "runs" / "run").mkdir(parents=True)
+    (machine / "runs" / "run" / "args.yaml").write_text("# torchrun None\n{part_threads: 3}\n")
+    for more, expected in ([], 4), (["--resume"], 3), (["--resume", "--part-threads", "2"], 2):
+        args = options.parse([*given, *more])
+        Run(args)
+        assert args.part_threads == expected

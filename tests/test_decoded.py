@@ -17,6 +17,7 @@ from PIL import Image
 from timm.data import create_dataset
 
 from timm_dd.train import data, decoded, options
+from timm_dd.train.images import Images
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_workers_do_not_share_a_tar(photographs, tmp_path):
         shutil.copy(folder / "ab"[i % 2] / f"{i % 70}.jpg", folder / "ab"[i % 2] / f"{i}.jpg")
     with tarfile.open(tmp_path / "images.tar", "w") as tar:
         tar.add(folder, ".")
-    tarred = create_dataset("", root=str(tmp_path / "images.tar"))
+    tarred = Images(create_dataset("", root=str(tmp_path / "images.tar")), "RGB", "")
     expected = [(np.asarray(x), y) for x, y in tarred]
     assert len(expected) == 400 and same(decoded.decoded(tarred, tmp_path / "held.safetensors", 2), expected)
 
@@ -58,13 +59,13 @@ def test_workers_do_not_share_a_tar(photographs, tmp_path):
 STUCK = """
 import multiprocessing, sys, threading
 from torch.utils.data import DataLoader
-from timm_dd.train.decoded import _begin_worker
+from timm_dd.train.workers import _begin
 
 class Stuck(list):
     def __getitem__(self, i):
         return i if i < 2 else threading.Event().wait()
 
-batches = iter(DataLoader(Stuck(range(8)), 1, num_workers=2, worker_init_fn=_begin_worker))
+batches = iter(DataLoader(Stuck(range(8)), 1, num_workers=2, worker_init_fn=_begin))
 next(batches)
 print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
 sys.stdin.readline()

@@ -37,8 +37,8 @@ ROOMS = {
     "surgery": ["emit", "trial", "source", "packed", "parts", "split", "merge"],
     "two_level": ["aggregate", "files", "network"],
     "train": (
-        "views flags config checks options data decoded composed optimizers schedule layout learner checkpoints "
-        "engines trackers loop folder momenta stages joint coarse rehearsal run demo __main__"
+        "views flags config checks options workers images data decoded composed optimizers schedule layout learner "
+        "checkpoints engines trackers loop folder momenta stages joint coarse rehearsal run demo __main__"
     ).split(),
 }
 

@@ -217,14 +217,14 @@ def test_one_process_trains_in_a_folder(one, tmp_path, capsys, monkeypatch):
     given = ["train", *RUN, "--parts", "4", "--resume", str(tmp_path / "one")]
     carry_out, seen = Run._carry_out, []
 
-    def twice(self, trackers):
+    def twice(self, *args):
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         capsys.readouterr()
         code = f"import sys; from timm_dd.cli import main; sys.exit(main({given!r}))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
         assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         seen.append((done.returncode, done.stderr))
-        return carry_out(self, trackers)
+        return carry_out(self, *args)
 
     monkeypatch.setattr(Run, "_carry_out", twice)
     assert main(given) == 0

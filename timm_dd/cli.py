@@ -213,10 +213,11 @@ def _labelled_images(args: argparse.Namespace, model, size: Sequence[int]):
     if not args.data_dir and not args.dataset:
         return None
     from .train import data, options
+    from .train.engines import cores
 
     source = ["--data-dir", args.data_dir] if args.data_dir else []
     given = options.parse([*source, "--dataset", args.dataset, "--val-split", args.val_split])
-    given.workers = min(given.workers, os.cpu_count() or 1)
+    given.workers = min(4, cores())
     config = Path(args.composed) / "config.json"
     try:
         saved = json.loads(config.read_text(encoding="utf-8"))["pretrained_cfg"] if config.exists() else {}

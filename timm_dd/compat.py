@@ -6,6 +6,7 @@ Who moves to a new torch or timm looks here. Nothing else in the package imports
 from __future__ import annotations
 
 import json
+import signal
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,15 +16,19 @@ import torch
 from torch import nn
 from torch._ops import OpOverload
 from torch.fx._symbolic_trace import _assert_is_none
+from torch.multiprocessing import _prctl_pr_set_pdeathsig
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 __all__ = [
     "ASSERT_IS_NONE",
+    "Convolution",
     "OpOverload",
     "TorchDispatchMode",
     "WeightNorm",
+    "end_with_parent",
     "storage_key",
     "timm_config",
     "tree_flatten",
@@ -33,7 +38,13 @@ __all__ = [
 ]
 
 ASSERT_IS_NONE = _assert_is_none  # what fx records where an argument is fixed to None
+Convolution = _ConvNd  # what all convolutions of torch.nn are
 WeightNorm = _WeightNorm  # what torch.nn.utils.parametrizations.weight_norm registers
+
+
+def end_with_parent() -> None:
+    """Let this process be killed when the thread that forked it ends; on Linux, elsewhere it lives on."""
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -39,6 +39,7 @@ def run(name: str, function: Callable[[argparse.Namespace], int | None], args: a
             else:
                 stack.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
                 warnings.formatwarning = lambda message, *_, **__: f"timm-dd {name}: warning: {message}\n"
+                stack.enter_context(_without_log())
             if getattr(args, "quiet", False):
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
@@ -51,8 +52,19 @@ def run(name: str, function: Callable[[argparse.Namespace], int | None], args: a
     except FAILURES as e:
         if args.verbose:
             traceback.print_exc()
-        print(f"timm-dd {name}: {e}", file=sys.stderr)
+        print(f"timm-dd {name}: {' '.join(str(e).splitlines())}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Where nobody handles log messages, Python prints those that are warnings."""
+    root, nowhere = logging.getLogger(), logging.NullHandler()
+    root.addHandler(nowhere)
+    try:
+        yield
+    finally:
+        root.removeHandler(nowhere)
 
 
 @contextlib.contextmanager

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.func import functional_call, vmap
-from torch.nn.modules.conv import _ConvNd
 
-from ..compat import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from ..compat import Convolution, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from ..errors import SplitError
 from ..planning.graphs import BATCH_NORMS, CONTENTS, STAYS_IN_EVAL, Graph, copy_graph, graph_module
 from ..planning.modes import is_training_only
@@ -223,7 +222,7 @@ def _kind(module: nn.Module) -> type[PackedModule]:
     counts = isinstance(module, BATCH_NORMS) and module.momentum is None  # a mean, by the value of its count
     if counts or isinstance(module, (nn.RNNBase, nn.RReLU)) or is_training_only(module):
         return OneByOne
-    if isinstance(module, (nn.Linear, _ConvNd)):
+    if isinstance(module, (nn.Linear, Convolution)):
         return PackedLinearMap
     plain = isinstance(module, BATCH_NORMS) and {name for name, _ in _tensors(module)} <= OF_BATCH_NORM
     return PackedBatchNorm if plain else PackedModule

@@ -134,7 +134,7 @@ def _misfit(path: Path, why: Exception) -> TrainError:
 class CheckpointTimer:
     """Says when checkpoints are due: every `every` seconds, and at once when the process is asked to stop.
 
-    As a context it takes SIGTERM and Ctrl-C as requests; workers of loaders go on, see `data.begin_worker`.
+    As a context it takes SIGTERM and Ctrl-C as requests; workers of loaders go on, see `workers`.
     """
 
     def __init__(self, every: float | None):

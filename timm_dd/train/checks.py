@@ -5,23 +5,27 @@ from __future__ import annotations
 
 import argparse
 import math
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from ..errors import shown
 from .flags import STAGED, flag_of, parser
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a whole number from 1 up": (
         lambda n: n >= 1,
         "batch_size coarse_views coarse_widths cycles grad_accum_steps img_size in_chans input_size num_classes "
-        "part_threads parts plateau_epochs train_num_samples val_num_samples validation_batch_size",
+        "parts plateau_epochs train_num_samples val_num_samples validation_batch_size",
     ),
     "a whole number from 0 up": (
         lambda n: n >= 0,
-        "coarse_epochs decay_milestones epochs margin overlap shift warmup_epochs workers",
+        "coarse_epochs decay_milestones epochs margin overlap shift warmup_epochs",
     ),
+    "a whole number from 0 to 1024": (lambda n: 0 <= n <= 1024, "workers"),
+    "a whole number from 1 to 1024": (lambda n: 1 <= n <= 1024, "part_threads"),
     "a number from 0 up": (
         lambda x: x >= 0,
         "checkpoint_every color_jitter decay_rate decay_rates lr lr_base min_lr mixup momentum off_diagonal_lr "
@@ -33,7 +37,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a number from 0 to 1": (lambda x: 0 <= x <= 1, "model_ema_decay"),
     "a probability from 0 to 1": (lambda x: 0 <= x <= 1, "drop drop_path hflip reprob roam vflip"),
     "a number": (lambda x: True, "mean"),
-    "a whole number of 64 bits": (lambda n: -(2**63) <= n < 2**63, "seed"),
+    "a whole number": (lambda n: True, "seed"),
 }
 
 
@@ -44,13 +48,24 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with status 2 and one line unless `args` are what their flags may be."""
     for expected, (holds, names) in RANGES.items():
         for flag, value in _given(args, names.split()):
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                p.error(f"{flag} is {expected} that 64 bits hold, got {shown(value)}")
             if not (math.isfinite(value) and holds(value)):
                 p.error(f"{flag} is {expected}, got {value}")
+    defaults = vars(parser(add_help=False).parse_args([]))
     for name, value in vars(args).items():
-        if isinstance(value, str) and "\0" in value:
-            p.error(f"{flag_of(name)} has a null character in {value!r}")
+        if isinstance(value, str):
+            _check_text(p, flag_of(name), value, empty=defaults[name] == "")
     if args.device is not None and not _is_device(args.device):
         p.error(f"--device is cuda or cpu, got {args.device!r}")
+
+
+def _check_text(p: argparse.ArgumentParser, flag: str, text: str, empty: bool) -> None:
+    """Exit with status 2 if it is empty where it may not be, as a variable that nobody set, or not to be printed."""
+    if not text and not empty:
+        p.error(f"{flag} is empty")
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):  # controls, and bytes that are not UTF-8
+        p.error(f"{flag} has characters that are not text: {shown(text)}")
 
 
 def _given(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[str, float]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import headline
+from ..errors import headline, shown
 from .flags import flag_of, parser
 
 SCALARS = (str, int, float, datetime.date)  # of YAML, but for true, false and null
@@ -70,14 +70,14 @@ def _is_plain(value: Any, keywords: bool) -> bool:
 
 def _load(p: argparse.ArgumentParser, name: str) -> Any:
     path, ours = Path(name), resources.files(__package__) / "configs"
-    if not path.is_file():
-        path = ours / name
-    if not path.is_file():
-        have = ", ".join(sorted(f.name for f in ours.iterdir() if f.name.endswith(".yaml")))
-        p.error(f"no config {name!r}; expected a YAML file, or one of {have}")
     try:
+        if not path.is_file():
+            path = ours / name
+        if not path.is_file():
+            have = ", ".join(sorted(f.name for f in ours.iterdir() if f.name.endswith(".yaml")))
+            p.error(f"no config {name!r}; expected a YAML file, or one of {have}")
         return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as e:
-        p.error(f"cannot read {name}: {e.strerror}")
+        p.error(f"cannot read {shown(name)}: {e.strerror}")
     except (yaml.YAMLError, ValueError, RecursionError) as e:  # not UTF-8; a date that there is not
         p.error(f"{name} is not YAML: {headline(e)}")

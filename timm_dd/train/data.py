@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import FastCollateMixup, create_dataset, create_loader, resolve_data_config
-from torch.utils.data import Dataset, IterableDataset, Subset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch.utils.data import Dataset, IterableDataset
 from torchvision import transforms
 
 from ..errors import TrainError, headline
-from . import options
-from .workers import begin_worker
+from . import options, workers
+from .images import Chosen, Images, Readable, check_folders
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of Pillow, by channels
 SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "valid", "eval", "test")}
@@ -53,20 +53,12 @@ class Digits(Dataset):
         return (self.transform(image) if self.transform else image), int(self.targets[i])
 
 
-class First(Subset):
-    """The first n images of a fixed shuffle; timm sets `transform` on it."""
+class First(Chosen):
+    """The first n images of a fixed shuffle."""
 
     def __init__(self, dataset: Dataset, n: int, seed: int):
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         super().__init__(dataset, order[:n].tolist())
-
-    @property
-    def transform(self):
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, value):
-        self.dataset.transform = value
 
 
 def datasets(args: argparse.Namespace, world: int = 1) -> tuple[Dataset, Dataset, int | None]:
@@ -89,8 +81,17 @@ def datasets(args: argparse.Namespace, world: int = 1) -> tuple[Dataset, Dataset
         train = First(train, args.train_num_samples, args.seed)
     if args.val_num_samples:
         val = First(val, args.val_num_samples, args.seed)
+    if args.skip_bad_images is not None:
+        train, val = (_readable(args, s) for s in (train, val))
     _check_enough(args, len(train), len(val), world)
     return train, val, classes
+
+
+def _readable(args: argparse.Namespace, dataset: Dataset) -> Dataset:
+    """Without the images that cannot be read; a stream's reader goes its own way."""
+    if isinstance(dataset, IterableDataset):
+        return dataset
+    return Readable(dataset, args.skip_bad_images, args.workers)
 
 
 def _check_enough(args: argparse.Namespace, train: int, val: int, world: int) -> None:
@@ -143,15 +144,19 @@ def _dataset(args: argparse.Namespace, which: str) -> Dataset:
     mode, split = image_mode(args), args.train_split if which == "train" else args.val_split
     try:
         if args.dataset:
-            return create_dataset(
+            found = create_dataset(
                 args.dataset, root=args.data_dir, split=split, download=args.dataset_download, input_img_mode=mode
             )
-        return _images(Path(args.data_dir), split, which, mode)
-    except (AssertionError, RuntimeError, OSError, ValueError, ImportError, tarfile.TarError) as e:
-        if isinstance(e, TrainError):
-            raise
-        what = args.data_dir if not args.dataset else f"{args.dataset} in {args.data_dir}"
-        raise TrainError(f"no {split} images in {what}: {headline(e)}") from e
+        else:
+            found = _images(Path(args.data_dir), split, which, mode)
+        return found if isinstance(found, IterableDataset) else Images(found, mode, f"{split} of {args.dataset}")
+    except TrainError:
+        raise
+    except Exception as e:  # each of timm's readers has its own
+        where = args.data_dir if not args.dataset else f"--dataset {args.dataset}"
+        if args.dataset:
+            where += f" in {args.data_dir}" if args.data_dir else " without --data-dir"
+        raise TrainError(f"no {split} images in {where}: {headline(e)}") from e
 
 
 def _images(root: Path, split: str, which: str, mode: str) -> Dataset:
@@ -164,9 +169,20 @@ def _images(root: Path, split: str, which: str, mode: str) -> Dataset:
     for name in names:
         for path in (root / name, root / f"{name}.tar"):
             if path.exists():
-                return create_dataset("", root=str(path), search_split=False, input_img_mode=mode)
+                return _split(path, which, mode)
     expected = ", ".join(dict.fromkeys(names))
     raise TrainError(f"{root} has no {which} images: expected one of {expected}, as a folder or a tar of class folders")
+
+
+def _split(path: Path, which: str, mode: str) -> Dataset:
+    """A folder, or a tar, of class folders."""
+    try:
+        found = create_dataset("", root=str(path), search_split=False, input_img_mode=mode)
+    except Exception as e:  # of tars and file systems
+        raise TrainError(f"no {which} images in {path}: {headline(e)}") from e
+    if isinstance(found.reader, ReaderImageFolder):
+        check_folders(found.reader.samples)
+    return found
 
 
 def _inside_tar(path: Path, names: Sequence[str], mode: str) -> Dataset:
@@ -182,18 +198,15 @@ def _inside_tar(path: Path, names: Sequence[str], mode: str) -> Dataset:
 
 def _classes(train: Dataset, val: Dataset) -> int | None:
     """The number of classes, the same in both sets; None where the data set does not tell."""
-    maps = [_class_map(getattr(d, "reader", None)) for d in (train, val)]
+    maps = [d.class_map if isinstance(d, Images) else {} for d in (train, val)]
     if all(maps) and maps[0] != maps[1]:
-        odd = ", ".join(map(str, sorted(set(maps[0]) ^ set(maps[1]))[:3]))
+        odd = next(iter(sorted(set(maps[0]) ^ set(maps[1]))), "")
+        example = train.example(odd) or val.example(odd)
         raise TrainError(
-            f"train and validation have different classes, such as {odd}; both need the same class folders"
+            f"train and validation have different classes, such as {odd!r} ({example}); both need the same class "
+            "folders"
         )
     return len(maps[0]) or len(getattr(train, "classes", ())) or None
-
-
-def _class_map(reader) -> dict:
-    """timm's folder reader and its tar reader name it differently."""
-    return getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
 
 
 def data_config(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, Any]:
@@ -243,6 +256,7 @@ def loaders(
         interpolation="random",
         **{**common, **smaller},
     )
+    workers.shield(train_loader.loader)
     if args.no_aug or args.shift:
         train.transform = _plain(args, config, train.transform)
     return train_loader, _validation_loader(args, config, val, common)
@@ -253,13 +267,15 @@ def _mixup(args: argparse.Namespace) -> FastCollateMixup:
 
 
 def _validation_loader(args: argparse.Namespace, config: dict, val: Dataset, common: dict):
-    return create_loader(
+    loader = create_loader(
         val,
         batch_size=args.validation_batch_size or args.batch_size,
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
         **common,
     )
+    workers.shield(loader.loader)
+    return loader
 
 
 def validation(args: argparse.Namespace, config: dict):
@@ -278,7 +294,7 @@ def _common(args: argparse.Namespace, config: dict, device: torch.device, distri
         pin_memory=args.pin_mem,
         device=device,
         persistent_workers=False,  # new workers are seeded every epoch, see seed_epoch
-        worker_seeding=begin_worker,
+        worker_seeding=workers.begin,
     )
 
 

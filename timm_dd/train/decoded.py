@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from ..errors import FileError, headline
 from ..machine import memory
 from ..storage.atomic import locked, replacing
-from .workers import begin_worker
+from .workers import each
 
 SHARE = 8  # a set may take one of so many parts of the machine's memory
 BATCH = 64
@@ -81,11 +81,9 @@ def _decode(dataset: Dataset, workers: int) -> list[tuple[np.ndarray, tuple[int,
     dataset.transform = None
     images: list = []
     held, limit = 0, memory() // SHARE
-    generator = torch.Generator()  # not the one that augmentation draws from
-    loader = DataLoader(
-        dataset, BATCH, num_workers=workers, collate_fn=_pixels, generator=generator, worker_init_fn=_begin_worker
-    )
-    for batch in tqdm(loader, desc="decoding", leave=False, disable=None):  # for terminals
+    for batch in tqdm(
+        each(dataset, BATCH, _pixels, workers), desc="decoding", leave=False, disable=None
+    ):  # for terminals
         if batch is None:
             return None
         images += batch
@@ -93,10 +91,6 @@ def _decode(dataset: Dataset, workers: int) -> list[tuple[np.ndarray, tuple[int,
         if held * len(dataset) > limit * len(images):
             return None
     return images
-
-
-def _begin_worker(_: int) -> None:
-    begin_worker(get_worker_info())
 
 
 def _pixels(batch: list) -> list | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
+import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 from timm.utils import ParseKwargs
@@ -25,6 +28,15 @@ STAGED = {
 
 class Parser(argparse.ArgumentParser):
     """One whose errors are one line: the usage of so many options is a page."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if re.fullmatch(
+                r"(--[^=]+=|-\w+)--", word
+            ):  # Python before 3.13 takes the value for the end of the options
+                self.error(f"{word}: expected a value")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; --help lists the options\n")
@@ -79,6 +91,15 @@ def _data(g) -> None:
         "--train-num-samples", type=int, metavar="N", help="use the first N training images of a fixed shuffle"
     )
     g.add_argument("--val-num-samples", type=int, metavar="N", help="the same of the validation images")
+    g.add_argument(
+        "--skip-bad-images",
+        nargs="?",
+        const="all",
+        type=limit,
+        metavar="N",
+        help="try each image before the run and leave out those that cannot be read, or up to N, instead of stopping "
+        "at the first",
+    )
     g.add_argument("--dataset-download", action="store_true", help="let timm download the data set")
     g.add_argument("--img-size", type=int, metavar="PX")
     g.add_argument("--in-chans", type=int, metavar="N", help="channels of the images: 1 grey, 3 colours, 4 with alpha")
@@ -101,8 +122,15 @@ def _data(g) -> None:
         "-b", "--batch-size", type=int, default=128, metavar="N", help="a part's, and a rank's in the second stage"
     )
     g.add_argument("-vb", "--validation-batch-size", type=int, metavar="N")
-    g.add_argument("-j", "--workers", type=int, default=4, metavar="N")
+    g.add_argument("-j", "--workers", type=int, metavar="N", help="by default 4, or as many as there are cores")
     g.add_argument("--pin-mem", action="store_true")
+
+
+def limit(text: str) -> int | str:
+    """A number, or ``all``."""
+    if text != "all" and not (text.isdecimal() and len(text) < 19):
+        raise argparse.ArgumentTypeError(f"expected a number from 0 up, or all, got {text!r}")
+    return text if text == "all" else int(text)
 
 
 def _model(g) -> None:

@@ -230,18 +230,29 @@ class RunFolder:
                     with contextlib.suppress(OSError):
                         folder.rmdir()
 
-    def open(self, plan: Plan, train: Dataset, begun: float) -> None:
-        """Write ``plan.json`` and ``args.yaml``, and remove what processes that were killed before `begun` left.
+    @property
+    def begun(self) -> bool:
+        return (self.path / "args.yaml").exists()
 
-        Args:
-            train: the training images.
+    @property
+    def threads(self) -> int | None:
+        """Of an operation of a part in the run that this one goes on with: on them its last bits depend."""
+        if not (self.resuming and self.begun):
+            return None
+        return yaml.safe_load((self.path / "args.yaml").read_text()).get("part_threads")
+
+    def check(self, plan: Plan, train: Dataset) -> None:
+        """Whether a run on the images `train` may begin here, or go on.
 
         Raises:
             TrainError: the folder holds another run, or one that is not to be resumed.
         """
-        if (self.path / "args.yaml").exists():
+        if self.begun:
             self._check_run(plan)
             self._check_options(train)
+
+    def open(self, plan: Plan, begun: float) -> None:
+        """Write ``plan.json`` and ``args.yaml``, and remove what processes that were killed before `begun` left."""
         given = yaml.safe_dump(vars(self.args), default_flow_style=None)
         self.write_plan(self.parts, plan)
         with output_folder(self.path) as aside:

@@ -6,13 +6,15 @@ import argparse
 import json
 import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.utils.data import Dataset
 
 from .. import console, models
 from ..algebra.domain import Domain
@@ -27,8 +29,9 @@ from . import checkpoints, coarse, data, options, views
 from .checkpoints import CheckpointTimer
 from .composed import reassign
 from .decoded import decoded
-from .engines import part_threads
+from .engines import cores, part_threads
 from .folder import Ranks, RunFolder
+from .images import left_out
 from .joint import train_joint
 from .rehearsal import rehearse
 from .stages import Context, meet, train_baseline, train_parts, tune
@@ -36,19 +39,15 @@ from .trackers import Trackers
 
 
 def train(args: argparse.Namespace) -> dict:
-    """A run, or several cycles of it, each from the last one's fine-tuned model; the last one's summary."""
-    run = Run(args)
-    summary = run.go()
-    while run.cycle < args.cycles:
-        run = Run(args, run)
-        summary = run.go()
+    """A run; its summary."""
+    summary = Run(args).go()
     if dist.is_initialized():
         dist.destroy_process_group()
     return summary
 
 
 class Run:
-    """One cycle of a training run; `go` carries it out and returns its summary.
+    """One cycle of a training run; `go` carries out the first one, and those that follow.
 
     Args:
         before: the cycle whose fine-tuned model is split; None for a fresh or pretrained one.
@@ -58,20 +57,24 @@ class Run:
         self.args, self.ranks, self.begun = args, Ranks.from_environment(), time.time()
         self.last = None if before is None else before.place.tuned / "last"
         self.device = self.ranks.device(args.device)
+        args.workers = min(4, cores()) if args.workers is None else args.workers
         self.train_set, self.val_set, classes = data.datasets(args, self.ranks.world)
         self.model_args = options.model_arguments(args, classes)
         args.num_classes = self.model_args["num_classes"]
         coarse.check(args, len(self.train_set))
         empty = models.create_empty(args.model, **self.model_args)
         self.data_config = data.data_config(args, empty)
-        args.part_threads = args.part_threads or part_threads(args.engine, args.parts, self.ranks.local_world)
         self.timer = CheckpointTimer(args.checkpoint_every)
         self.place = RunFolder.of_run(args, self.ranks) if before is None else before.place.next_cycle()
+        threads = args.engine, args.parts, self.ranks.local_world
+        args.part_threads = args.part_threads or self.place.threads or part_threads(*threads)
         config = models.config(empty, self.data_config)
         self.parts = self._as_seen(config)
         self.whole = self._whole(config)
         views.check(args, self.parts)
-        rehearse(args, self.data_config, (self.train_set, self.val_set))
+        if before is None:
+            size = views.loader_size(options.stage_options(args, "part"), self.parts.plan)
+            rehearse(args, self.data_config, (self.train_set, self.val_set), size)
 
     @property
     def folder(self) -> Path:
@@ -135,31 +138,33 @@ class Run:
         return reassign(state, plan) if self.args.reassign else state
 
     def go(self) -> dict:
-        """Both stages, and the baseline if asked for; writes and prints the summary on the first rank.
+        """All cycles, each from the last one's fine-tuned model; the last one's summary.
 
         Raises:
             FileError: another process trains in the run's folder.
         """
         with self.place.held() if self.ranks.primary else nullcontext():
-            return self._go()
+            run, summary = self, self._go()
+            while run.cycle < self.args.cycles:
+                run = Run(self.args, run)
+                summary = run._go()
+            return summary
 
     def _go(self) -> dict:
+        """Both stages, and the baseline if asked for; writes and prints the summary on the first rank."""
         if self.ranks.primary:
-            self.place.open(self.parts.plan, self.train_set, self.begun)
-            print(self._title(), flush=True)
-        if self.place.resuming and self.cycle < self.args.cycles and self.place.done:
+            self.place.check(self.parts.plan, self.train_set)
+        done = self.place.resuming and self.cycle < self.args.cycles and self.place.done
+        with _explained(self.timer, self.folder):
+            sets = [] if done else self._decoded()
+        if self.ranks.primary:
+            self.place.open(self.parts.plan, self.begun)
+            print(self._title(), *left_out(self.train_set, self.val_set), sep="\n", flush=True)
+        if done:
             return json.loads(self.place.summary.read_text())
-        with self.timer, Trackers(self.args, self.folder, self.ranks.rank) as tracked:
-            try:
-                summary = self._carry_out(tracked)
-            except RuntimeError as e:  # other ranks that stop take the process group with them
-                self.timer.check(self._kept())
-                if "DataLoader worker (pid" in str(e):
-                    raise TrainError(
-                        f"a worker of the data loader was killed ({headline(e)}); {self._kept()}; if memory is short "
-                        "use fewer --workers"
-                    ) from e
-                raise
+        rank, explained = self.ranks.rank, _explained(self.timer, self.folder)
+        with self.timer, Trackers(self.args, self.folder, rank) as tracked, explained:
+            summary = self._carry_out(tracked, sets)
         if self.ranks.primary:
             replace_json(self.place.summary, summary)
             where = f"{self.folder}: composed/ before fine-tuning, global/best after"
@@ -170,10 +175,17 @@ class Run:
             shutil.rmtree(self.place.decoded, ignore_errors=True)
         return summary
 
-    def _kept(self) -> str:
-        """What a run that stops now leaves."""
-        written = any(checkpoints.found(path) for path in self.folder.rglob("*") if path.is_dir())
-        return "the last checkpoints are kept" if written else "no checkpoint was written yet"
+    def _decoded(self) -> list[Dataset]:
+        """(train, validation), decoded if they fit; what a run that does not begin has made of them is removed."""
+        named = {"train": self.train_set, "validation": self.val_set}
+        try:
+            return [decoded(s, self.place.decoded / f"{n}.safetensors", self.args.workers) for n, s in named.items()]
+        except BaseException:
+            if not self.place.begun:
+                shutil.rmtree(self.place.decoded, ignore_errors=True)
+                with suppress(OSError):
+                    self.folder.rmdir()
+            raise
 
     def _title(self) -> str:
         plan = self.parts.plan
@@ -185,8 +197,7 @@ class Run:
             f"{self.ranks.world} rank(s) on {self.device.type}; {self.folder}"
         )
 
-    def _carry_out(self, tracked: Trackers) -> dict:
-        named = {"train": self.train_set, "validation": self.val_set}
+    def _carry_out(self, tracked: Trackers, sets: Sequence[Dataset]) -> dict:
         context = Context(
             args=self.args,
             ranks=self.ranks,
@@ -197,7 +208,7 @@ class Run:
             whole=self.whole,
             model_args=self.model_args,
             data_config=self.data_config,
-            sets=[decoded(s, self.place.decoded / f"{n}.safetensors", self.args.workers) for n, s in named.items()],
+            sets=sets,
             timer=self.timer,
             trackers=tracked,
         )
@@ -235,6 +246,23 @@ class Run:
             "split": self.args.val_split,
             "run": self.place.digest(self.parts.plan),
         }
+
+
+@contextmanager
+def _explained(timer: CheckpointTimer, folder: Path) -> Iterator[None]:
+    """What becomes of workers, and of other ranks that stop: they take the process group with them."""
+    try:
+        yield
+    except RuntimeError as e:
+        written = any(checkpoints.found(path) for path in folder.rglob("*") if path.is_dir())
+        kept = "the last checkpoints are kept" if written else "no checkpoint was written yet"
+        timer.check(kept)
+        if "DataLoader worker (pid" in str(e):
+            raise TrainError(
+                f"a worker of the data loader was killed ({headline(e)}); {kept}; if memory is short "
+                "use fewer --workers"
+            ) from e
+        raise
 
 
 def summary_table(summary: dict, args: argparse.Namespace) -> str:
