@@ -5,12 +5,15 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from conftest import MODULE, RUN, torchrun
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_dd import Parts, TwoLevel
 from timm_dd.cli import main
 from timm_dd.train import coarse, data, options
+from timm_dd.train.run import summary_table
 
 HOWS = ["mean", "vote", "sum", "dnn"]
 GIVEN = [
@@ -55,6 +58,30 @@ def test_what_is_loaded_has_the_accuracy_of_the_table(run):
     assert (two.how, two.widths, accuracy(two, run)) == ("dnn", (16, 8), found["dnn"])
     assert found["dnn"] > max(summary["parts"])
     assert sorted(p.name for p in (run / "two-level").iterdir()) == sorted([*FILES, "summary.json"])
+
+
+def multiply_adds(network):
+    """Of one image, by torch's own counter."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.eval()(torch.zeros(1, 3, 32, 32))
+    return counter.get_total_flops() // 2
+
+
+def test_the_table_says_what_an_image_costs(run):
+    summary = json.loads((run / "summary.json").read_text())
+    found, parts = summary["multiply_adds"], Parts.load(run / "parts")
+    assert sum(found["parts"]) == multiply_adds(parts) and len(found["parts"]) == 4
+    for how in HOWS:
+        two = TwoLevel.load(run / "two-level") if how == "dnn" else TwoLevel(parts, how)
+        assert found["two_level"][how] == multiply_adds(two)
+    whole = multiply_adds(timm.create_model("test_resnet", num_classes=10))
+    assert found["composed"] == whole and found["uncounted"] == []
+    rows = summary_table(summary, options.parse(COARSE)).splitlines()
+    cells = {row[:34].strip(): row.split()[-2:] for row in rows}
+    assert cells["composed, after fine-tuning"] == [f"{whole / 1e6:.2f}", "M"]
+    assert cells["two levels, dnn"] == [f"{found['two_level']['dnn'] / 1e6:.3g}", "M"]
+    odd = {**summary, "multiply_adds": {**found, "uncounted": ["aten.odd"]}}
+    assert summary_table(odd, options.parse(COARSE)).count("at least") == len(rows) - 1
 
 
 def test_a_run_without_a_dense_network_keeps_the_first_way(tmp_path):

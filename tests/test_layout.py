@@ -32,13 +32,13 @@ LAYERS = [
 # Inside a room, in the order of its story.
 ROOMS = {
     "algebra": ["axes", "journal", "widths", "view", "domain"],
-    "planning": ("graphs modes trace shapes rules reader relations numbers plan assemble planner").split(),
+    "planning": ("graphs costs modes trace shapes rules reader relations numbers plan assemble planner").split(),
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
     "surgery": ["emit", "trial", "source", "packed", "parts", "split", "merge"],
     "two_level": ["aggregate", "files", "network"],
     "train": (
         "views flags config checks options data decoded composed optimizers schedule layout learner checkpoints "
-        "engines trackers loop folder momenta stages joint coarse rehearsal run demo __main__"
+        "engines trackers loop folder momenta stages joint coarse summary rehearsal run demo __main__"
     ).split(),
 }
 

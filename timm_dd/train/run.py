@@ -22,7 +22,6 @@ from ..storage import files
 from ..storage.atomic import replace_json
 from ..surgery.parts import Parts
 from ..surgery.split import split
-from ..text import table
 from . import checkpoints, coarse, data, options, views
 from .checkpoints import CheckpointTimer
 from .composed import reassign
@@ -32,6 +31,7 @@ from .folder import Ranks, RunFolder
 from .joint import train_joint
 from .rehearsal import rehearse
 from .stages import Context, meet, train_baseline, train_parts, tune
+from .summary import multiply_adds, summary_table
 from .trackers import Trackers
 
 
@@ -221,6 +221,7 @@ class Run:
             **joint,
             **tuned,
             "seconds": seconds,
+            "multiply_adds": multiply_adds(context),
             **self._about(),
         }
         if self.args.baseline and self.cycle == 1:
@@ -235,30 +236,3 @@ class Run:
             "split": self.args.val_split,
             "run": self.place.digest(self.parts.plan),
         }
-
-
-def summary_table(summary: dict, args: argparse.Namespace) -> str:
-    """The table that ends a run."""
-    seconds = summary["seconds"]
-    trained = str(options.stage_options(args, "part").epochs)
-    of_parts = f"{seconds['parts']:.1f} for all"
-    rows = [["", "top-1 %", "epochs", "seconds"]]
-    for k, accuracy in enumerate(summary["parts"]):
-        rows.append([f"part {k}, its own box", f"{accuracy:.2f}", trained, of_parts if k == 0 else ""])
-    rows.append(["sum of the parts, own boxes", f"{summary['together']:.2f}", "", ""])
-    for how, accuracy in summary.get("two_level", {}).items():
-        trained, took = (str(args.coarse_epochs), f"{seconds['two_level']:.1f}") if how == "dnn" else ("", "")
-        rows.append([f"two levels, {how}", f"{accuracy:.2f}", trained, took])
-    if "joint" in summary:
-        rows.append(
-            ["joint, whole images", f"{summary['joint']:.2f}", str(args.joint_epochs), f"{seconds['joint']:.1f}"]
-        )
-    rows.append(["composed, before fine-tuning", f"{summary['composed']:.2f}", "0", ""])
-    if "updated" in summary:
-        rows.append(["composed, BatchNorm re-estimated", f"{summary['updated']:.2f}", "0", ""])
-    tuned = f"{summary['tuned']:.2f}"
-    rows.append(["composed, after fine-tuning", tuned, str(args.epochs), f"{seconds['composed']:.1f}"])
-    if "baseline" in summary:
-        epochs = str(options.stage_options(args, "baseline").epochs)
-        rows.append(["baseline, random start", f"{summary['baseline']:.2f}", epochs, f"{seconds['baseline']:.1f}"])
-    return table(rows)
