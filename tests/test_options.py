@@ -112,7 +112,7 @@ WITHOUT_EFFECT = [
     "--train-crop-mode rkrc",
     "--data-dir x", "--train-split x", "--dataset-download", "--no-aug --reprob 0.2 --shift 0",
     "--no-aug --hflip 0.2 --shift 0", "--amp-dtype float16", "--clip-mode agc", "--model-ema-decay 0.9",
-    "--wandb-project x", "--reassign", "--baseline --color-jitter 0.3",
+    "--wandb-project x", "--reassign", "--baseline --color-jitter 0.3", "--together-epochs 3",
 ]  # fmt: skip
 
 

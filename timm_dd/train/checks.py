@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .flags import STAGED, flag_of, parser
+from .flags import PREFIXES, STAGED, flag_of, parser
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a whole number from 1 up": (
@@ -56,7 +56,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def _given(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[str, float]]:
     """The flags of these names, those of single stages too, with each of their numbers."""
     for name in names:
-        for full in (name, *(f"{stage}_{name}" for stage in ("part", "joint", "baseline") if name in STAGED)):
+        for full in (name, *(f"{stage}_{name}" for stage in PREFIXES if name in STAGED)):
             value = getattr(args, full)
             for number in value if isinstance(value, (list, tuple)) else () if value is None else (value,):
                 yield flag_of(full), number
@@ -85,6 +85,7 @@ def check_effects(p: argparse.ArgumentParser, args: argparse.Namespace, shifted:
         (args.clip_grad is None, "without --clip-grad", "clip_mode"),
         (not args.model_ema, "without --model-ema", "model_ema_decay"),
         (not args.log_wandb, "without --log-wandb", "wandb_project"),
+        (not args.together, "without --together", " ".join(f"together_{name}" for name in STAGED)),
         (args.cycles == 1, "without --cycles of two or more", "reassign"),
     ]
     for applies, where, names in excluded:

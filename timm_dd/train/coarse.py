@@ -38,9 +38,10 @@ KEEPS = "the parts are kept"
 
 def check(args: argparse.Namespace, images: int) -> None:
     """Raise TimmDDError unless this machine can train the dense network, if one is asked for, on so many images."""
+    if "dnn" in args.aggregate or args.together:
+        check_coarse(args.parts, args.num_classes, args.coarse_widths, args.coarse_dropout)
     if "dnn" not in args.aggregate:
         return
-    check_coarse(args.parts, args.num_classes, args.coarse_widths, args.coarse_dropout)
     needed = 4 * args.coarse_views * images * args.parts * args.num_classes
     if needed > memory() // 4:
         raise TrainError(
@@ -69,7 +70,7 @@ def decide_together(run: Context) -> tuple[dict[str, float], float]:
     with torch.no_grad():
         found = {how: _accuracy(by[how](logits), labels) for how in hows}
     kept = "dnn" if coarse else hows[0]
-    two = TwoLevel(run.parts, kept, widths=args.coarse_widths, dropout=args.coarse_dropout)
+    two = TwoLevel(run.parts, kept, widths=run.args.coarse_widths, dropout=run.args.coarse_dropout)
     files.save(folder, run.parts, two.description(), coarse, linked=run.folder.parts.path)
     seconds = time.perf_counter() - start
     replace_json(told, {"top1": found, "seconds": seconds, "options": made_by})

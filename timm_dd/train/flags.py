@@ -12,6 +12,8 @@ from ..two_level.aggregate import AGGREGATIONS, WIDTHS
 from .views import listed
 
 PRESETS = ("paper",)
+TOGETHER = ("coherent", "transfer")
+PREFIXES = ("part", "joint", "together", "baseline")  # of flags for one stage alone
 SCALES = ("sum", "mean", "temperature")
 STAGED = {
     "epochs": dict(type=int, metavar="N", help="epochs"),
@@ -57,7 +59,9 @@ def parser(add_help: bool = True) -> argparse.ArgumentParser:
     _data(p.add_argument_group("data"))
     _model(p.add_argument_group("model and parts"))
     _optimizer(p.add_argument_group("optimizer and schedule"))
-    _stages(p.add_argument_group("stages (--part-X, --joint-X and --baseline-X set one for that stage alone)"))
+    _stages(
+        p.add_argument_group("stages (--part-X, --joint-X, --together-X and --baseline-X set one for that stage alone)")
+    )
     _run(p.add_argument_group("run"))
     console.options(p)
     return p
@@ -179,7 +183,7 @@ def _stages(g) -> None:
     g.add_argument(
         "--reassign", action="store_true", help="in the next cycle each part gets channels of all parts of the last"
     )
-    for stage in ("part", "joint", "baseline"):
+    for stage in PREFIXES:
         for name, kind in STAGED.items():
             given = {"help": argparse.SUPPRESS if name != "epochs" else f"{stage}: {kind['help']}"}
             if (stage, name) == ("joint", "epochs"):
@@ -187,6 +191,8 @@ def _stages(g) -> None:
                     "help": "of the parts after their own, on whole images, against the loss of their sum of logits; "
                     "by default a sixth of theirs",
                 }
+            if (stage, name) == ("together", "epochs"):
+                given = {"help": "of parts and dense network as one; by default as many as the parts'"}
             if (stage, name) == ("part", "lr"):
                 given = {"nargs": "+", "help": "parts: learning rate, one for all or one for each"}
             g.add_argument(flag_of(f"{stage}_{name}"), **{**kind, **given})
@@ -257,6 +263,14 @@ def _second_level(g) -> None:
     g.add_argument("--coarse-dropout", type=float, default=0.0, metavar="P", help="after each of its hidden layers")
     g.add_argument(
         "--coarse-views", type=int, default=1, metavar="N", help="how often it sees each image, augmented anew"
+    )
+    g.add_argument(
+        "--together",
+        nargs="*",
+        default=[],
+        choices=TOGETHER,
+        help="also train all parts and a dense network of these widths as one network, all ranks together: from a "
+        "random start (coherent), or from the trained parts (transfer)",
     )
 
 

@@ -186,6 +186,10 @@ class RunFolder:
         return self.path / "two-level"
 
     @property
+    def together(self) -> Path:
+        return self.path / "together"
+
+    @property
     def tuned(self) -> Path:
         return self.path / "global"
 
@@ -257,7 +261,8 @@ class RunFolder:
                     stage.check(k)
                 else:
                     self._check_checkpoint(stage.part(k), stage.name, train, 1, k)
-        for folder, name in ((self.tuned, None), (self.baseline, "baseline")):
+        together = ((self.together / name, name) for name in self.args.together)
+        for folder, name in (*together, (self.tuned, None), (self.baseline, "baseline")):
             self._check_checkpoint(folder, name, train, self.ranks.world)
 
     def _check_checkpoint(self, folder: Path, stage: str | None, train: Dataset, ranks: int, k: int = 0) -> None:

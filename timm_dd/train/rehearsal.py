@@ -31,7 +31,7 @@ def rehearse(args: argparse.Namespace, data_config: dict, sets: Sequence[Dataset
         TrainError: an optimizer, a schedule, a transform or a tracker cannot be made.
     """
     trackers.check(args)
-    for stage in ("part", None, *(["baseline"] if args.baseline else [])):
+    for stage in ("part", *args.together, None, *(["baseline"] if args.baseline else [])):
         staged = options.stage_options(args, stage)
         staged.workers = 0  # one image needs no process of its own
         with _said_of(f"--opt {staged.opt}"):

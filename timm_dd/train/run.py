@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import time
@@ -32,6 +33,7 @@ from .joint import train_joint
 from .rehearsal import rehearse
 from .stages import Context, meet, train_baseline, train_parts, tune
 from .summary import multiply_adds, summary_table
+from .together import train_together
 from .trackers import Trackers
 
 
@@ -201,6 +203,7 @@ class Run:
             timer=self.timer,
             trackers=tracked,
         )
+        fresh = {how: copy.deepcopy(self.parts) for how in self.args.together}
         train_parts(context)
         meet(context)
         trained = self.place.parts.summaries()
@@ -209,7 +212,9 @@ class Run:
             joint["joint"], seconds["joint"] = train_joint(context)
         second = {}
         if self.args.aggregate and self.ranks.primary:
-            second["two_level"], seconds["two_level"] = coarse.decide_together(context)
+            second, seconds["two_level"] = coarse.decide_together(context)
+        for how, parts in fresh.items():
+            second[how], seconds[how] = train_together(context, how, parts)
         if self.place.start is not None and self.ranks.primary:
             mine = self.parts.plan
             files.save_state(self.place.start, self._start(mine), mine.config, {})
@@ -217,7 +222,7 @@ class Run:
         seconds["composed"] = tuned.pop("seconds")
         summary = {
             "parts": [p["top1"] for p in trained],
-            **second,
+            **({"two_level": second} if second else {}),
             **joint,
             **tuned,
             "seconds": seconds,

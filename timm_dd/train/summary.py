@@ -24,11 +24,12 @@ def multiply_adds(run: Context) -> dict:
     and the composed network; and the operations that `planning.costs` cannot count, which are not in the figures."""
     plan, graph = run.parts.plan, copy.deepcopy(run.parts.graph)
     whole, parts = cost(graph, plan.input_size), _of_parts(run.parts)
-    alone, weighed = [part.multiply_adds for part in parts], {"dnn": _of_coarse_net(run.args).multiply_adds}
+    alone = [part.multiply_adds for part in parts]
+    weighed = dict.fromkeys(("dnn", *options.TOGETHER), _of_coarse_net(run.args).multiply_adds)
     found = {"parts": alone, "composed": whole.multiply_adds}
     if run.whole is not None:
         found["joint"] = sum(part.multiply_adds for part in _of_parts(run.whole))
-    found["two_level"] = {how: sum(alone) + weighed.get(how, 0) for how in run.args.aggregate}
+    found["two_level"] = {how: sum(alone) + weighed.get(how, 0) for how in (*run.args.aggregate, *run.args.together)}
     return {**found, "uncounted": sorted({name for c in (whole, *parts) for *_, name in c.uncounted})}
 
 
@@ -70,6 +71,8 @@ def _rows(summary: dict, args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     yield row("sum of the parts, own boxes", summary["together"], sum(macs["parts"]))
     for how, top1 in summary.get("two_level", {}).items():
         took = (args.coarse_epochs, seconds["two_level"]) if how == "dnn" else ()
+        if how in options.TOGETHER:
+            took = (options.stage_options(args, how).epochs, seconds[how])
         yield row(f"two levels, {how}", top1, macs["two_level"][how], *took)
     if "joint" in summary:
         yield row("joint, whole images", summary["joint"], macs["joint"], args.joint_epochs, seconds["joint"])
