@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from conftest import MODULE, RUN, torchrun
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_dd import Parts, TwoLevel
@@ -139,7 +140,38 @@ def test_kept_probabilities_are_of_the_same_options(run, tmp_path, monkeypatch):
         assert (tmp_path / "run" / "two-level" / name).read_bytes() == (run / "two-level" / name).read_bytes()
 
 
+def test_the_dense_network_learns_from_images_that_the_parts_leave_out(tmp_path, monkeypatch):
+    """A third of 768: by the images of the loaders, and by the probabilities that it is given."""
+    given = [*COARSE, "--coarse-folds", "3", "--coarse-views", "1", "--no-aug", "--shift", "0", "--part-epochs", "1"]
+    arguments, loaders = [], data.loaders
+    with monkeypatch.context() as m:
+        m.setattr(data, "loaders", lambda *given, **more: arguments.append(given) or loaders(*given, **more))
+        m.setattr(coarse, "CoarseNet", lambda *sizes: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path, *given)
+    order = torch.randperm(768, generator=torch.Generator().manual_seed(42)).tolist()
+    of_parts, held_out = (given[2] for given in arguments[-2:])
+    assert (of_parts.indices, held_out.indices) == (order[:512], order[512:])
+    updates = [json.loads(path.read_text())["updates"] for path in tmp_path.glob("run/parts/*/summary.json")]
+    assert updates == [512 // 32] * 4
+
+    kept = load_file(tmp_path / "run" / "two-level" / "probabilities.safetensors")
+    with torch.no_grad():
+        x, y = map(torch.cat, zip(*loaders(*arguments[-1])[0]))
+        expected = Parts.load(tmp_path / "run" / "parts").eval()(x).softmax(-1).movedim(0, 1).flatten(1)
+    weights = torch.arange(1, 41).double()
+    mine, theirs = ((rows.double() @ weights).argsort() for rows in (kept["probabilities"], expected))
+    torch.testing.assert_close(kept["probabilities"][mine], expected[theirs])
+    assert torch.equal(kept["labels"][mine], y[theirs])
+
+
 def test_probabilities_beyond_memory(tmp_path, capsys):
     assert train(tmp_path, *COARSE, "--coarse-views", "100000000") == 1
     assert "GB of probabilities" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_too_few_images_for_the_dense_network(tmp_path, capsys):
+    assert train(tmp_path, *COARSE, "--coarse-folds", "30") == 1
+    assert "--coarse-folds 30: 25 images for the dense network make no batch of 32" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

@@ -18,6 +18,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "batch_size coarse_views coarse_widths cycles grad_accum_steps img_size in_chans input_size num_classes "
         "part_threads parts plateau_epochs train_num_samples val_num_samples validation_batch_size",
     ),
+    "a whole number from 2 up": (lambda n: n >= 2, "coarse_folds"),
     "a whole number from 0 up": (
         lambda n: n >= 0,
         "coarse_epochs decay_milestones epochs margin overlap shift warmup_epochs workers",
@@ -85,6 +86,7 @@ def check_effects(p: argparse.ArgumentParser, args: argparse.Namespace, shifted:
         (args.clip_grad is None, "without --clip-grad", "clip_mode"),
         (not args.model_ema, "without --model-ema", "model_ema_decay"),
         (not args.log_wandb, "without --log-wandb", "wandb_project"),
+        ("dnn" not in args.aggregate, "without --aggregate dnn", "coarse_folds"),
         (not args.together, "without --together", " ".join(f"together_{name}" for name in STAGED)),
         (args.cycles == 1, "without --cycles of two or more", "reassign"),
     ]

@@ -54,11 +54,11 @@ class Digits(Dataset):
 
 
 class First(Subset):
-    """The first n images of a fixed shuffle; timm sets `transform` on it."""
+    """The first n images of a fixed shuffle, or the rest of them; timm sets `transform` on it."""
 
-    def __init__(self, dataset: Dataset, n: int, seed: int):
+    def __init__(self, dataset: Dataset, n: int, seed: int, rest: bool = False):
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-        super().__init__(dataset, order[:n].tolist())
+        super().__init__(dataset, (order[n:] if rest else order[:n]).tolist())
 
     @property
     def transform(self):
@@ -104,6 +104,15 @@ def _check_enough(args: argparse.Namespace, train: int, val: int, world: int) ->
         )
     if not val:
         raise TrainError("no validation images, and no accuracy without them")
+
+
+def folds(args: argparse.Namespace, train: Dataset) -> tuple[Dataset, Dataset]:
+    """The training images of the parts and those of the dense network: all for both, or with --coarse-folds N for the
+    dense network an N-th that the parts leave out."""
+    if args.coarse_folds is None:
+        return train, train
+    n = len(train) - len(train) // args.coarse_folds
+    return First(train, n, args.seed), First(train, n, args.seed, rest=True)
 
 
 def images_of_an_update(args: argparse.Namespace) -> int:

@@ -265,6 +265,13 @@ def _second_level(g) -> None:
         "--coarse-views", type=int, default=1, metavar="N", help="how often it sees each image, augmented anew"
     )
     g.add_argument(
+        "--coarse-folds",
+        type=int,
+        metavar="N",
+        help="the parts leave out an N-th of the training images, and the dense network learns from these alone: "
+        "probabilities on images that parts have trained on are too sure",
+    )
+    g.add_argument(
         "--together",
         nargs="*",
         default=[],

@@ -260,7 +260,8 @@ class RunFolder:
                 if stage.is_done(k):
                     stage.check(k)
                 else:
-                    self._check_checkpoint(stage.part(k), stage.name, train, 1, k)
+                    images = data.folds(self.args, train)[0] if stage.name == "part" else train
+                    self._check_checkpoint(stage.part(k), stage.name, images, 1, k)
         together = ((self.together / name, name) for name in self.args.together)
         for folder, name in (*together, (self.tuned, None), (self.baseline, "baseline")):
             self._check_checkpoint(folder, name, train, self.ranks.world)

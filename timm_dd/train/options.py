@@ -23,8 +23,8 @@ MAY_CHANGE_ON_RESUME = {  # no weight depends on them
 }  # fmt: skip
 SCALE, JOINT = 0.625, 6  # of the recipe: how the parts see whole images; one joint epoch for so many of theirs
 STAGES = ("part", "joint", *TOGETHER, "baseline")
-SECOND_LEVEL = ("aggregate", "coarse_dropout", "coarse_epochs", "coarse_views", "coarse_widths")
-OF_TOGETHER = {"coarse_dropout", "coarse_widths"}
+SECOND_LEVEL = ("aggregate", "coarse_dropout", "coarse_epochs", "coarse_folds", "coarse_views", "coarse_widths")
+TOGETHER_TOO = ("coarse_dropout", "coarse_widths")
 COMPOSED = (  # nothing to parts and baseline
     "calibrate", "keep_momenta", "off_diagonal_lr", "off_diagonal_noise", "refit_head", "tune_rate", "update_bn",
 )  # fmt: skip
@@ -99,7 +99,8 @@ def stage_options(args: argparse.Namespace, name: str | None, part: int = 0) -> 
 
 def _foreign(name: str | None) -> set[str]:
     """The options that are nothing to a stage."""
-    return {*SECOND_LEVEL} - (OF_TOGETHER if name in TOGETHER else set()) | set(() if name is None else COMPOSED)
+    own = {"part": ("coarse_folds",), None: COMPOSED, **dict.fromkeys(TOGETHER, TOGETHER_TOO)}
+    return {*SECOND_LEVEL, *COMPOSED} - {*own.get(name, ())}
 
 
 def training_identity(args: argparse.Namespace) -> dict:

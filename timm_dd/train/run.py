@@ -63,7 +63,7 @@ class Run:
         self.train_set, self.val_set, classes = data.datasets(args, self.ranks.world)
         self.model_args = options.model_arguments(args, classes)
         args.num_classes = self.model_args["num_classes"]
-        coarse.check(args, len(self.train_set))
+        coarse.check(args, self.train_set)
         empty = models.create_empty(args.model, **self.model_args)
         self.data_config = data.data_config(args, empty)
         args.part_threads = args.part_threads or part_threads(args.engine, args.parts, self.ranks.local_world)

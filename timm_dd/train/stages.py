@@ -69,9 +69,16 @@ class Context:
     timer: CheckpointTimer
     trackers: Trackers
 
-    def loaders(self, args: argparse.Namespace, distributed: bool, train_size: Sequence[int] | None = None) -> tuple:
-        """(train, validation); see `data.loaders`."""
-        return data.loaders(args, self.data_config, *self.sets, self.device, distributed, train_size)
+    def loaders(
+        self,
+        args: argparse.Namespace,
+        distributed: bool,
+        train_size: Sequence[int] | None = None,
+        images: Dataset | None = None,
+    ) -> tuple:
+        """(train, validation), on `images` instead of all to train on; see `data.loaders`."""
+        train = self.sets[0] if images is None else images
+        return data.loaders(args, self.data_config, train, self.sets[1], self.device, distributed, train_size)
 
     def about(self, stage: str) -> dict[str, str]:
         """What a model's metadata say of where it comes from; `stage` is its name in the run's summary."""
@@ -91,7 +98,8 @@ def train_parts(run: Context) -> None:
         return
     args = options.stage_options(run.args, "part")
     torch.set_num_threads(run.args.part_threads)
-    loaders = run.loaders(args, distributed=False, train_size=views.loader_size(args, run.parts.plan))
+    size, (images, _) = views.loader_size(args, run.parts.plan), data.folds(run.args, run.sets[0])
+    loaders = run.loaders(args, distributed=False, train_size=size, images=images)
     learners = [part_learner(run, k, len(loaders[0])) for k in due]
     if run.folder.resuming:
         for k, learner in zip(due, learners):
