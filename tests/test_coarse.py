@@ -7,10 +7,12 @@ import sys
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import MODULE, RUN, torchrun
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
+import timm_dd
 from timm_dd import Parts, TwoLevel
 from timm_dd.cli import main
 from timm_dd.train import coarse, data, options
@@ -163,6 +165,34 @@ def test_the_dense_network_learns_from_images_that_the_parts_leave_out(tmp_path,
     mine, theirs = ((rows.double() @ weights).argsort() for rows in (kept["probabilities"], expected))
     torch.testing.assert_close(kept["probabilities"][mine], expected[theirs])
     assert torch.equal(kept["labels"][mine], y[theirs])
+
+
+@pytest.mark.parametrize("how", ["vote", "sum", "dnn"])
+def test_fine_tuning_learns_from_it(how, tmp_path):
+    """The first update, of all images, by hand."""
+    plain = "--opt momentum --weight-decay 0 --no-aug --shift 0 --smoothing 0 --lr 0.4 --no-update-bn --no-keep-momenta"
+    given = [*COARSE, *plain.split(), "-b", "256", "--train-num-samples", "256", "--part-epochs", "1", "--epochs", "1"]
+    given += ["--aggregate", how, "--distill", "0.3"]
+    assert train(tmp_path, *given) == 0
+    run = tmp_path / "run"
+    parts, model = Parts.load(run / "parts"), timm_dd.merge(run / "parts").train()
+    config = {**parts.plan.config["pretrained_cfg"], "input_size": (3, 32, 32)}
+    args = options.parse(given)
+    ((x, y),) = data.loaders(args, config, *data.datasets(args)[:2], torch.device("cpu"), distributed=False)[0]
+    with torch.no_grad():
+        p, z = parts.eval()(x).softmax(-1), parts(x)
+        votes = F.one_hot(p.argmax(-1), 10).sum(0)
+        weighed = TwoLevel.load(run / "two-level").coarse if how == "dnn" else None
+        taught = {
+            "vote": lambda: (5 * votes + p.sum(0)) / 24,
+            "sum": lambda: z.sum(0).softmax(-1),
+            "dnn": lambda: weighed.eval()(p.transpose(0, 1).reshape(len(y), -1)).softmax(-1),
+        }[how]()
+    said = model(x).log_softmax(-1)
+    (-0.7 * said[range(len(y)), y].mean() - 0.3 * (taught * said).sum(-1).mean()).backward()
+    found = load_file(run / "global" / "last" / "model.safetensors")
+    for name, before in model.named_parameters():
+        torch.testing.assert_close(found[name], before - 0.1 * before.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_probabilities_beyond_memory(tmp_path, capsys):

@@ -38,7 +38,7 @@ ROOMS = {
     "two_level": ["aggregate", "files", "network"],
     "train": (
         "views flags config checks options data decoded composed optimizers schedule layout learner checkpoints "
-        "engines trackers loop folder momenta stages joint coarse together summary rehearsal run demo __main__"
+        "engines trackers loop distill folder momenta stages joint coarse together summary rehearsal run demo __main__"
     ).split(),
 }
 

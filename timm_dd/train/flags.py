@@ -172,6 +172,7 @@ def _stages(g) -> None:
     )
     _composed(g)
     _second_level(g)
+    _two_levels_in_training(g)
     g.add_argument(
         "--cycles",
         type=int,
@@ -271,6 +272,10 @@ def _second_level(g) -> None:
         help="the parts leave out an N-th of the training images, and the dense network learns from these alone: "
         "probabilities on images that parts have trained on are too sure",
     )
+
+
+def _two_levels_in_training(g) -> None:
+    """Both levels as one network, and as a teacher."""
     g.add_argument(
         "--together",
         nargs="*",
@@ -278,6 +283,14 @@ def _second_level(g) -> None:
         choices=TOGETHER,
         help="also train all parts and a dense network of these widths as one network, all ranks together: from a "
         "random start (coherent), or from the trained parts (transfer)",
+    )
+    g.add_argument(
+        "--distill",
+        type=float,
+        default=0.0,
+        metavar="ALPHA",
+        help="share of the fine-tuning's loss that is against the probabilities of --aggregate's network (of dnn, or "
+        "of the first that is named), on the same crops",
     )
 
 

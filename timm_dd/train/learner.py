@@ -129,6 +129,7 @@ class Learner:
         self.forward = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
         self.ema = ModelEmaV3(self.net, decay=args.model_ema_decay) if args.model_ema else None
         self.criterion = criterion(args)
+        self.loss = lambda x, y: self.criterion(self.forward(x), y)
         self.micro_batches = args.grad_accum_steps
         self.around_step: Callable[[], AbstractContextManager] = nullcontext  # of the optimizer
         self.dtype = getattr(torch, args.amp_dtype)
@@ -171,7 +172,7 @@ class Learner:
             later = self.model.no_sync() if self.distributed and i + 1 < len(batches) else nullcontext()
             with later:
                 with self.random(self.updates, i), self.autocast():
-                    loss = self.criterion(self.forward(self.view(x_i)), y_i) * (len(y_i) / len(y))
+                    loss = self.loss(self.view(x_i), y_i) * (len(y_i) / len(y))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return total

@@ -26,7 +26,8 @@ STAGES = ("part", "joint", *TOGETHER, "baseline")
 SECOND_LEVEL = ("aggregate", "coarse_dropout", "coarse_epochs", "coarse_folds", "coarse_views", "coarse_widths")
 TOGETHER_TOO = ("coarse_dropout", "coarse_widths")
 COMPOSED = (  # nothing to parts and baseline
-    "calibrate", "keep_momenta", "off_diagonal_lr", "off_diagonal_noise", "refit_head", "tune_rate", "update_bn",
+    "calibrate", "distill", "keep_momenta", "off_diagonal_lr", "off_diagonal_noise", "refit_head", "tune_rate",
+    "update_bn",
 )  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def stage_options(args: argparse.Namespace, name: str | None, part: int = 0) -> 
     model."""
     staged = copy.copy(args)
     staged.together = name if name in TOGETHER else None
-    for option in _foreign(name):
+    for option in _foreign(name, bool(args.distill)):
         setattr(staged, option, None)
     if name in (None, "transfer"):  # they go on with trained parts
         factor = args.tune_rate if args.part_lr is None else 1.0
@@ -97,9 +98,10 @@ def stage_options(args: argparse.Namespace, name: str | None, part: int = 0) -> 
     return staged
 
 
-def _foreign(name: str | None) -> set[str]:
-    """The options that are nothing to a stage."""
-    own = {"part": ("coarse_folds",), None: COMPOSED, **dict.fromkeys(TOGETHER, TOGETHER_TOO)}
+def _foreign(name: str | None, taught: bool) -> set[str]:
+    """The options that are nothing to a stage; the composed model may be taught by the second level."""
+    composed = (*COMPOSED, *SECOND_LEVEL) if taught else COMPOSED
+    own = {"part": ("coarse_folds",), None: composed, **dict.fromkeys(TOGETHER, TOGETHER_TOO)}
     return {*SECOND_LEVEL, *COMPOSED} - {*own.get(name, ())}
 
 

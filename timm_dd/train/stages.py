@@ -33,6 +33,7 @@ from ..surgery.parts import Parts
 from . import data, options, views
 from .checkpoints import CheckpointTimer, restore
 from .composed import add_noise, between, calibrate, rate_between, refit_head, some
+from .distill import distilled
 from .engines import Engine, cores_of_rank, engine, share_cores
 from .folder import PartsStage, Ranks, RunFolder
 from .learner import Learner
@@ -186,6 +187,8 @@ def tune(run: Context) -> dict[str, float]:
     model = models.create(plan.model, **plan.model_args)
     files.load_composed(run.folder.composed, model)
     learner = global_learner(run, "composed model", model, args, len(loaders[0]), run.folder.tuned)
+    if args.distill:
+        learner.loss = distilled(learner, run.folder.two_level, args.distill)
     found = {"together": together, "composed": evaluate([learner], loaders[1], Engine())[0]}
     start = time.perf_counter()
     data.seed_epoch(run.seed, args.epochs)

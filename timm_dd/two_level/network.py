@@ -15,7 +15,7 @@ from ..errors import MergeError, SplitError
 from ..machine import memory
 from ..surgery.parts import Parts
 from . import files
-from .aggregate import AGGREGATIONS, WIDTHS, WITHOUT_WEIGHTS, CoarseNet, side_by_side
+from .aggregate import AGGREGATIONS, WIDTHS, WITHOUT_WEIGHTS, CoarseNet, probabilities, side_by_side
 
 TRAINED = 4  # a weight, its gradient, and two moments of Adam
 
@@ -93,6 +93,11 @@ class TwoLevel(nn.Module):
         if self.regression:
             return tree_map_only(torch.Tensor, lambda y: y.mean(0), outputs)
         return self.decide(outputs)
+
+    def probabilities(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the classes, (B, classes), however the parts decide."""
+        scores = self(x)
+        return scores if self.how in ("mean", "vote") else probabilities(scores)
 
     def outputs(self, x: torch.Tensor) -> Any:
         """Of the parts, each on its view, stacked: (K, B, classes)."""
