@@ -130,9 +130,8 @@ class Learner:
         self.ema = ModelEmaV3(self.net, decay=args.model_ema_decay) if args.model_ema else None
         self.criterion = criterion(args)
         self.loss = lambda x, y: self.criterion(self.forward(x), y)
-        self.micro_batches = args.grad_accum_steps
         self.around_step: Callable[[], AbstractContextManager] = nullcontext  # of the optimizer
-        self.dtype = getattr(torch, args.amp_dtype)
+        self.micro_batches, self.dtype = args.grad_accum_steps, getattr(torch, args.amp_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=optimizers.scales(args))
         self.random = SeededRandom(seed, device)
         self.updates, self.seconds = 0, 0.0
