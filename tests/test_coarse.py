@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import MODULE, RUN, torchrun
+from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -199,6 +200,21 @@ def test_probabilities_beyond_memory(tmp_path, capsys):
     assert train(tmp_path, *COARSE, "--coarse-views", "100000000") == 1
     assert "GB of probabilities" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_the_names_of_the_classes(run, tmp_path):
+    """Of the digits, and of an image folder, in the order of their numbers."""
+    assert TwoLevel.load(run / "two-level").class_names == tuple("0123456789")
+    for split in ("train", "val"):
+        for name in ("tulip", "aster"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (8, 8)).save(tmp_path / split / name / f"{i}.png")
+    for more in ([], ["--train-num-samples", "6"]):
+        args = options.parse(["--data-dir", str(tmp_path), "-b", "2", *more])
+        images, _, classes = data.datasets(args)
+        assert data.class_names(images, classes) == ("aster", "tulip") and images[0][1] in (0, 1)
+        assert data.class_names(images, 5) is None
 
 
 def test_too_few_images_for_the_dense_network(tmp_path, capsys):

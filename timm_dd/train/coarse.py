@@ -81,8 +81,9 @@ def decide_together(run: Context) -> tuple[dict[str, float], float]:
     with torch.no_grad():
         found = {how: _accuracy(by[how](logits), labels) for how in hows}
     kept = "dnn" if coarse else hows[0]
-    two = TwoLevel(run.parts, kept, widths=run.args.coarse_widths, dropout=run.args.coarse_dropout)
-    files.save(folder, run.parts, two.description(), coarse, linked=run.folder.parts.path)
+    settings = {"widths": run.args.coarse_widths, "dropout": run.args.coarse_dropout, "class_names": run.class_names}
+    about, origin = TwoLevel(run.parts, kept, **settings).description(), run.about("two_level")
+    files.save(folder, run.parts, about, coarse, run.folder.parts.path, {**origin, "top1": f"{found[kept]:.2f}"})
     seconds = time.perf_counter() - start
     replace_json(told, {"top1": found, "seconds": seconds, "options": made_by})
     (folder / KEPT).unlink(missing_ok=True)

@@ -34,7 +34,7 @@ class Digits(Dataset):
     Every fifth scan is for validation.
     """
 
-    classes = 10
+    classes = tuple("0123456789")
 
     def __init__(self, train: bool, mode: str = "RGB"):
         from sklearn.datasets import load_digits
@@ -80,7 +80,7 @@ def datasets(args: argparse.Namespace, world: int = 1) -> tuple[Dataset, Dataset
     """
     if args.dataset == "digits":
         sets = _digits(True, image_mode(args)), _digits(False, image_mode(args))
-        classes: int | None = Digits.classes
+        classes: int | None = len(Digits.classes)
     else:
         sets = tuple(_dataset(args, which) for which in ("train", "validation"))
         classes = _classes(*sets)
@@ -198,6 +198,15 @@ def _classes(train: Dataset, val: Dataset) -> int | None:
             f"train and validation have different classes, such as {odd}; both need the same class folders"
         )
     return len(maps[0]) or len(getattr(train, "classes", ())) or None
+
+
+def class_names(dataset: Dataset, classes: int) -> tuple[str, ...] | None:
+    """In the order of their numbers, if the data set tells them."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    by_number = _class_map(getattr(dataset, "reader", None))
+    names = sorted(by_number, key=by_number.get) or getattr(dataset, "classes", ())
+    return tuple(map(str, names)) if len(names) == classes else None
 
 
 def _class_map(reader) -> dict:

@@ -198,6 +198,7 @@ class Run:
             parts=self.parts,
             whole=self.whole,
             model_args=self.model_args,
+            class_names=data.class_names(self.train_set, self.args.num_classes),
             data_config=self.data_config,
             sets=[decoded(s, self.place.decoded / f"{n}.safetensors", self.args.workers) for n, s in named.items()],
             timer=self.timer,

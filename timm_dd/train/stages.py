@@ -54,6 +54,7 @@ class Context:
         parts: as they were split; later as they were trained.
         whole: the same parts as they are on whole images, for the joint stage; None if there is none.
         model_args: for `timm.create_model`.
+        class_names: in the order of their numbers; None if not known.
         sets: (train, validation).
     """
 
@@ -65,6 +66,7 @@ class Context:
     parts: Parts
     whole: Parts | None
     model_args: dict
+    class_names: Sequence[str] | None
     data_config: dict
     sets: Sequence[Dataset]
     timer: CheckpointTimer

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from ..surgery.parts import Parts
+from ..two_level import files
 from ..two_level.network import TwoLevel
 from . import options
 from .stages import Context, fit, global_learner, load_trained, shared_loaders
@@ -30,10 +31,12 @@ def train_together(run: Context, how: str, fresh: Parts) -> tuple[float, float]:
         load_trained(run.folder.parts, fresh)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        network = TwoLevel(fresh, "dnn", widths=args.coarse_widths, dropout=args.coarse_dropout)
+        settings = {"widths": args.coarse_widths, "dropout": args.coarse_dropout, "class_names": run.class_names}
+        network = TwoLevel(fresh, "dnn", **settings)
     learner = global_learner(run, f"together, {how}", network, args, len(loaders[0]), folder)
 
     def save(name: str, reached: dict[str, str]) -> None:
-        learner.result.save(folder / name)
+        two = learner.result
+        files.save(folder / name, two.parts, two.description(), two.coarse, origin={**run.about(how), **reached})
 
     return fit(run, learner, loaders, args.epochs, f"together, {how}", save), learner.seconds
