@@ -154,6 +154,13 @@ def test_a_damaged_two_level_network_is_not_pushed(decided, tmp_path):
             write_repository(tmp_path / "run" / "two-level", REPO, tmp_path / "staged")
         path.write_bytes(data)
     assert not (tmp_path / "staged").exists()
+    about = tmp_path / "run" / "two-level" / "two_level.json"
+    said = json.loads(about.read_text())
+    about.write_text(json.dumps({**said, "top1": "high"}))
+    with pytest.raises(MergeError, match="two_level.json is not whole"):
+        write_repository(about.parent, REPO, tmp_path / "staged")
+    about.write_text(json.dumps({k: v for k, v in said.items() if k != "top1"}))
+    assert results(about.parent, tmp_path) == []
     shutil.move(tmp_path / "run" / "together" / "coherent" / "best", tmp_path / "alone")  # no run around it
     assert results(tmp_path / "alone", tmp_path) == []
 

@@ -65,7 +65,7 @@ def of_two_level(repo: str, folder: Path) -> str:
     about, place = two_level.describe(folder)
     with files.PartsFolder(place.parts) as parts:
         plan, made = parts.plan, {**files.summary(parts.plan, parts.digest), **place.origin}
-    run = _run(folder, made, TWO_LEVEL)
+    run = _run(folder, made, TWO_LEVEL) if "top1" in made else None
     given = {"metrics": ["accuracy"], "model_name": repo.split("/")[-1]} if run else {}
     if run:
         given["eval_results"] = [_result(run, float(made["top1"]))]

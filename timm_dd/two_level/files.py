@@ -131,6 +131,7 @@ def describe(folder: str | Path) -> tuple[Description, Place]:
     try:
         parts, checksums = Path(d["parts"]), dict(d["checksums"])
         origin = {name: str(d[name]) for name in ORIGIN if name in d}
+        float(origin.get("top1", "0"))
         return Description.from_json(d), Place(path.parent, path.parent / parts, checksums, origin)
     except (KeyError, TypeError, ValueError) as e:
         raise MergeError(f"{path} is not whole ({type(e).__name__}: {headline(e)}); {_AGAIN}") from e
