@@ -24,7 +24,8 @@ from torch import nn
 import timm_dd
 from timm_dd import Domain
 from timm_dd.paper_networks import PadShortcut
-from timm_dd.reports.profile import Cost, profile
+from timm_dd.planning.costs import Cost
+from timm_dd.reports.profile import profile
 from timm_dd.text import table
 
 CSV = Path(__file__).with_suffix(".csv")

@@ -64,6 +64,7 @@ VARIANTS = {
     "joint 4, half the rate, momenta kept": "--joint-epochs 4 --lr 0.001 --keep-momenta",
     "joint 4, a quarter of the rate, momenta kept": "--joint-epochs 4 --lr 0.0005 --keep-momenta",
     "joint 4, head refitted": "--joint-epochs 4 --refit-head",
+    "distilled 0.5 from dnn": "--aggregate dnn --distill 0.5",
     "2 cycles": "--cycles 2",
     "2 cycles, reassigned": "--cycles 2 --reassign",
 }

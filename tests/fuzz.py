@@ -1,4 +1,5 @@
-"""Mutated parts and plans, by the thousand: merging is refused in one line and leaves nothing, or gives a whole model.
+"""Mutated parts, plans and two-level networks, by the thousand: merging is refused in one line and leaves nothing, or
+gives a whole model; a two-level network is refused, or loaded and decides.
 
     python tests/fuzz.py --inputs 20000
 
@@ -19,6 +20,8 @@ import struct
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,9 +29,10 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import timm_dd
-from timm_dd import Domain, MergeError, Parts
+from timm_dd import Domain, MergeError, Parts, TwoLevel
 from timm_dd.storage.files import part_name
 from timm_dd.storage.tensorfile import UNSEALED, xxhash
+from timm_dd.two_level import files as two_level
 
 PARTS = 2
 DEEP = "@deep@"  # stands for lists in lists in lists
@@ -55,6 +59,16 @@ def make(folder: Path) -> list[Path]:
     for name in "abc":
         timm_dd.merge_files(folder / name, folder / "onto" / name)
     return [folder / name for name in "abc"]
+
+
+def make_two_level(folder: Path) -> list[Path]:
+    """Two-level networks to begin with: with a dense network, and one that names the parts of another."""
+    parts = timm_dd.split("test_resnet", PARTS, seed=0, num_classes=3, img_size=32)
+    two = TwoLevel(parts, "dnn", widths=(6, 4), class_names="abc")
+    two.save(folder / "dnn")
+    vote = TwoLevel(parts, "vote").description()
+    two_level.save(folder / "vote", parts, vote, None, linked=folder / "dnn")
+    return [folder / "dnn", folder / "vote"]
 
 
 # ---- bytes
@@ -169,6 +183,25 @@ def lie_in_a_part(folder: Path, r: random.Random) -> None:
     seal(path, lie(head, r), data, r)
 
 
+def lie_in_a_two_level_json(folder: Path, r: random.Random) -> None:
+    path = folder / two_level.ABOUT
+    path.write_text(dump(lie(json.loads(path.read_text()), r), r))
+
+
+def lie_in_a_coarse_net(folder: Path, r: random.Random) -> None:
+    """With a checksum that fits, in two_level.json too."""
+    path, about = folder / two_level.COARSE, folder / two_level.ABOUT
+    head, data = header(path)
+    seal(path, lie(head, r), data, r)
+    try:
+        sealed = header(path)[0]["__metadata__"]["xxh3_128"]
+        said = json.loads(about.read_text())
+        said["checksums"][two_level.COARSE] = sealed
+        about.write_text(json.dumps(said))
+    except (ValueError, KeyError, TypeError, RecursionError):  # the lie left no place for one
+        pass
+
+
 # ---- files
 
 
@@ -239,7 +272,37 @@ def mutate(folder: Path, r: random.Random) -> str:
     return how.__name__.replace("_", " ")
 
 
+def mutate_two_level(folder: Path, r: random.Random) -> str:
+    """Change something in a two-level network; what."""
+    kind = r.random()
+    if kind < 0.5:
+        lie_in_a_two_level_json(folder, r)
+        return "two levels: lie"
+    if kind < 0.7 and (folder / two_level.COARSE).exists():
+        lie_in_a_coarse_net(folder, r)
+        return "two levels: lie in weights"
+    path, how = r.choice(sorted(folder.iterdir())), r.choice(BYTES if kind < 0.95 else FILES[1:])
+    if how in BYTES:
+        mutate_bytes(path, how, r)
+    else:
+        how(path, r)
+    return f"two levels: {how.__name__.replace('_', ' ')}"
+
+
 # ---- the run
+
+
+def decide(folder: Path, r: random.Random) -> str:
+    """Load a two-level network and let it decide; ``loaded`` or ``refused``."""
+    try:
+        network = TwoLevel.load(folder, missing=r.choice(("refuse", "refuse", "drop"))).eval()
+    except MergeError as e:
+        assert "\n" not in str(e) and len(str(e)) < 1000, e
+        return "refused"
+    with torch.no_grad():
+        scores = network(torch.zeros(2, 3, 32, 32))
+    assert scores.shape == (2, 3) and scores.isfinite().all()
+    return "loaded"
 
 
 def call(folder: Path, output: Path, onto: Path | None, r: random.Random) -> str:
@@ -266,6 +329,35 @@ def read(folder: Path) -> None:
             assert "\n" not in str(e) and len(str(e)) < 1000, e
 
 
+def prepare_parts(folder: Path, source: Path, r: random.Random) -> tuple[str, Callable[[], str]]:
+    """A mutated folder of parts, or a mutated model to merge them onto; what was changed, and what to do with it."""
+    parts, output = folder / "parts", folder / "output"
+    onto = folder / "onto" if r.random() < 0.2 else None
+    shutil.copytree(source, parts)
+    if r.random() < 0.5:
+        output.mkdir()
+    if onto is None:
+        what = mutate(parts, r)
+    else:
+        shutil.copytree(source.parent / "onto" / source.name, onto)
+        what = mutate_onto(onto / "model.safetensors", r)
+
+    def work() -> str:
+        outcome = call(parts, output, onto, r)
+        if r.random() < 0.02:
+            read(parts)
+        return outcome
+
+    return what, work
+
+
+def prepare_two_level(folder: Path, source: Path, r: random.Random) -> tuple[str, Callable[[], str]]:
+    """The same of a two-level network."""
+    shutil.copytree(source.parent, folder / "two-level")
+    network = folder / "two-level" / source.name
+    return mutate_two_level(network, r), partial(decide, network, r)
+
+
 def fuzz(inputs: int, seed: int, folder: Path, progress: bool = False) -> Counter:
     """Counts of (mutation, outcome). Anything but MergeError, or something left behind, is raised, with its number."""
 
@@ -274,31 +366,25 @@ def fuzz(inputs: int, seed: int, folder: Path, progress: bool = False) -> Counte
 
     before = signal.signal(signal.SIGALRM, stop)
     sources, counts = make(folder / "sources"), Counter()
+    networks = make_two_level(folder / "sources" / "two-level")
     try:
         for i in tqdm(range(inputs), disable=not progress):
             r = random.Random(f"{seed}-{i}")
-            parts, output, source = folder / "parts", folder / "output", r.choice(sources)
-            onto = folder / "onto" if r.random() < 0.2 else None
-            shutil.copytree(source, parts)
-            if r.random() < 0.5:
-                output.mkdir()
-            if onto is None:
-                what = mutate(parts, r)
-            else:
-                shutil.copytree(source.parent / "onto" / source.name, onto)
-                what = mutate_onto(onto / "model.safetensors", r)
+            two_levels = r.random() < 0.2
+            what, work = (
+                prepare_two_level(folder, r.choice(networks), r)
+                if two_levels
+                else prepare_parts(folder, r.choice(sources), r)
+            )
             signal.alarm(LIMIT)
             try:
-                outcome = call(parts, output, onto, r)
-                if r.random() < 0.02:
-                    read(parts)
+                outcome = work()
             except BaseException as e:
                 raise AssertionError(f"input {i} of seed {seed}, {what}: {type(e).__name__}: {e}") from e
             finally:
                 signal.alarm(0)
-                shutil.rmtree(parts)
-                shutil.rmtree(output, ignore_errors=True)
-                shutil.rmtree(folder / "onto", ignore_errors=True)
+                for left in ("parts", "output", "onto", "two-level"):
+                    shutil.rmtree(folder / left, ignore_errors=True)
             assert sorted(p.name for p in folder.iterdir()) == ["sources"]
             counts[what, outcome] += 1
     finally:
@@ -315,7 +401,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         counts = fuzz(args.inputs, args.seed, Path(folder), progress=True)
     for what in sorted({what for what, _ in counts}):
-        print(f"{what:>22}: {counts[what, 'refused']:6} refused, {counts[what, 'merged']:6} merged")
+        accepted = sum(n for (which, outcome), n in counts.items() if which == what and outcome != "refused")
+        print(f"{what:>32}: {counts[what, 'refused']:6} refused, {accepted:6} merged or loaded")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(f"{counts.total():,} inputs in {time.time() - start:.0f} s, no other exception, nothing left; peak {peak} MB")
 

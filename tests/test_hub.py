@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import torch
 import yaml
 from conftest import RUN
 from huggingface_hub import HfApi, ModelCard, lfs
+from PIL import Image
 from safetensors.torch import load_file
 
 import timm_dd
@@ -90,6 +92,77 @@ def test_parts_are_merged_straight_from_the_hub(hub, folders, tmp_path):
     timm_dd.push(tmp_path / "three", f"{REPO}-parts")  # parts of another split do not stay beside the new ones
     names = [name for name in hub.repos[f"{REPO}-parts"].commits[-1].tree if name.startswith("part-")]
     assert len(names) == 3 and all("-of-00003" in name for name in names)
+
+
+@pytest.fixture(scope="module")
+def decided(tmp_path_factory):
+    """A run whose parts decide together."""
+    given = [
+        *RUN,
+        "--joint-epochs",
+        "0",
+        "--part-epochs",
+        "1",
+        "--epochs",
+        "0",
+        "--coarse-epochs",
+        "2",
+        "--coarse-widths",
+    ]
+    given += ["8", "--aggregate", "vote", "dnn", "--together", "coherent", "--together-epochs", "2"]
+    folder = tmp_path_factory.mktemp("decided")
+    assert main(["train", *given, "--output", str(folder), "--experiment", "run"]) == 0
+    return folder / "run"
+
+
+def test_a_two_level_network_comes_back_from_the_hub(hub, decided, tmp_path):
+    """From a folder that names its parts, and from one that has them; its figures are the run's."""
+    summary = json.loads((decided / "summary.json").read_text())
+    x = torch.randn(2, 3, 32, 32)
+    parts = {f"part-0000{k}-of-00004.safetensors" for k in range(4)}
+    for name, key in (("two-level", "dnn"), ("together/coherent/last", "coherent")):
+        timm_dd.push(decided / name, REPO)
+        tree = set(hub.repos[REPO].commits[-1].tree)
+        assert tree == {".gitattributes", "README.md", "plan.json", "two_level.json", "coarse.safetensors", *parts}
+        network, local = (timm_dd.TwoLevel.load(place).eval() for place in (f"hf-hub:{REPO}", decided / name))
+        assert torch.equal(network(x), local(x)) and network.class_names == tuple("0123456789")
+        found = ModelCard(card(hub))
+        (result,) = found.data.eval_results
+        assert result.metric_value == round(summary["two_level"][key], 2)
+        assert all(f"| two levels, {how} | {v:.2f} |" in found.text for how, v in summary["two_level"].items())
+        assert f'timm_dd.TwoLevel.load("hf-hub:{REPO}")' in found.text and summary["command"] in found.text
+        assert ("from a random start, for 2 epochs" in found.text) == (key == "coherent")
+    timm_dd.push(decided / "parts", REPO)  # what goes with another network does not stay beside them
+    assert set(hub.repos[REPO].commits[-1].tree) == {".gitattributes", "README.md", "plan.json", *parts}
+
+
+def test_the_use_that_a_card_of_two_levels_shows(hub, decided):
+    timm_dd.push(decided / "two-level", REPO)
+    (code,) = re.findall(r"```python\n(.*?)```", card(hub), re.S)
+    found = {"image": Image.new("RGB", (50, 40), "red")}
+    exec(code, found)
+    assert found["scores"].shape == (1, 10)
+
+
+def test_a_damaged_two_level_network_is_not_pushed(decided, tmp_path):
+    shutil.copytree(decided, tmp_path / "run")
+    for name in ("two-level/coarse.safetensors", "parts/2/part-00002-of-00004.safetensors"):
+        path = tmp_path / "run" / name
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(MergeError, match=path.name):
+            write_repository(tmp_path / "run" / "two-level", REPO, tmp_path / "staged")
+        path.write_bytes(data)
+    assert not (tmp_path / "staged").exists()
+    about = tmp_path / "run" / "two-level" / "two_level.json"
+    said = json.loads(about.read_text())
+    about.write_text(json.dumps({**said, "top1": "high"}))
+    with pytest.raises(MergeError, match="two_level.json is not whole"):
+        write_repository(about.parent, REPO, tmp_path / "staged")
+    about.write_text(json.dumps({k: v for k, v in said.items() if k != "top1"}))
+    assert results(about.parent, tmp_path) == []
+    shutil.move(tmp_path / "run" / "together" / "coherent" / "best", tmp_path / "alone")  # no run around it
+    assert results(tmp_path / "alone", tmp_path) == []
 
 
 def test_the_card_of_a_trained_model(hub, one, tmp_path):

@@ -32,13 +32,14 @@ LAYERS = [
 # Inside a room, in the order of its story.
 ROOMS = {
     "algebra": ["axes", "journal", "widths", "view", "domain"],
-    "planning": ("graphs modes trace shapes rules reader relations numbers plan assemble planner").split(),
+    "planning": ("graphs costs modes trace shapes rules reader relations numbers plan assemble planner").split(),
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
     "surgery": ["emit", "trial", "source", "packed", "parts", "split", "merge"],
     "two_level": ["aggregate", "files", "network"],
     "train": (
-        "views flags config checks options workers images data decoded composed optimizers schedule layout learner "
-        "checkpoints engines trackers loop folder momenta stages joint coarse rehearsal run demo __main__"
+        "views flags config checks options workers images data decoded resident composed optimizers schedule layout "
+        "capture learner checkpoints engines trackers loop distill folder momenta stages joint coarse together summary "
+        "rehearsal run demo __main__"
     ).split(),
 }
 

@@ -99,6 +99,7 @@ OUT_OF_RANGE = [
     "--val-num-samples 0", f"--seed {2**64}", "--lr nan", "--joint-lr inf", "--part-lr -1", "--opt-betas 0.9 1.5",
     "--std 0 1 1", "--scale 0 1", "--scale 1 0.5", "--img-size 0", "--device foo", "--device mps",
     "--model-kwargs foo", "--model-kwargs =3", "--decay-milestones -1", "--part-shift -1", "--num-classes 0",
+    "--coarse-folds 1", "--distill 1.5",
 ]  # fmt: skip
 
 
@@ -112,7 +113,8 @@ WITHOUT_EFFECT = [
     "--train-crop-mode rkrc",
     "--data-dir x", "--train-split x", "--dataset-download", "--no-aug --reprob 0.2 --shift 0",
     "--no-aug --hflip 0.2 --shift 0", "--amp-dtype float16", "--clip-mode agc", "--model-ema-decay 0.9",
-    "--wandb-project x", "--reassign", "--baseline --color-jitter 0.3",
+    "--wandb-project x", "--reassign", "--baseline --color-jitter 0.3", "--together-epochs 3",
+    "--coarse-folds 3", "--distill 0.5", "--aggregate mean --coarse-folds 3",
 ]  # fmt: skip
 
 

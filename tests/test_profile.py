@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dd
 from timm_dd import Domain, SplitError
+from timm_dd.planning.costs import cost
 from timm_dd.planning.graphs import skeleton
 from timm_dd.planning.rules import has_rule
 from timm_dd.planning.trace import trace
-from timm_dd.reports.profile import cost, profile
+from timm_dd.reports.profile import profile
 
 
 class Tiny(nn.Module):

@@ -121,7 +121,7 @@ def test_figures_say_where_they_come_from():
     """Command, table, commit and device, as the tables say."""
     command, link = r"`python benchmarks/(\w+)\.py[^|]*`", r"\[[\w.]+\]\(\.\./(.*?)\)"
     rows = re.findall(rf"^\| [^|]* \| {command} \| {link} \| (.*?) \| (.*?) \|$", RESULTS, re.M)
-    assert len(rows) == 8
+    assert len(rows) == 9
     for script, path, commits, device in rows:
         assert (ROOT / "benchmarks" / f"{script}.py").exists()
         found = list(csv.DictReader((ROOT / path).open()))
@@ -165,6 +165,26 @@ def test_means_are_those_of_the_table():
             values = ([float(r[k]) for r in seeds if r[k]] for k in keys)
             means = " | ".join(f"{sum(v) / len(v):.2f}" if v else "–" for v in values)
             assert f"| {variant} | {len(seeds)} | {means} |" in section
+
+
+def test_two_levels_are_those_of_the_table():
+    """Means of the seeds: top-1, the paper's, then millions of multiply-adds and seconds."""
+    ours = ("global", "avg", "min", "max", "mean", "vote", "sum", "dnn", "coherent", "transfer", "composed", "tuned")
+    took = [f"{name}_seconds" for name in ("global", "parts", "dnn", "coherent", "transfer", "tuned")]
+    rows = table("two_level")
+
+    def cells(seeds, names, unit=1):
+        values = ([float(r[name]) / unit for r in seeds if r[name]] for name in names)
+        return " | ".join(f"{sum(v) / len(v):.2f}" if v else "–" for v in values)
+
+    for key in dict.fromkeys((r["table"], f"{r['network']}, {r['boxes']}") for r in rows):
+        seeds = [r for r in rows if (r["table"], f"{r['network']}, {r['boxes']}") == key]
+        assert f"| {key[1]} | {len(seeds)} | {cells(seeds, ours)} |" in RESULTS
+        counted = cells(seeds, [f"{name}_multiply_adds" for name in ("global", "parts", "dnn")], 1e6)
+        assert f"| {key[1]} | {counted} | {cells(seeds, took)} |" in RESULTS
+        if key[0]:
+            said = cells(seeds, [f"paper_{name}" for name in ("global", "avg", "min", "max", "dnn")])
+            assert f"| {key[0]}: {key[1]} | {said} |" in RESULTS
 
 
 def test_scaling_is_that_of_the_table():

@@ -97,7 +97,10 @@ def _add_verify(commands) -> None:
 
 
 def _add_push(commands) -> None:
-    what, example = "a composed model, or parts, to the Hugging Face Hub", "push composed/ USER/REPO"
+    what, example = (
+        "a composed model, parts or a two-level network, to the Hugging Face Hub",
+        "push composed/ USER/REPO",
+    )
     p = _command(commands, "push", _push, what, example)
     p.add_argument("folder", metavar="FOLDER", help="from merge, split or train")
     p.add_argument("repo", metavar="USER/REPO", help="made if it is not there")

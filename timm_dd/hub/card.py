@@ -8,7 +8,7 @@ above the model's. A model that no run made, or that lies elsewhere, has a card 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -18,10 +18,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..errors import MergeError, headline
 from ..storage import files
 from ..storage.tensorfile import READ_ERRORS, TensorFile
+from ..two_level import files as two_level
 
 TEMPLATES = Path(__file__).parent / "templates"  # links to hub_cards/
 TAGS = ["timm_dd", "domain-decomposition"]
 STAGES = ("composed", "tuned", "best")  # the models of a run: what its summary calls them, and their metadata
+TWO_LEVEL = ("two_level", "coherent", "transfer")
 
 
 def of_model(repo: str, folder: Path) -> str:
@@ -38,7 +40,11 @@ def of_model(repo: str, folder: Path) -> str:
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", *TAGS],
         metrics=["accuracy"] if run else None,
-        **({"model_name": repo.split("/")[-1], "eval_results": [_result(run, about["stage"])]} if run else {}),
+        **(
+            {"model_name": repo.split("/")[-1], "eval_results": [_result(run, run["results"][about["stage"]])]}
+            if run
+            else {}
+        ),
     )
     ours = timm.is_model(architecture) and timm.model_entrypoint(architecture).__module__.startswith("timm_dd")
     stage = about.get("stage")
@@ -52,6 +58,19 @@ def of_parts(repo: str, parts: files.PartsFolder) -> str:
     about = {**files.summary(plan, parts.digest), "seed": parts.history()[0], "epoch": parts.history()[1]}
     counts = plan.params(), plan.params(0)
     return _render(data, "parts.md.jinja", repo=repo, about=about, plan=plan, counts=counts)
+
+
+def of_two_level(repo: str, folder: Path) -> str:
+    """The card of a two-level network."""
+    about, place = two_level.describe(folder)
+    with files.PartsFolder(place.parts) as parts:
+        plan, made = parts.plan, {**files.summary(parts.plan, parts.digest), **place.origin}
+    run = _run(folder, made, TWO_LEVEL) if "top1" in made else None
+    given = {"metrics": ["accuracy"], "model_name": repo.split("/")[-1]} if run else {}
+    if run:
+        given["eval_results"] = [_result(run, float(made["top1"]))]
+    data = ModelCardData(library_name="timm_dd", pipeline_tag="image-classification", tags=TAGS, **given)
+    return _render(data, "two_level.md.jinja", repo=repo, about=about, made=made, plan=plan, run=run)
 
 
 def _render(data: ModelCardData, template: str, **values) -> str:
@@ -86,9 +105,9 @@ def _config(path: Path) -> dict:
         raise MergeError(f"{path} is damaged ({headline(e)}); compose the parts again") from e
 
 
-def _run(folder: Path, about: Mapping[str, str]) -> dict | None:
+def _run(folder: Path, about: Mapping[str, str], stages: Sequence[str] = STAGES) -> dict | None:
     """The summary of the run that made a model; None if there is none above `folder`, or the run is not done."""
-    if "run" not in about or about.get("stage") not in STAGES:
+    if "run" not in about or about.get("stage") not in stages:
         return None
     for above in folder.resolve().parents:
         described, summary = above / files.PLAN, above / "summary.json"
@@ -108,7 +127,7 @@ def _summary(path: Path) -> dict:
         raise MergeError(f"{path} is damaged ({type(e).__name__}: {headline(e)}); let the run write it again") from e
 
 
-def _result(run: dict, stage: str) -> EvalResult:
+def _result(run: dict, top1: float) -> EvalResult:
     return EvalResult(
         task_type="image-classification",
         dataset_type=run["dataset"].lower(),
@@ -116,5 +135,5 @@ def _result(run: dict, stage: str) -> EvalResult:
         dataset_split=run["split"],
         metric_type="accuracy",
         metric_name="top-1 accuracy, %",
-        metric_value=round(run["results"][stage], 2),
+        metric_value=round(top1, 2),
     )

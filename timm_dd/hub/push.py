@@ -1,7 +1,8 @@
-"""Composed models and folders of parts on the Hugging Face Hub: safetensors, JSON and a model card, nothing else.
+"""Composed models, folders of parts and two-level networks on the Hugging Face Hub: safetensors, JSON and a model card,
+nothing else.
 
 `push` uploads what a repository is to hold, `write_repository` writes it into a folder. Stock timm loads a composed
-model as ``hf-hub:USER/REPO``; `merge` reads parts as ``hf-hub:USER/REPO-parts``.
+model as ``hf-hub:USER/REPO``; `merge` and `TwoLevel.load` read the others as ``hf-hub:USER/REPO-parts``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..errors import FileError, PushError, headline, public
 from ..storage import files
 from ..storage.atomic import output_folder
+from ..two_level import files as two_level
 from ..version import __version__
 from . import card
 
@@ -38,11 +40,11 @@ def push(
     message: str | None = None,
     tag: str | None = None,
 ) -> str:
-    """Upload a composed model, or a folder of parts, and its model card. After a broken connection what has arrived is
-    not uploaded again. A card that was edited on the Hub stays as it is.
+    """Upload a composed model, a folder of parts or a two-level network, and its model card. After a broken connection
+    what has arrived is not uploaded again. A card that was edited on the Hub stays as it is.
 
     Args:
-        folder: from `merge_files`, a training run or `Parts.save`, with or without a ``README.md``.
+        folder: from `merge_files`, a training run, `Parts.save` or `TwoLevel.save`, with or without a ``README.md``.
         repo: ``USER/REPO``; made if it is not there.
         private: make it private.
         message: of the commit.
@@ -52,15 +54,16 @@ def push(
         The address of the commit.
 
     Raises:
-        MergeError: the folder holds neither, or is damaged.
+        MergeError: the folder holds none of them, or is damaged.
         PushError: the Hub refuses, or cannot be reached.
     """
     _check_name(repo)
-    found, text = _gather(Path(folder), repo)
+    found, texts = _gather(Path(folder), repo)
     with tempfile.TemporaryDirectory() as temporary:
         for name, path in found.items():
             os.symlink(path.resolve(), Path(temporary) / name)
-        (Path(temporary) / CARD).write_text(text, encoding="utf-8")
+        for name, text in texts.items():
+            (Path(temporary) / name).write_text(text, encoding="utf-8")
         with _talking_to_the_hub(repo):
             return _upload(Path(temporary), repo, private, message or f"{repo} by timm_dd {__version__}", tag)
 
@@ -69,18 +72,19 @@ def write_repository(folder: str | Path, repo: str, target: str | Path) -> None:
     """Write the folder that `push` would upload to `repo`, without a connection; edit its ``README.md`` and push it.
 
     Raises:
-        MergeError: `folder` holds neither a composed model nor parts, or is damaged.
+        MergeError: `folder` holds no composed model, parts or two-level network, or is damaged.
         FileError: `target` is not empty, or cannot be written.
     """
     _check_name(repo)
     target = Path(target)
     if target.exists() and any(target.iterdir()):
         raise FileError(f"{target} is not empty; remove it, or choose another folder")
-    found, text = _gather(Path(folder), repo)
+    found, texts = _gather(Path(folder), repo)
     with output_folder(target, sync=False) as aside:
         for name, path in found.items():
             shutil.copyfile(path, aside(name))
-        aside(CARD).write_text(text, encoding="utf-8")
+        for name, text in texts.items():
+            aside(name).write_text(text, encoding="utf-8")
 
 
 def _check_name(repo: str) -> None:
@@ -92,9 +96,14 @@ def _check_name(repo: str) -> None:
         raise PushError(f"{repo!r} is not the name of a repository, USER/REPO ({headline(e)})") from e
 
 
-def _gather(folder: Path, repo: str) -> tuple[dict[str, Path], str]:
-    """The files of a repository by their names in it, and its card: the folder's ``README.md``, or one of ours."""
-    if (folder / files.PLAN).exists():
+def _gather(folder: Path, repo: str) -> tuple[dict[str, Path], dict[str, str]]:
+    """The files of a repository by their names in it, and the texts of others: its card is the folder's ``README.md``,
+    or one of ours."""
+    texts = {}
+    if (folder / two_level.ABOUT).exists():
+        texts[two_level.ABOUT], found = two_level.gather(folder)
+        text = card.of_two_level(repo, folder)
+    elif (folder / files.PLAN).exists():
         with files.PartsFolder(folder) as parts:
             paths = [parts.open(k).path for k in range(parts.plan.parts)]
             for k in range(parts.plan.parts):
@@ -105,7 +114,7 @@ def _gather(folder: Path, repo: str) -> tuple[dict[str, Path], str]:
         text = card.of_model(repo, folder)
         found = {name: folder / name for name in (files.MODEL, "config.json")}
     given = folder / CARD
-    return found, given.read_text(encoding="utf-8") if given.is_file() else _sign(text)
+    return found, {**texts, CARD: given.read_text(encoding="utf-8") if given.is_file() else _sign(text)}
 
 
 def _upload(staged: Path, repo: str, private: bool, message: str, tag: str | None) -> str:
@@ -117,7 +126,7 @@ def _upload(staged: Path, repo: str, private: bool, message: str, tag: str | Non
         if not _is_signed(there):
             _logger.warning("%s: the card there was edited and stays as it is", repo)
             (staged / CARD).write_text(there, encoding="utf-8")
-    others = "part-*.safetensors" if (staged / files.PLAN).exists() else None  # parts of another split go
+    others = [*two_level.FILES, "part-*.safetensors"] if (staged / files.PLAN).exists() else None  # of another split
     commit = api.upload_folder(repo_id=repo, folder_path=staged, commit_message=message, delete_patterns=others)
     if tag is not None:
         api.create_tag(repo, tag=tag, revision=commit.oid)

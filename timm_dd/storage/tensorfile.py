@@ -114,6 +114,8 @@ class TensorFile:
 
     def __init__(self, path: Path):
         self.path = path
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         with safe_open(path, "pt"):  # the library judges the header; it does not tell where a tensor begins
             self._file = open(path, "rb")
         try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import shown
-from .flags import STAGED, flag_of, parser
+from .flags import PREFIXES, STAGED, flag_of, parser
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a whole number from 1 up": (
@@ -20,6 +20,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "batch_size coarse_views coarse_widths cycles grad_accum_steps img_size in_chans input_size num_classes "
         "parts plateau_epochs train_num_samples val_num_samples validation_batch_size",
     ),
+    "a whole number from 2 up": (lambda n: n >= 2, "coarse_folds"),
     "a whole number from 0 up": (
         lambda n: n >= 0,
         "coarse_epochs decay_milestones epochs margin overlap shift warmup_epochs",
@@ -34,7 +35,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a number above 0": (lambda x: x > 0, "clip_grad decay_epochs opt_eps ratio std"),
     "a number above 0 and up to 1": (lambda x: 0 < x <= 1, "crop_pct scale"),
     "a number from 0 and below 1": (lambda x: 0 <= x < 1, "coarse_dropout opt_betas smoothing"),
-    "a number from 0 to 1": (lambda x: 0 <= x <= 1, "model_ema_decay"),
+    "a number from 0 to 1": (lambda x: 0 <= x <= 1, "distill model_ema_decay"),
     "a probability from 0 to 1": (lambda x: 0 <= x <= 1, "drop drop_path hflip reprob roam vflip"),
     "a number": (lambda x: True, "mean"),
     "a whole number": (lambda n: True, "seed"),
@@ -71,7 +72,7 @@ def _check_text(p: argparse.ArgumentParser, flag: str, text: str, empty: bool) -
 def _given(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[str, float]]:
     """The flags of these names, those of single stages too, with each of their numbers."""
     for name in names:
-        for full in (name, *(f"{stage}_{name}" for stage in ("part", "joint", "baseline") if name in STAGED)):
+        for full in (name, *(f"{stage}_{name}" for stage in PREFIXES if name in STAGED)):
             value = getattr(args, full)
             for number in value if isinstance(value, (list, tuple)) else () if value is None else (value,):
                 yield flag_of(full), number
@@ -100,6 +101,9 @@ def check_effects(p: argparse.ArgumentParser, args: argparse.Namespace, shifted:
         (args.clip_grad is None, "without --clip-grad", "clip_mode"),
         (not args.model_ema, "without --model-ema", "model_ema_decay"),
         (not args.log_wandb, "without --log-wandb", "wandb_project"),
+        (not args.aggregate, "without --aggregate", "distill"),
+        ("dnn" not in args.aggregate, "without --aggregate dnn", "coarse_folds"),
+        (not args.together, "without --together", " ".join(f"together_{name}" for name in STAGED)),
         (args.cycles == 1, "without --cycles of two or more", "reassign"),
     ]
     for applies, where, names in excluded:

@@ -2,7 +2,8 @@
 
 Mean, majority and sum need the parts' logits on the validation images alone. The dense network is trained on the parts'
 probabilities on the training images, which are computed once for each ``--coarse-views``, augmented as for the parts,
-and kept in the run's folder until it is done: it trains in seconds, on the CPU, and gives the same bits again.
+and kept in the run's folder until it is done: it trains in seconds, on the CPU, and gives the same bits again. With
+``--coarse-folds`` these are images that the parts did not train on (held-out, as in stacking, Wolpert 1992).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from ..errors import TrainError
@@ -36,11 +38,21 @@ KEPT = "probabilities.safetensors"
 KEEPS = "the parts are kept"
 
 
-def check(args: argparse.Namespace, images: int) -> None:
-    """Raise TimmDDError unless this machine can train the dense network, if one is asked for, on so many images."""
+def check(args: argparse.Namespace, train: Dataset) -> None:
+    """Raise TimmDDError unless this machine can train the dense network, if one is asked for, on its share of the
+    training images."""
+    if "dnn" in args.aggregate or args.together:
+        check_coarse(args.parts, args.num_classes, args.coarse_widths, args.coarse_dropout)
     if "dnn" not in args.aggregate:
         return
-    check_coarse(args.parts, args.num_classes, args.coarse_widths, args.coarse_dropout)
+    if args.coarse_folds is not None and isinstance(train, IterableDataset):
+        raise TrainError("--coarse-folds: these images come as a stream, of which none can be left out; give a folder")
+    images, batch = len(data.folds(args, train)[1]), data.images_of_an_update(args)
+    if images < batch:
+        raise TrainError(
+            f"--coarse-folds {args.coarse_folds}: {images} images for the dense network make no batch of {batch}; use "
+            "fewer folds, or a smaller --batch-size"
+        )
     needed = 4 * args.coarse_views * images * args.parts * args.num_classes
     if needed > memory() // 4:
         raise TrainError(
@@ -61,7 +73,7 @@ def decide_together(run: Context) -> tuple[dict[str, float], float]:
     load_trained(run.folder.parts, run.parts)
     args = options.stage_options(run.args, "part")
     args.mixup = 0.0  # of two images at once no label is right
-    train, validation = run.loaders(args, distributed=False)
+    train, validation = run.loaders(args, distributed=False, images=data.folds(run.args, run.sets[0])[1])
     learners = [part_learner(run, k, 1) for k in range(len(run.parts))]
     logits, labels = _logits(run, learners, validation)
     coarse = _train(run, learners, train, logits.shape[-1], json.dumps(made_by)) if "dnn" in hows else None
@@ -69,8 +81,9 @@ def decide_together(run: Context) -> tuple[dict[str, float], float]:
     with torch.no_grad():
         found = {how: _accuracy(by[how](logits), labels) for how in hows}
     kept = "dnn" if coarse else hows[0]
-    two = TwoLevel(run.parts, kept, widths=args.coarse_widths, dropout=args.coarse_dropout)
-    files.save(folder, run.parts, two.description(), coarse, linked=run.folder.parts.path)
+    settings = {"widths": run.args.coarse_widths, "dropout": run.args.coarse_dropout, "class_names": run.class_names}
+    about, origin = TwoLevel(run.parts, kept, **settings).description(), run.about("two_level")
+    files.save(folder, run.parts, about, coarse, run.folder.parts.path, {**origin, "top1": f"{found[kept]:.2f}"})
     seconds = time.perf_counter() - start
     replace_json(told, {"top1": found, "seconds": seconds, "options": made_by})
     (folder / KEPT).unlink(missing_ok=True)

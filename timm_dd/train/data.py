@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from timm.data import FastCollateMixup, create_dataset, create_loader, resolve_data_config
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision import transforms
 
 from ..errors import TrainError, headline
@@ -34,7 +34,7 @@ class Digits(Dataset):
     Every fifth scan is for validation.
     """
 
-    classes = 10
+    classes = tuple("0123456789")
 
     def __init__(self, train: bool, mode: str = "RGB"):
         from sklearn.datasets import load_digits
@@ -54,11 +54,11 @@ class Digits(Dataset):
 
 
 class First(Chosen):
-    """The first n images of a fixed shuffle."""
+    """The first n images of a fixed shuffle, or the rest of them."""
 
-    def __init__(self, dataset: Dataset, n: int, seed: int):
+    def __init__(self, dataset: Dataset, n: int, seed: int, rest: bool = False):
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-        super().__init__(dataset, order[:n].tolist())
+        super().__init__(dataset, (order[n:] if rest else order[:n]).tolist())
 
 
 def datasets(args: argparse.Namespace, world: int = 1) -> tuple[Dataset, Dataset, int | None]:
@@ -72,7 +72,7 @@ def datasets(args: argparse.Namespace, world: int = 1) -> tuple[Dataset, Dataset
     """
     if args.dataset == "digits":
         sets = _digits(True, image_mode(args)), _digits(False, image_mode(args))
-        classes: int | None = Digits.classes
+        classes: int | None = len(Digits.classes)
     else:
         sets = tuple(_dataset(args, which) for which in ("train", "validation"))
         classes = _classes(*sets)
@@ -105,6 +105,15 @@ def _check_enough(args: argparse.Namespace, train: int, val: int, world: int) ->
         )
     if not val:
         raise TrainError("no validation images, and no accuracy without them")
+
+
+def folds(args: argparse.Namespace, train: Dataset) -> tuple[Dataset, Dataset]:
+    """The training images of the parts and those of the dense network: all for both, or with --coarse-folds N for the
+    dense network an N-th that the parts leave out."""
+    if args.coarse_folds is None:
+        return train, train
+    n = len(train) - len(train) // args.coarse_folds
+    return First(train, n, args.seed), First(train, n, args.seed, rest=True)
 
 
 def images_of_an_update(args: argparse.Namespace) -> int:
@@ -207,6 +216,15 @@ def _classes(train: Dataset, val: Dataset) -> int | None:
             "folders"
         )
     return len(maps[0]) or len(getattr(train, "classes", ())) or None
+
+
+def class_names(dataset: Dataset, classes: int) -> tuple[str, ...] | None:
+    """In the order of their numbers, if the data set tells them."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    by_number = getattr(dataset, "class_map", {})
+    names = sorted(by_number, key=by_number.get) or getattr(dataset, "classes", ())
+    return tuple(map(str, names)) if isinstance(names, Sequence) and len(names) == classes else None
 
 
 def data_config(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from ..two_level.aggregate import AGGREGATIONS, WIDTHS
 from .views import listed
 
 PRESETS = ("paper",)
+TOGETHER = ("coherent", "transfer")
+PREFIXES = ("part", "joint", "together", "baseline")  # of flags for one stage alone
 SCALES = ("sum", "mean", "temperature")
 STAGED = {
     "epochs": dict(type=int, metavar="N", help="epochs"),
@@ -69,7 +71,9 @@ def parser(add_help: bool = True) -> argparse.ArgumentParser:
     _data(p.add_argument_group("data"))
     _model(p.add_argument_group("model and parts"))
     _optimizer(p.add_argument_group("optimizer and schedule"))
-    _stages(p.add_argument_group("stages (--part-X, --joint-X and --baseline-X set one for that stage alone)"))
+    _stages(
+        p.add_argument_group("stages (--part-X, --joint-X, --together-X and --baseline-X set one for that stage alone)")
+    )
     _run(p.add_argument_group("run"))
     console.options(p)
     return p
@@ -196,6 +200,7 @@ def _stages(g) -> None:
     )
     _composed(g)
     _second_level(g)
+    _two_levels_in_training(g)
     g.add_argument(
         "--cycles",
         type=int,
@@ -207,7 +212,7 @@ def _stages(g) -> None:
     g.add_argument(
         "--reassign", action="store_true", help="in the next cycle each part gets channels of all parts of the last"
     )
-    for stage in ("part", "joint", "baseline"):
+    for stage in PREFIXES:
         for name, kind in STAGED.items():
             given = {"help": argparse.SUPPRESS if name != "epochs" else f"{stage}: {kind['help']}"}
             if (stage, name) == ("joint", "epochs"):
@@ -215,6 +220,8 @@ def _stages(g) -> None:
                     "help": "of the parts after their own, on whole images, against the loss of their sum of logits; "
                     "by default a sixth of theirs",
                 }
+            if (stage, name) == ("together", "epochs"):
+                given = {"help": "of parts and dense network as one; by default as many as the parts'"}
             if (stage, name) == ("part", "lr"):
                 given = {"nargs": "+", "help": "parts: learning rate, one for all or one for each"}
             g.add_argument(flag_of(f"{stage}_{name}"), **{**kind, **given})
@@ -285,6 +292,33 @@ def _second_level(g) -> None:
     g.add_argument("--coarse-dropout", type=float, default=0.0, metavar="P", help="after each of its hidden layers")
     g.add_argument(
         "--coarse-views", type=int, default=1, metavar="N", help="how often it sees each image, augmented anew"
+    )
+    g.add_argument(
+        "--coarse-folds",
+        type=int,
+        metavar="N",
+        help="the parts leave out an N-th of the training images, and the dense network learns from these alone: "
+        "probabilities on images that parts have trained on are too sure",
+    )
+
+
+def _two_levels_in_training(g) -> None:
+    """Both levels as one network, and as a teacher."""
+    g.add_argument(
+        "--together",
+        nargs="*",
+        default=[],
+        choices=TOGETHER,
+        help="also train all parts and a dense network of these widths as one network, all ranks together: from a "
+        "random start (coherent), or from the trained parts (transfer)",
+    )
+    g.add_argument(
+        "--distill",
+        type=float,
+        default=0.0,
+        metavar="ALPHA",
+        help="share of the fine-tuning's loss that is against the probabilities of --aggregate's network (of dnn, or "
+        "of the first that is named), on the same crops",
     )
 
 

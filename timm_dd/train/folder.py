@@ -187,6 +187,10 @@ class RunFolder:
         return self.path / "two-level"
 
     @property
+    def together(self) -> Path:
+        return self.path / "together"
+
+    @property
     def tuned(self) -> Path:
         return self.path / "global"
 
@@ -268,8 +272,10 @@ class RunFolder:
                 if stage.is_done(k):
                     stage.check(k)
                 else:
-                    self._check_checkpoint(stage.part(k), stage.name, train, 1, k)
-        for folder, name in ((self.tuned, None), (self.baseline, "baseline")):
+                    images = data.folds(self.args, train)[0] if stage.name == "part" else train
+                    self._check_checkpoint(stage.part(k), stage.name, images, 1, k)
+        together = ((self.together / name, name) for name in self.args.together)
+        for folder, name in (*together, (self.tuned, None), (self.baseline, "baseline")):
             self._check_checkpoint(folder, name, train, self.ranks.world)
 
     def _check_checkpoint(self, folder: Path, stage: str | None, train: Dataset, ranks: int, k: int = 0) -> None:

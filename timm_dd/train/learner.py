@@ -13,7 +13,6 @@ from random import Random
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
@@ -131,9 +130,9 @@ class Learner:
         self.forward = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
         self.ema = ModelEmaV3(self.net, decay=args.model_ema_decay) if args.model_ema else None
         self.criterion = criterion(args)
-        self.micro_batches = args.grad_accum_steps
+        self.loss = lambda logits, x, y: self.criterion(logits, y)
         self.around_step: Callable[[], AbstractContextManager] = nullcontext  # of the optimizer
-        self.dtype = getattr(torch, args.amp_dtype)
+        self.micro_batches, self.dtype = args.grad_accum_steps, getattr(torch, args.amp_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=optimizers.scales(args))
         self.random = SeededRandom(seed, device)
         self.updates, self.seconds = 0, 0.0
@@ -165,8 +164,7 @@ class Learner:
         self.update(within_memory([self], partial(self.gradients, self.view(x), y), len(y)), len(y))
 
     def gradients(self, seen: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The loss of a batch, of which the network has `seen` its view; its gradients are added up over the
-        micro-batches."""
+        """The loss of a batch, of which it has `seen` its view; gradients are added up over the micro-batches."""
         self.optimizer.zero_grad()
         total = torch.zeros_like(self._total)
         batches = list(self.chunks(seen, y))
@@ -174,7 +172,7 @@ class Learner:
             later = self.model.no_sync() if self.distributed and i + 1 < len(batches) else nullcontext()
             with later:
                 with self.autocast():
-                    loss = self.criterion(self.training_logits(x_i, i), y_i) * (len(y_i) / len(y))
+                    loss = self.loss(self.training_logits(x_i, i), x_i, y_i) * (len(y_i) / len(y))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
@@ -209,13 +207,6 @@ class Learner:
         self.schedule.step_update(self.updates)
         self._total = self._total + loss * images
         self._images += images
-
-    def sync_ema_buffers(self) -> None:
-        """Under DistributedDataParallel each rank has other BatchNorm statistics; it takes those of the first for all,
-        and so do the averages."""
-        if self.ema is not None and self.distributed:
-            for statistics in self.ema.module.buffers():
-                dist.broadcast(statistics, 0)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.args.amp)

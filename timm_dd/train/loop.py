@@ -62,7 +62,7 @@ class TrainingLoop:
             if not due:
                 return
             for learner in due:
-                learner.sync_ema_buffers()
+                _share_averages(learner)
             timer = self.timer if self.primary else None
             accuracies = evaluate(due, self.loaders[1], self.engine, timer=timer, shared=self.shared)
             seconds = time.perf_counter() - start
@@ -122,6 +122,14 @@ class TrainingLoop:
 
 def _alive(learners: Sequence[Learner]) -> list[Learner]:
     return [n for n in learners if n.failure is None]
+
+
+def _share_averages(learner: Learner) -> None:
+    """Under DistributedDataParallel each rank has other BatchNorm statistics; it takes those of the first for all, and
+    so do the averages."""
+    if learner.ema is not None and learner.distributed:
+        for statistics in learner.ema.module.buffers():
+            dist.broadcast(statistics, 0)
 
 
 def _write_summary(learner: Learner) -> None:

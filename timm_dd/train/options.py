@@ -15,17 +15,19 @@ from pathlib import Path
 from ..console import domain as domain  # of the boxes, for who trains parts without a run
 from ..errors import TrainError
 from . import checks, config
-from .flags import STAGED, flag_of, parser
+from .flags import PREFIXES, STAGED, TOGETHER, flag_of, parser
 
 MAY_CHANGE_ON_RESUME = {  # no weight depends on them
     "checkpoint_every", "config", "cycles", "device", "engine", "experiment", "log_tensorboard", "log_wandb", "output",
     "part_threads", "pin_mem", "quiet", "resume", "validation_batch_size", "verbose", "wandb_project", "workers",
 }  # fmt: skip
 SCALE, JOINT = 0.625, 6  # of the recipe: how the parts see whole images; one joint epoch for so many of theirs
-STAGES = ("part", "joint", "baseline")
-SECOND_LEVEL = ("aggregate", "coarse_dropout", "coarse_epochs", "coarse_views", "coarse_widths")
+STAGES = ("part", "joint", *TOGETHER, "baseline")
+SECOND_LEVEL = ("aggregate", "coarse_dropout", "coarse_epochs", "coarse_folds", "coarse_views", "coarse_widths")
+TOGETHER_TOO = ("coarse_dropout", "coarse_widths")
 COMPOSED = (  # nothing to parts and baseline
-    "calibrate", "keep_momenta", "off_diagonal_lr", "off_diagonal_noise", "refit_head", "tune_rate", "update_bn",
+    "calibrate", "distill", "keep_momenta", "off_diagonal_lr", "off_diagonal_noise", "refit_head", "tune_rate",
+    "update_bn",
 )  # fmt: skip
 
 
@@ -70,32 +72,46 @@ def _check_together(p: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 def stage_options(args: argparse.Namespace, name: str | None, part: int = 0) -> argparse.Namespace:
     """The options as a stage sees them: ``part``, of which each may have another learning rate; ``joint``, with that
-    rate and otherwise, on whole images as it is, as the composed model; ``baseline``; or None for the composed model.
-    By default the parts train as many epochs as the composed model, and the baseline as many as both."""
+    rate and otherwise, on whole images as it is, as the composed model; ``coherent`` and ``transfer``, parts and dense
+    network as one; ``baseline``; or None for the composed model. By default the parts train as many epochs as the
+    composed model, parts and dense network as many as the parts, and the baseline as many as parts and composed
+    model."""
     staged = copy.copy(args)
-    if name is None:
+    staged.together = name if name in TOGETHER else None
+    for option in _foreign(name, bool(args.distill)):
+        setattr(staged, option, None)
+    if name in (None, "transfer"):  # they go on with trained parts
         factor = args.tune_rate if args.part_lr is None else 1.0
         staged.lr, staged.lr_base = None if args.lr is None else factor * args.lr, factor * args.lr_base
+    if name is None:
         return staged
     if name in ("part", "joint") and args.part_lr is not None:
         staged.lr = args.part_lr[part % len(args.part_lr)]
-    if name == "baseline" and args.baseline_epochs is None:
+    if name == "baseline":
         staged.epochs = stage_options(args, "part").epochs + args.epochs
+    if name in TOGETHER:
+        staged.epochs = stage_options(args, "part").epochs
     for option in STAGED:
-        value = getattr(args, f"{name}_{option}")
+        value = getattr(args, f"{'together' if name in TOGETHER else name}_{option}")
         if value is not None and (name, option) != ("part", "lr"):
             setattr(staged, option, value)
-    for option in COMPOSED:
-        setattr(staged, option, None)
     return staged
+
+
+def _foreign(name: str | None, taught: bool) -> set[str]:
+    """The options that are nothing to a stage; the composed model may be taught by the second level."""
+    composed = (*COMPOSED, *SECOND_LEVEL) if taught else COMPOSED
+    own = {"part": ("coarse_folds",), None: composed, **dict.fromkeys(TOGETHER, TOGETHER_TOO)}
+    return {*SECOND_LEVEL, *COMPOSED} - {*own.get(name, ())}
 
 
 def training_identity(args: argparse.Namespace) -> dict:
     """The options, as a stage sees them, on which a network's weights depend; as JSON."""
+    of_others = tuple(f"{prefix}_" for prefix in PREFIXES)
     relevant = {
         k: v
         for k, v in vars(args).items()
-        if k not in {*MAY_CHANGE_ON_RESUME, *SECOND_LEVEL} and not k.startswith(("part_", "joint_", "baseline"))
+        if k not in {*MAY_CHANGE_ON_RESUME, "baseline"} and not k.startswith(of_others)
     }
     return json.loads(json.dumps(relevant))
 

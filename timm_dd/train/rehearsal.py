@@ -56,7 +56,7 @@ def rehearse(
         with _said_of(f"--torchcompile {args.torchcompile}"):
             torch.compile(torch.nn.Linear(1, 1), backend=args.torchcompile)
     kinds = {}
-    for stage in ("part", None, *(["baseline"] if args.baseline else [])):
+    for stage in ("part", *args.together, None, *(["baseline"] if args.baseline else [])):
         staged = options.stage_options(args, stage)
         with _said_of(f"--opt {staged.opt}"):
             optimizer = optimizers.create(torch.nn.Linear(1, 1), staged, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import time
@@ -24,7 +25,6 @@ from ..storage import files
 from ..storage.atomic import replace_json
 from ..surgery.parts import Parts
 from ..surgery.split import split
-from ..text import table
 from . import checkpoints, coarse, data, options, views
 from .checkpoints import CheckpointTimer
 from .composed import reassign
@@ -35,6 +35,8 @@ from .images import left_out
 from .joint import train_joint
 from .rehearsal import rehearse
 from .stages import Context, meet, train_baseline, train_parts, tune
+from .summary import multiply_adds, summary_table
+from .together import train_together
 from .trackers import Trackers
 
 
@@ -61,7 +63,7 @@ class Run:
         self.train_set, self.val_set, classes = data.datasets(args, self.ranks.world)
         self.model_args = options.model_arguments(args, classes)
         args.num_classes = self.model_args["num_classes"]
-        coarse.check(args, len(self.train_set))
+        coarse.check(args, self.train_set)
         empty = models.create_empty(args.model, **self.model_args)
         self.data_config = data.data_config(args, empty)
         self.timer = CheckpointTimer(args.checkpoint_every)
@@ -207,11 +209,13 @@ class Run:
             parts=self.parts,
             whole=self.whole,
             model_args=self.model_args,
+            class_names=data.class_names(self.train_set, self.args.num_classes),
             data_config=self.data_config,
             sets=sets,
             timer=self.timer,
             trackers=tracked,
         )
+        fresh = {how: copy.deepcopy(self.parts) for how in self.args.together}
         train_parts(context)
         meet(context)
         trained = self.place.parts.summaries()
@@ -220,7 +224,9 @@ class Run:
             joint["joint"], seconds["joint"] = train_joint(context)
         second = {}
         if self.args.aggregate and self.ranks.primary:
-            second["two_level"], seconds["two_level"] = coarse.decide_together(context)
+            second, seconds["two_level"] = coarse.decide_together(context)
+        for how, parts in fresh.items():
+            second[how], seconds[how] = train_together(context, how, parts)
         if self.place.start is not None and self.ranks.primary:
             mine = self.parts.plan
             files.save_state(self.place.start, self._start(mine), mine.config, {})
@@ -228,10 +234,11 @@ class Run:
         seconds["composed"] = tuned.pop("seconds")
         summary = {
             "parts": [p["top1"] for p in trained],
-            **second,
+            **({"two_level": second} if second else {}),
             **joint,
             **tuned,
             "seconds": seconds,
+            "multiply_adds": multiply_adds(context),
             **self._about(),
         }
         if self.args.baseline and self.cycle == 1:
@@ -263,30 +270,3 @@ def _explained(timer: CheckpointTimer, folder: Path) -> Iterator[None]:
                 "use fewer --workers"
             ) from e
         raise
-
-
-def summary_table(summary: dict, args: argparse.Namespace) -> str:
-    """The table that ends a run."""
-    seconds = summary["seconds"]
-    trained = str(options.stage_options(args, "part").epochs)
-    of_parts = f"{seconds['parts']:.1f} for all"
-    rows = [["", "top-1 %", "epochs", "seconds"]]
-    for k, accuracy in enumerate(summary["parts"]):
-        rows.append([f"part {k}, its own box", f"{accuracy:.2f}", trained, of_parts if k == 0 else ""])
-    rows.append(["sum of the parts, own boxes", f"{summary['together']:.2f}", "", ""])
-    for how, accuracy in summary.get("two_level", {}).items():
-        trained, took = (str(args.coarse_epochs), f"{seconds['two_level']:.1f}") if how == "dnn" else ("", "")
-        rows.append([f"two levels, {how}", f"{accuracy:.2f}", trained, took])
-    if "joint" in summary:
-        rows.append(
-            ["joint, whole images", f"{summary['joint']:.2f}", str(args.joint_epochs), f"{seconds['joint']:.1f}"]
-        )
-    rows.append(["composed, before fine-tuning", f"{summary['composed']:.2f}", "0", ""])
-    if "updated" in summary:
-        rows.append(["composed, BatchNorm re-estimated", f"{summary['updated']:.2f}", "0", ""])
-    tuned = f"{summary['tuned']:.2f}"
-    rows.append(["composed, after fine-tuning", tuned, str(args.epochs), f"{seconds['composed']:.1f}"])
-    if "baseline" in summary:
-        epochs = str(options.stage_options(args, "baseline").epochs)
-        rows.append(["baseline, random start", f"{summary['baseline']:.2f}", epochs, f"{seconds['baseline']:.1f}"])
-    return table(rows)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from ..surgery.parts import Parts
 from . import data, options, resident, views
 from .checkpoints import CheckpointTimer, restore
 from .composed import add_noise, between, calibrate, rate_between, refit_head, some
+from .distill import distilled
 from .engines import Engine, cores_of_rank, engine, engine_of_one, share_cores
 from .folder import PartsStage, Ranks, RunFolder
 from .learner import Learner
@@ -53,6 +54,7 @@ class Context:
         parts: as they were split; later as they were trained.
         whole: the same parts as they are on whole images, for the joint stage; None if there is none.
         model_args: for `timm.create_model`.
+        class_names: in the order of their numbers; None if not known.
         sets: (train, validation).
     """
 
@@ -64,15 +66,23 @@ class Context:
     parts: Parts
     whole: Parts | None
     model_args: dict
+    class_names: Sequence[str] | None
     data_config: dict
     sets: Sequence[Dataset]
     timer: CheckpointTimer
     trackers: Trackers
 
-    def loaders(self, args: argparse.Namespace, distributed: bool, train_size: Sequence[int] | None = None) -> tuple:
-        """(train, validation); see `data.loaders`, and on GPUs `resident`."""
+    def loaders(
+        self,
+        args: argparse.Namespace,
+        distributed: bool,
+        train_size: Sequence[int] | None = None,
+        images: Dataset | None = None,
+    ) -> tuple:
+        """(train, validation), on `images` instead of all to train on; see `data.loaders`, and on GPUs `resident`."""
         config, device = self.data_config, self.device
-        train, val = data.loaders(args, config, *self.sets, device, distributed, train_size)
+        sets = (self.sets[0] if images is None else images, self.sets[1])
+        train, val = data.loaders(args, config, *sets, device, distributed, train_size)
         return resident.training(train, args, config, device), resident.validation(val, config, device)
 
     def about(self, stage: str) -> dict[str, str]:
@@ -93,7 +103,8 @@ def train_parts(run: Context) -> None:
         return
     args = options.stage_options(run.args, "part")
     torch.set_num_threads(run.args.part_threads)
-    loaders = run.loaders(args, distributed=False, train_size=views.loader_size(args, run.parts.plan))
+    size, (images, _) = views.loader_size(args, run.parts.plan), data.folds(run.args, run.sets[0])
+    loaders = run.loaders(args, distributed=False, train_size=size, images=images)
     learners = [part_learner(run, k, len(loaders[0])) for k in due]
     if run.folder.resuming:
         for k, learner in zip(due, learners):
@@ -173,13 +184,15 @@ def tune(run: Context) -> dict[str, float]:
     if run.ranks.world > 1:
         dist.barrier()
     plan, args = run.parts.plan, options.stage_options(run.args, None)
-    loaders = _shared_loaders(run, args)
+    loaders = shared_loaders(run, args)
     load_trained(run.folder.parts, run.parts)
     learners = [part_learner(run, k, 1) for k in range(len(run.parts))]
     together = evaluate(learners, loaders[1], Engine(), together=True)[-1]  # each part on its box
     model = models.create(plan.model, **plan.model_args)
     files.load_composed(run.folder.composed, model)
-    learner = _global_learner(run, "composed model", model, args, len(loaders[0]), run.folder.tuned)
+    learner = global_learner(run, "composed model", model, args, len(loaders[0]), run.folder.tuned)
+    if args.distill:
+        learner.loss = distilled(learner, run.folder.two_level, args.distill)
     found = {"together": together, "composed": evaluate([learner], loaders[1], Engine())[0]}
     start = time.perf_counter()
     data.seed_epoch(run.seed, args.epochs)
@@ -189,12 +202,12 @@ def tune(run: Context) -> dict[str, float]:
         found["updated"] = evaluate([learner], loaders[1], Engine())[0]
     made_of = files.summary(plan, plan.digest())
     about = {name: {**made_of, **run.about(stage)} for name, stage in (("last", "tuned"), ("best", "best"))}
-    found["tuned"] = _fit(run, learner, loaders, args.epochs, "fine-tuning", about)
+    found["tuned"] = fit(run, learner, loaders, args.epochs, "fine-tuning", partial(_save, run, learner, about))
     found["best"] = max((row["top1"] for row in learner.history), default=found["tuned"])
     return {**found, "seconds": learner.seconds}
 
 
-def _shared_loaders(run: Context, args: argparse.Namespace) -> tuple:
+def shared_loaders(run: Context, args: argparse.Namespace) -> tuple:
     """Of which each rank reads its share."""
     share_cores(run.ranks.local_world)
     return run.loaders(args, distributed=run.ranks.world > 1)
@@ -207,7 +220,7 @@ def load_trained(stage: PartsStage, parts: Parts) -> None:
             part.load_state_dict(trained.load(k))
 
 
-def _global_learner(run: Context, name: str, model: nn.Module, args, updates: int, folder: Path) -> Learner:
+def global_learner(run: Context, name: str, model: nn.Module, args, updates: int, folder: Path) -> Learner:
     model = model.to(run.device)
     if run.ranks.world > 1:
         model = DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
@@ -236,20 +249,22 @@ def _prepare(run: Context, learner: Learner, plan: Plan, loader, args: argparse.
     return re_estimate or bool(args.off_diagonal_noise) or args.refit_head
 
 
-def _fit(
-    run: Context, learner: Learner, loaders: tuple, epochs: int, title: str, about: Mapping[str, Mapping[str, str]]
+def fit(
+    run: Context, learner: Learner, loaders: tuple, epochs: int, title: str, save: Callable[[str, dict[str, str]], None]
 ) -> float:
-    """Train the global model, keeping the ``last`` epoch's weights and the ``best``, with what is said `about` them;
-    returns the last accuracy."""
+    """Train a network of all ranks; returns the last accuracy.
+
+    Args:
+        save: what it gives, as ``last`` epoch's or ``best``, with the epoch and the accuracy that it reached.
+    """
 
     def keep() -> None:
         if not run.ranks.primary:
             return
         *before, last = [row["top1"] for row in learner.history] or [0.0]
-        config = models.config(learner.result, run.data_config)
         reached = {"epoch": str(len(learner.history)), "top1": f"{last:.2f}"}
         for name in ["last", "best"] if last > max(before, default=-1.0) else ["last"]:
-            files.save_model(learner.folder / name, learner.result, config, {**about.get(name, {}), **reached})
+            save(name, reached)
 
     if run.folder.resuming:
         restore(learner)
@@ -259,6 +274,14 @@ def _fit(
     if epochs == 0:
         keep()
     return accuracy(learner, loaders, shared=True)
+
+
+def _save(
+    run: Context, learner: Learner, about: Mapping[str, Mapping[str, str]], name: str, reached: dict[str, str]
+) -> None:
+    """Write the global model with what is said `about` it."""
+    config = models.config(learner.result, run.data_config)
+    files.save_model(learner.folder / name, learner.result, config, {**about.get(name, {}), **reached})
 
 
 def accuracy(learner: Learner, loaders: tuple, shared: bool) -> float:
@@ -276,6 +299,7 @@ def train_baseline(run: Context) -> tuple[float, float]:
     args = options.stage_options(run.args, "baseline")
     given = models.arguments(args.model, img_size=tuple(run.data_config["input_size"][1:]), **run.model_args)
     model = models.create(args.model, pretrained=args.pretrained, seed=args.seed, **given)
-    loaders = _shared_loaders(run, args)
-    learner = _global_learner(run, "baseline", model, args, len(loaders[0]), run.folder.baseline)
-    return _fit(run, learner, loaders, args.epochs, "baseline", {}), learner.seconds
+    loaders = shared_loaders(run, args)
+    learner = global_learner(run, "baseline", model, args, len(loaders[0]), run.folder.baseline)
+    top1 = fit(run, learner, loaders, args.epochs, "baseline", partial(_save, run, learner, {}))
+    return top1, learner.seconds

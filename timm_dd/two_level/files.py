@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,10 +28,13 @@ from ..storage.tensorfile import SEAL, TensorFile, write_state
 from ..surgery.parts import Parts
 from ..text import json_text
 from ..version import __version__
+from .aggregate import CoarseNet
 
 FORMAT = 1
 ABOUT, COARSE = "two_level.json", "coarse.safetensors"
+FILES = (ABOUT, COARSE)
 LARGEST = 10 << 20  # bytes of two_level.json: names of classes
+ORIGIN = ("run", "stage", "epoch", "top1")
 _AGAIN = "copy or write this network again"
 
 
@@ -61,11 +65,13 @@ class Description:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a two-level network lies: its folder, that of its parts, and the checksums of their files."""
+    """Where a two-level network lies: its folder, that of its parts, the checksums of their files, and which run made
+    it."""
 
     folder: Path
     parts: Path
     checksums: Mapping[str, str]
+    origin: Mapping[str, str]
 
     @property
     def about(self) -> Path:
@@ -73,12 +79,18 @@ class Place:
 
 
 def save(
-    folder: str | Path, parts: Parts, about: Description, coarse: nn.Module | None, linked: Path | None = None
+    folder: str | Path,
+    parts: Parts,
+    about: Description,
+    coarse: nn.Module | None,
+    linked: Path | None = None,
+    origin: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write a two-level network: all files, or none; errors as of `TwoLevel.save`.
 
     Args:
         linked: a folder that has the parts; without it they are written too.
+        origin: the run that made it, its stage there, and the accuracy that it reached.
     """
     parts.check_complete()
     with output_folder(folder) as aside:
@@ -96,7 +108,7 @@ def save(
         head = {"format": FORMAT, "timm_dd": __version__, "timm": version("timm"), "parts": "."}
         if linked is not None:
             head["parts"] = os.path.relpath(linked, folder)
-        text = json_text({**head, **asdict(about), "checksums": checksums})
+        text = json_text({**head, **asdict(about), **origin, "checksums": checksums})
         aside(ABOUT).write_text(text, encoding="utf-8")
 
 
@@ -118,7 +130,9 @@ def describe(folder: str | Path) -> tuple[Description, Place]:
         raise MergeError(f"{path} has format {shown(found)}, timm_dd {__version__} reads format {FORMAT}")
     try:
         parts, checksums = Path(d["parts"]), dict(d["checksums"])
-        return Description.from_json(d), Place(path.parent, path.parent / parts, checksums)
+        origin = {name: str(d[name]) for name in ORIGIN if name in d}
+        float(origin.get("top1", "0"))
+        return Description.from_json(d), Place(path.parent, path.parent / parts, checksums, origin)
     except (KeyError, TypeError, ValueError) as e:
         raise MergeError(f"{path} is not whole ({type(e).__name__}: {headline(e)}); {_AGAIN}") from e
 
@@ -158,6 +172,27 @@ def load_coarse(place: Place, coarse: nn.Module) -> dict[str, torch.Tensor]:
     if infinite is not None:
         raise MergeError(f"{path}: {shown(infinite)} is not finite; train the coarse net again")
     return state
+
+
+def gather(folder: str | Path) -> tuple[str, dict[str, Path]]:
+    """The text of two_level.json and the other files by their names, as they lie in one folder; each of them checked.
+
+    Raises:
+        MergeError: one is missing, damaged, or of another network.
+    """
+    about, place = describe(folder)
+    with PartsFolder(place.parts) as opened:
+        members = range(opened.plan.parts)
+        found = {part_name(k, len(members)): opened.open(k).path for k in members}
+        for k in members:
+            opened.check(k)
+    check_parts(place, members)
+    found[PLAN] = opened.path / PLAN
+    if about.how == "dnn":
+        with torch.device("meta"):
+            load_coarse(place, CoarseNet(len(members), about.classes, about.widths))
+        found[COARSE] = place.folder / COARSE
+    return json_text({**json.loads(place.about.read_bytes()), "parts": "."}), found
 
 
 def _checksum(path: Path) -> str:

@@ -11,11 +11,11 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from ..compat import tree_map_only
-from ..errors import MergeError, SplitError
+from ..errors import MergeError, SplitError, shown
 from ..machine import memory
 from ..surgery.parts import Parts
 from . import files
-from .aggregate import AGGREGATIONS, WIDTHS, WITHOUT_WEIGHTS, CoarseNet, side_by_side
+from .aggregate import AGGREGATIONS, WIDTHS, WITHOUT_WEIGHTS, CoarseNet, probabilities, side_by_side
 
 TRAINED = 4  # a weight, its gradient, and two moments of Adam
 
@@ -61,7 +61,7 @@ class TwoLevel(nn.Module):
         _check_parts(parts)
         if how not in AGGREGATIONS or (regression and how != "mean"):
             expected = "mean" if regression else ", ".join(AGGREGATIONS)
-            raise MergeError(f"how: expected {expected}{' for a regression' if regression else ''}, got {how!r}")
+            raise MergeError(f"how: expected {expected}{' for a regression' if regression else ''}, got {shown(how)}")
         self.parts, self.how, self.regression = parts, how, regression
         self.classes = 0 if regression else _classes(parts)
         self.class_names = _check_names(class_names, self.classes)
@@ -93,6 +93,11 @@ class TwoLevel(nn.Module):
         if self.regression:
             return tree_map_only(torch.Tensor, lambda y: y.mean(0), outputs)
         return self.decide(outputs)
+
+    def probabilities(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the classes, (B, classes), however the parts decide."""
+        scores = self(x)
+        return scores if self.how in ("mean", "vote") else probabilities(scores)
 
     def outputs(self, x: torch.Tensor) -> Any:
         """Of the parts, each on its view, stacked: (K, B, classes)."""
@@ -212,9 +217,9 @@ def _check_names(names: Sequence[str] | None, classes: int) -> tuple[str, ...] |
 def check_coarse(parts: int, classes: int, widths: Sequence[int], dropout: float) -> None:
     """Raise MergeError unless a coarse net of these sizes can be trained on this machine."""
     if not all(type(n) is int and n > 0 for n in widths):
-        raise MergeError(f"widths: expected whole numbers from 1 up, got {tuple(widths)}")
+        raise MergeError(f"widths: expected whole numbers from 1 up, got {shown(tuple(widths))}")
     if not 0 <= dropout < 1:
-        raise MergeError(f"dropout: expected a number from 0 to below 1, got {dropout}")
+        raise MergeError(f"dropout: expected a number from 0 to below 1, got {shown(dropout)}")
     sizes = [parts * classes, *widths, classes]
     needed = 4 * TRAINED * sum((a + 1) * b for a, b in zip(sizes, sizes[1:]))
     if needed > memory():
