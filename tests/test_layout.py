@@ -32,7 +32,7 @@ LAYERS = [
 # Inside a room, in the order of its story.
 ROOMS = {
     "algebra": ["axes", "journal", "widths", "view", "domain"],
-    "planning": ("graphs modes trace shapes rules reader relations numbers plan assemble planner").split(),
+    "planning": ("inputs graphs modes trace shapes rules reader relations numbers plan assemble planner").split(),
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
     "surgery": ["emit", "trial", "source", "packed", "parts", "split", "merge"],
     "two_level": ["aggregate", "files", "network"],

@@ -185,6 +185,22 @@ class Heads(nn.Module):
         return x.transpose(1, 2).reshape(b, h, w, -1).permute(0, 3, 1, 2)
 
 
+def by_row(table):
+    """(rows, channels) as it meets maps."""
+    return table.permute(1, 0).unsqueeze(-1)
+
+
+class Sum(nn.Module):
+    """Sums of scores, which Python begins with 0."""
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.a, self.b = nn.Linear(width, classes), nn.Linear(width, classes)
+
+    def forward(self, x):
+        return sum(fc(x.mean((2, 3))) for fc in (self.a, self.b))
+
+
 class Functional(nn.Module):
     """A norm as a function of statistics, weight and bias."""
 
@@ -276,6 +292,9 @@ def row(make, reason=None, size=(9, 9)):
 
 ROWS = {
     "Conv1d": row(lambda: net(nn.Conv1d(12, 8, 3), out=8, dims=1), size=(9,)),
+    "Embedding": row(lambda: net(fn(lambda x, e: x * by_row(e(torch.arange(9))), nn.Embedding(9, 12)))),
+    "embedding": row(lambda: net(Parameter(lambda x, p: x * by_row(F.embedding(torch.arange(9), p)), 9, 12))),
+    "sum of a list": row(lambda: net(tail=(Sum(12, 5),))),
     "Conv2d": row(lambda: net(conv(12, 8, 3, stride=2, bias=False), out=8)),
     "Conv3d": row(lambda: net(nn.Conv3d(12, 8, 2), out=8, dims=3), size=(5, 5, 5)),
     "Conv2d of a width that K does not divide": row(lambda: net(conv(12, 7, 3), out=7)),

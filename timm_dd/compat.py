@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch._ops import OpOverload
-from torch.fx._symbolic_trace import _assert_is_none
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 __all__ = [
-    "ASSERT_IS_NONE",
     "OpOverload",
     "TorchDispatchMode",
     "WeightNorm",
@@ -32,7 +30,6 @@ __all__ = [
     "tree_unflatten",
 ]
 
-ASSERT_IS_NONE = _assert_is_none  # what fx records where an argument is fixed to None
 WeightNorm = _WeightNorm  # what torch.nn.utils.parametrizations.weight_norm registers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from types import MethodType
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import SplitError, headline
+from .inputs import Inputs
 
 MAKERS = {torch.arange, torch.zeros, torch.ones, torch.empty, torch.full, torch.linspace, torch.tensor, torch.eye}
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -60,11 +62,14 @@ def _clone(module: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor], me
 class Graph(fx.GraphModule):
     """A GraphModule whose deep copies have all of its tensors: fx itself drops those that no node uses.
 
-    Attributes:
+    Attributes, of what `trace.trace` gives:
         batch: of images with which it was traced.
+        inputs, signature: what it takes.
     """
 
     batch = 2
+    inputs: Inputs
+    signature: inspect.Signature
 
     def __deepcopy__(self, memo: dict) -> Graph:
         root = nn.Module()
@@ -106,6 +111,11 @@ def copy_graph(gm: fx.GraphModule) -> tuple[nn.Module, fx.Graph]:
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     return root, graph
+
+
+def argument(gm: Graph, name: str, batch: int, size: Sequence[int], dtype: torch.dtype) -> Any:
+    """What a traced network takes under `name`, on the meta device, for a batch of images of `size`, (C, *size)."""
+    return gm.inputs.empty(gm.inputs.named(gm.signature)[name], batch, size, dtype)
 
 
 def float_type(model: nn.Module) -> torch.dtype:

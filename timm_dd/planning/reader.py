@@ -16,7 +16,8 @@ from torch import fx
 from ..algebra.domain import Domain, spatial
 from ..algebra.widths import Axis, Width, freeze, make_whole, unify
 from ..errors import SplitError, WidthError, reporting
-from .graphs import float_type, module_path, source_line
+from .graphs import Graph, float_type, module_path, source_line
+from .inputs import Like, zipped
 from .rules.laws import COPY, Context, Kind, Relation
 from .rules.op import RULES, Notes, Op, Param, Value, bind, module_rule
 from .shapes import Sizes
@@ -37,7 +38,7 @@ class Reading:
         outputs: the network's, with their nodes.
     """
 
-    gm: fx.GraphModule
+    gm: Graph
     domain: Domain
     input_size: tuple[int, ...]
     output: str
@@ -56,7 +57,7 @@ class Reading:
     @property
     def image_dims(self) -> range:
         """The dims of the input tensor that are its size: pixels, or time."""
-        ndim = len(self.notes.values[0].axes)
+        ndim = len(self.input_size) + 1
         return range(ndim - len(spatial(self.input_size)), ndim)
 
     @property
@@ -86,7 +87,7 @@ class Reading:
         return tuple(dict.fromkeys((width.origin, width.size) for width in narrow))
 
 
-def read(gm: fx.GraphModule, divisor: int, domain: Domain, input_size: Sequence[int], output: str) -> Reading:
+def read(gm: Graph, divisor: int, domain: Domain, input_size: Sequence[int], output: str) -> Reading:
     """Run the rules over a traced `skeleton`; arguments as of `planner.analyse`.
 
     Raises:
@@ -106,7 +107,7 @@ def read(gm: fx.GraphModule, divisor: int, domain: Domain, input_size: Sequence[
 class _Reader:
     """Goes through the graph node by node and fills a `Reading`."""
 
-    def __init__(self, gm: fx.GraphModule, divisor: int, domain: Domain, input_size: Sequence[int], output: str):
+    def __init__(self, gm: Graph, divisor: int, domain: Domain, input_size: Sequence[int], output: str):
         tensors = {
             **dict(gm.named_buffers(remove_duplicate=False)),
             **dict(gm.named_parameters(remove_duplicate=False)),
@@ -135,8 +136,8 @@ class _Reader:
     def _value(self, op: Op) -> Any:
         node = op.node
         if node.op == "placeholder":
-            whole = [None, Axis.of(op.out.shape[1]), *[None] * (op.out.ndim - 2)] if op.out.ndim > 2 else [None, None]
-            return op.result(whole, _same_in_all)
+            tree = self.reading.gm.inputs.named(self.reading.gm.signature)[node.target]
+            return zipped(lambda like, t, _: self._input(op, like, t), tree, op.out)
         if node.op == "get_attr":
             return self._attribute(op)
         if node.op == "output":
@@ -157,6 +158,19 @@ class _Reader:
                 "leave this operation out of the model, or add a rule in timm_dd/planning/rules"
             )
         return bind(found, op, args, kwargs)
+
+    def _input(self, op: Op, like: Any, tensor: Any) -> Any:
+        """A tensor of an argument, whose channels, or features if it is no image, every part has."""
+        if not isinstance(like, Like):
+            return like
+        image = self.reading.gm.inputs.is_image(like)
+        axes = [None] * tensor.ndim
+        if tensor.ndim > 2 or (tensor.ndim == 2 and not image):
+            axes[1] = Axis.of(tensor.shape[1])
+        value = op.result(axes, _same_in_all)
+        if image and self.notes.image is None:
+            self.notes.image = value
+        return value
 
     def _made(self, op: Op, kind: type) -> tuple:
         """An object that the model makes of tensors: a named tuple's entries, nothing of any other class."""
@@ -199,7 +213,7 @@ class _Reader:
 
     def _reconstruct(self, value: Value) -> None:
         """The positions of an output of the input's shape are the input's."""
-        image = self.notes.values[0]
+        image = self.notes.image
         if value.shape != image.shape:
             raise SplitError(
                 f"{value.op.where()}: reconstruct expects an output of the input's shape {image.shape[1:]}, "
@@ -241,9 +255,9 @@ def _place(value: Any, at: list) -> None:
     """Give the Values of a node their tensors at each size."""
     if isinstance(value, Value):
         value.at = value.at or at
-    elif isinstance(value, (tuple, list)):
-        for i, v in enumerate(value):
-            _place(v, [a[i] if isinstance(a, (tuple, list)) else a for a in at])
+    elif isinstance(value, (tuple, list, dict)):
+        for i, v in value.items() if isinstance(value, dict) else enumerate(value):
+            _place(v, [a[i] if isinstance(a, (tuple, list, dict)) else a for a in at])
 
 
 def _choose(choices: Iterable[Sequence[Axis]], divisor: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from ..algebra.domain import Domain, check_parts
 from ..compat import OpOverload, TorchDispatchMode, storage_key, tree_leaves
 from ..errors import public
-from ..planning.graphs import MAKERS, float_type, module_path
+from ..planning.graphs import MAKERS, Graph, argument, float_type, module_path
 from ..surgery.source import Network
 from ..text import table
 
@@ -165,7 +165,7 @@ def profile(
     narrow: str = "replicate",
     img_size: int | tuple[int, int] | None = None,
     width_divisor: int | None = None,
-    example_input: torch.Tensor | None = None,
+    example_input: Any = None,
     **kwargs: Any,
 ) -> Profile:
     """The cost of a network against that of its part with most parameters, without any weights in memory; arguments and
@@ -178,18 +178,21 @@ def profile(
     seen = plan.views()[k].size
     part_size = (*size[: len(size) - len(seen)], *seen)
     name = model if isinstance(model, str) else None
-    return Profile(name, parts, plan.domain, size, part_size, k, cost(graph, size), cost(part, part_size))
+    of_part = cost(part, part_size, graph)
+    return Profile(name, parts, plan.domain, size, part_size, k, cost(graph, size), of_part)
 
 
-def cost(graph: fx.GraphModule, size: tuple[int, ...]) -> Cost:
-    """The `Cost` of a traced graph on one image of `size`, (C, *size); it goes to the meta device and to eval mode."""
+def cost(graph: fx.GraphModule, size: tuple[int, ...], whole: Graph | None = None) -> Cost:
+    """The `Cost` of a traced graph on one image of `size`, (C, *size), or of a part of it, `whole`; it goes to the meta
+    device and to eval mode."""
     graph.to("meta").eval()
     kept = set(graph.state_dict(keep_vars=True).values())
     trained = {t for t in kept if isinstance(t, nn.Parameter)}
     statistics = {t for t in kept - trained if t.is_floating_point()}
-    image, meter = torch.empty(1, *size, device="meta", dtype=float_type(graph)), Meter()
+    of, meter, dtype = whole or cast("Graph", graph), Meter(), float_type(graph)
+    given = [argument(of, node.target, 1, size, dtype) for node in graph.graph.find_nodes(op="placeholder")]
     with torch.no_grad(), meter:
-        Pass(graph, meter).run(image)
+        Pass(graph, meter).run(*given)
     parameters, numbers = (sum(t.numel() for t in tensors) for tensors in (trained, statistics))
     return Cost(parameters, numbers, meter.multiply_adds, meter.flops, meter.activation_bytes, tuple(meter.uncounted))
 

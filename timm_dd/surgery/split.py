@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..algebra.domain import Domain, check_parts
@@ -23,7 +22,7 @@ def split(
     narrow: str = "replicate",
     width_divisor: int | None = None,
     reconstruct: bool = False,
-    example_input: torch.Tensor | None = None,
+    example_input: Any = None,
     img_size: int | tuple[int, int] | None = None,
     pretrained: bool = False,
     seed: int | None = None,
@@ -39,7 +38,9 @@ def split(
             (``replicate``), or are an error (``refuse``).
         width_divisor: by which every width is divided, K unless given; only K parts of a K-th can be merged.
         reconstruct: the output has the shape of the input, and each part gives that of its box (an auto-encoder).
-        example_input: (B, C, *size), or (B, F) for features, for your own nn.Module; only its shape counts.
+        example_input: (B, C, *size), or (B, F) for features, for your own nn.Module; only its shape counts. Of a
+            network of several inputs a tuple of its arguments, or a dict by name, see `planning.inputs`: images of one
+            size are cut by the domain, every part has the others whole.
         img_size: pixels, for a timm name; by default the model's own.
         pretrained: slice timm's pretrained weights; otherwise fresh weights, re-scaled to their smaller fans.
         seed: of the fresh weights; by default torch's global generator decides.
@@ -59,16 +60,19 @@ def split(
 
 @public
 def plan(
-    model: str,
+    model: str | nn.Module,
     parts: int,
     *,
     domain: Domain | None = None,
     narrow: str = "replicate",
     width_divisor: int | None = None,
+    reconstruct: bool = False,
+    example_input: Any = None,
     img_size: int | tuple[int, int] | None = None,
     **kwargs: Any,
 ) -> Plan:
-    """The plan of `split` for a timm name, without any weights in memory; arguments and errors as there."""
+    """The plan of `split`, without any weights in memory; arguments and errors as there."""
     check_parts(parts)
-    network = Network.of(model, with_weights=False, img_size=img_size, **kwargs)
+    options = {"img_size": img_size, **kwargs}
+    network = Network.of(model, example_input, reconstruct=reconstruct, with_weights=False, **options)
     return network.plan(parts, domain, narrow, width_divisor)[1]

@@ -82,8 +82,9 @@ def without_history(op: Op, x):
 
 @rule(*SUMS)
 def add(op: Op, a, b, *, alpha=1) -> Value:
-    """x + y; a number added to a sum over the parts would be added K times."""
-    return op.result(broadcast(op, a, b), laws.linear if _tensors(a, b) == 2 else _shifted, a, b)
+    """x + y; a number added to a sum over the parts would be added K times, but not the 0 that `sum` begins with."""
+    is_linear = _tensors(a, b) == 2 or any(isinstance(n, (int, float)) and n == 0 for n in (a, b))
+    return op.result(broadcast(op, a, b), laws.linear if is_linear else _shifted, a, b)
 
 
 @rule(*PRODUCTS)
