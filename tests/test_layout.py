@@ -34,7 +34,7 @@ ROOMS = {
     "algebra": ["axes", "journal", "widths", "view", "domain"],
     "planning": ("inputs graphs modes trace shapes rules reader relations numbers plan assemble planner").split(),
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
-    "surgery": ["emit", "trial", "source", "packed", "parts", "split", "merge"],
+    "surgery": ["emit", "trial", "source", "packed", "parts", "merge", "claim", "split"],
     "two_level": ["aggregate", "files", "network"],
     "train": (
         "views flags config checks options data decoded composed optimizers schedule layout learner checkpoints "

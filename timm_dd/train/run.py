@@ -20,6 +20,7 @@ from ..errors import SplitError, TrainError, headline
 from ..planning.plan import Plan
 from ..storage import files
 from ..storage.atomic import replace_json
+from ..surgery.claim import check_claim
 from ..surgery.parts import Parts
 from ..surgery.split import split
 from ..text import table
@@ -33,6 +34,8 @@ from .joint import train_joint
 from .rehearsal import rehearse
 from .stages import Context, meet, train_baseline, train_parts, tune
 from .trackers import Trackers
+
+CHECK_SECONDS = 10  # for the plan's claim by value, before hours of training are built on it
 
 
 def train(args: argparse.Namespace) -> dict:
@@ -72,6 +75,8 @@ class Run:
         self.whole = self._whole(config)
         views.check(args, self.parts)
         rehearse(args, self.data_config, (self.train_set, self.val_set))
+        if before is None and self.ranks.primary and not self.place.resuming:
+            check_claim(self.parts, CHECK_SECONDS)
 
     @property
     def folder(self) -> Path:
