@@ -112,21 +112,20 @@ def over_parts(function: Callable, parts: int, *args: Any, **kwargs: Any) -> Any
     if not tensors:
         made = function(*args, **kwargs)
         return tree_map_only(torch.Tensor, lambda t: t.expand(parts, *t.shape), made)
-    plain: list[Any] = []
+    made: list[tuple[list, Any]] = []
 
     def of_part(*values: torch.Tensor) -> Any:
         filled = list(leaves)
         for i, value in zip(tensors, values):
             filled[i] = value
         given, named = tree_unflatten(filled, spec)
-        result = function(*given, **named)
-        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
-            return result
-        plain.append(result)  # a size, a dtype: nothing that vmap returns
-        return ()
+        result = tree_flatten(function(*given, **named))
+        made.append(result)  # sizes, dtypes and None are nothing that vmap returns
+        return tuple(leaf for leaf in result[0] if isinstance(leaf, torch.Tensor))
 
-    result = vmap(of_part, randomness="different")(*(leaves[i] for i in tensors))
-    return plain[0] if plain else result
+    stacked = iter(vmap(of_part, randomness="different")(*(leaves[i] for i in tensors)))
+    (found, form), *_ = made
+    return tree_unflatten([next(stacked) if isinstance(leaf, torch.Tensor) else leaf for leaf in found], form)
 
 
 def one_by_one(function: Callable, parts: int, *args: Any, **kwargs: Any) -> Any:
