@@ -120,7 +120,9 @@ def depthwise(at, a, b):
 @step
 def transposed(at, a, b):
     out = pick((4, 6, 8, 12), a)
-    made = nn.ConvTranspose2d(at.channels, out, 3, padding=1, groups=pick((g for g in divisors(at.channels) if out % g == 0), b))
+    made = nn.ConvTranspose2d(
+        at.channels, out, 3, padding=1, groups=pick((g for g in divisors(at.channels) if out % g == 0), b)
+    )
     at.channels = out
     return of(made)
 
@@ -138,7 +140,7 @@ def norm(at, a, b):
     c = at.channels
     kinds = (
         nn.BatchNorm2d(c), nn.GroupNorm(pick(divisors(c), b), c), nn.InstanceNorm2d(c, affine=True), tl.LayerNorm2d(c),
-        nn.BatchNorm2d(c), tl.FilterResponseNormTlu2d(c), nn.LocalResponseNorm(3),
+        nn.BatchNorm2d(c), tl.BatchNormAct2d(c), nn.LocalResponseNorm(3),
     )  # fmt: skip
     return of(pick(kinds, a))
 
@@ -153,7 +155,15 @@ def layer_norm(at, a, b):
 
 @step
 def activation(at, a, b):
-    kinds = (nn.ReLU, nn.Tanh, nn.SiLU, lambda: nn.ReLU(inplace=True), nn.Hardswish, lambda: nn.PReLU(at.channels), nn.GELU)
+    kinds = (
+        nn.ReLU,
+        nn.Tanh,
+        nn.SiLU,
+        lambda: nn.ReLU(inplace=True),
+        nn.Hardswish,
+        lambda: nn.PReLU(at.channels),
+        nn.GELU,
+    )
     return of(pick(kinds, a)())
 
 
@@ -314,7 +324,11 @@ def folded(at, a, b):
 def pooled(at, a, b):
     if at.size < 4 or at.size % 2:
         return None
-    kinds = (nn.AvgPool2d(2), nn.MaxPool2d(2), nn.Conv2d(at.channels, at.channels, 2, 2, groups=pick(divisors(at.channels), b)))
+    kinds = (
+        nn.AvgPool2d(2),
+        nn.MaxPool2d(2),
+        nn.Conv2d(at.channels, at.channels, 2, 2, groups=pick(divisors(at.channels), b)),
+    )
     at.size //= 2
     return of(pick(kinds, a))
 
@@ -367,7 +381,10 @@ def residual(at, a, b):
     alike = [i for i, kind in enumerate(at.before) if kind == (at.channels, at.size)]
     if not alike:
         return None
-    i, way = pick(alike, a), pick((lambda x, y: x + y, lambda x, y: x * y.sigmoid(), lambda x, y: y.add(x, alpha=0.5)), b)
+    i, way = (
+        pick(alike, a),
+        pick((lambda x, y: x + y, lambda x, y: x * y.sigmoid(), lambda x, y: y.add(x, alpha=0.5)), b),
+    )
     return Step(lambda x, before: way(x, before[i]))
 
 
@@ -425,7 +442,9 @@ HEADS = {
     "flat": lambda at: Step(lambda x, before, fc: fc(x.flatten(1)), nn.Linear(at.channels * at.size**2, 5)),
     "map": lambda at: of(nn.Conv2d(at.channels, 3, 1)),
     "two": lambda at: Step(
-        lambda x, before, a, b: {"a": a(x.mean((2, 3))), "b": [b(x)]}, nn.Linear(at.channels, 5), nn.Conv2d(at.channels, 2, 1)
+        lambda x, before, a, b: {"a": a(x.mean((2, 3))), "b": [b(x)]},
+        nn.Linear(at.channels, 5),
+        nn.Conv2d(at.channels, 2, 1),
     ),
     "scores": lambda at: Step(lambda x, before: x.mean((2, 3))),
 }
@@ -482,7 +501,7 @@ def judge(recipe):
 
 
 def distance(a, b):
-    return float((a - b).norm() / a.norm().clamp(min=1e-30))
+    return float((a - b).norm() / a.norm().clamp(min=1e-3))
 
 
 @torch.no_grad()

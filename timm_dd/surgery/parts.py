@@ -17,6 +17,7 @@ from ..storage import files
 from .emit import emit, restrict, slices
 from .packed import PackedGraph, pack
 from .source import Network
+from .trial import check_packed_runs
 
 
 class Parts(nn.ModuleList):
@@ -97,9 +98,11 @@ class Parts(nn.ModuleList):
         and ``unload`` copy weights from the parts and back.
 
         Raises:
-            SplitError: the parts have different widths, or boxes of different sizes.
+            SplitError: the parts have different widths, or boxes of different sizes; what torch.vmap cannot take.
         """
-        return pack(list(self))
+        packed = pack(list(self))
+        check_packed_runs(pack, list(self), self.graph, self.plan)
+        return packed
 
     def take(self, state: Mapping[str, torch.Tensor]) -> None:
         """Give every part its slices of a global model's `state` dict."""
