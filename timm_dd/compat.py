@@ -16,21 +16,35 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import (
+    SUPPORTED_NODES,
+    register_pytree_node,
+    tree_flatten,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+)
 
 __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "WeightNorm",
+    "register_pytree_node",
     "storage_key",
     "timm_config",
     "tree_flatten",
+    "tree_knows",
     "tree_leaves",
     "tree_map_only",
     "tree_unflatten",
 ]
 
 WeightNorm = _WeightNorm  # what torch.nn.utils.parametrizations.weight_norm registers
+
+
+def tree_knows(kind: type) -> bool:
+    """Whether the functions of trees look into objects of this class."""
+    return kind in SUPPORTED_NODES
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -15,6 +15,7 @@ from torch import fx
 
 from ..algebra.domain import Domain, spatial
 from ..algebra.widths import Axis, Width, freeze, make_whole, unify
+from ..compat import tree_knows
 from ..errors import SplitError, WidthError, reporting
 from .graphs import Graph, float_type, module_path, source_line
 from .inputs import Like, zipped
@@ -172,15 +173,16 @@ class _Reader:
             self.notes.image = value
         return value
 
-    def _made(self, op: Op, kind: type) -> tuple:
-        """An object that the model makes of tensors: a named tuple's entries, nothing of any other class."""
-        if not issubclass(kind, tuple):
+    def _made(self, op: Op, kind: type) -> tuple | dict:
+        """An object that the model makes of tensors: the entries of a named tuple, or of a class that trees look
+        into."""
+        if not issubclass(kind, tuple) and not tree_knows(kind):
             raise SplitError(
                 f"{self.reading.gm._get_name()} puts tensors into a {kind.__name__}{source_line(op.node)}, of which "
                 "nothing is known; expected a tensor, or a tuple, list or dict of tensors"
             )
         args, kwargs = fx.node.map_arg((op.node.args, op.node.kwargs), lambda n: self.env[n])
-        return (*args, *kwargs.values())
+        return (*args, *kwargs.values()) if issubclass(kind, tuple) else {**(args[0] if args else {}), **kwargs}
 
     def _attribute(self, op: Op) -> Any:
         """A parameter in the graph: its axes wait for what they will be unified with."""
@@ -257,7 +259,7 @@ def _place(value: Any, at: list) -> None:
         value.at = value.at or at
     elif isinstance(value, (tuple, list, dict)):
         for i, v in value.items() if isinstance(value, dict) else enumerate(value):
-            _place(v, [a[i] if isinstance(a, (tuple, list, dict)) else a for a in at])
+            _place(v, [a[i] if isinstance(a, (tuple, list, dict)) else getattr(a, str(i), a) for a in at])
 
 
 def _choose(choices: Iterable[Sequence[Axis]], divisor: int) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import operator
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -22,7 +22,7 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import checkpoint
 
-from ..compat import WeightNorm
+from ..compat import WeightNorm, register_pytree_node, tree_knows
 from ..errors import SplitError, headline
 from . import modes
 from .graphs import STAYS_IN_EVAL, Graph, ancestors, evaluate_node, float_type, graph_module, module_path, skeleton
@@ -112,9 +112,18 @@ class Tracer(fx.Tracer):
 
         @functools.wraps(root_fn)
         def forward(root: nn.Module) -> Any:
-            return root_fn(root, *bound.args, **bound.kwargs)
+            return self._given_out(root_fn(root, *bound.args, **bound.kwargs))
 
         return forward, [self.root]
+
+    def _given_out(self, value: Any) -> Any:
+        """What the forward returns, in which fx would make a plain dict of any class of dict."""
+        if isinstance(value, dict):
+            entries = {key: self._given_out(v) for key, v in value.items()}
+            return entries if type(value) is dict else self.create_proxy("call_function", *_remade(value, entries))
+        if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+            return type(value)(map(self._given_out, value))
+        return value
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Known(node, self)
@@ -228,6 +237,34 @@ class Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
         return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def _remade(value: dict, entries: dict) -> tuple[type, tuple, dict]:
+    """A call that makes an object of a class of dict of its `entries`; trees look into such objects from now on.
+
+    Raises:
+        SplitError: the class cannot be made of entries.
+    """
+    kind = type(value)
+    for args, kwargs in (((entries,), {}), ((), entries)):
+        try:
+            made = kind(*args, **kwargs)
+        except Exception:  # any class takes what it likes
+            continue
+        if list(made) == list(entries) and all(made[key] is entries[key] for key in entries):
+            if not tree_knows(kind):
+                register_pytree_node(kind, _flattened, functools.partial(_unflattened, kind, bool(args)))
+            return kind, args, kwargs
+    raise SplitError(f"gives a {kind.__name__}, which cannot be made of its entries; return a dict, or a tuple of tensors")
+
+
+def _flattened(value: dict) -> tuple[list, list]:
+    return list(value.values()), list(value)
+
+
+def _unflattened(kind: type, of_dict: bool, values: Iterable, keys: list) -> Any:
+    entries = dict(zip(keys, values))
+    return kind(entries) if of_dict else kind(**entries)
 
 
 def _line() -> str:
