@@ -4,8 +4,8 @@
     python tests/fuzz_networks.py --first 20000 --count 5000     # others
 
 A network is plain data, `Recipe`: steps, each a name and two numbers that choose among what fits the channels there.
-So network i is the same on every machine, a failure prints its recipe, and `shrunk` leaves out what it does not need. New
-ways of a step go to the end of its list, so that recipes keep their meaning.
+So network i is the same on every machine, a failure prints its recipe, and `shrunk` leaves out what it does not need.
+New ways of a step go to the end of its list, so that recipes keep their meaning.
 `ROWS` keeps what failed once; `test_fuzz_networks.py` runs those and the first 200.
 
 In float64, every part seeing the whole image: an exact plan means F(x) = sum_k F_k(x) to 1e-9, one that is approximate

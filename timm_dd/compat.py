@@ -6,6 +6,7 @@ Who moves to a new torch or timm looks here. Nothing else in the package imports
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "WeightNorm",
+    "let_einops_take",
     "register_pytree_node",
     "storage_key",
     "timm_config",
@@ -45,6 +47,14 @@ WeightNorm = _WeightNorm  # what torch.nn.utils.parametrizations.weight_norm reg
 def tree_knows(kind: type) -> bool:
     """Whether the functions of trees look into objects of this class."""
     return kind in SUPPORTED_NODES
+
+
+def let_einops_take(*kinds: type) -> None:
+    """Where einops is in use, its functions do with objects of these classes what they do with tensors."""
+    if "einops" in sys.modules:
+        backends = sys.modules["einops._backends"]
+        for kind in kinds:
+            backends._type2backend[kind] = backends.get_backend(torch.empty(0))
 
 
 def storage_key(tensor: torch.Tensor) -> int:

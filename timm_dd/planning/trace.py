@@ -22,7 +22,7 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import checkpoint
 
-from ..compat import WeightNorm, register_pytree_node, tree_knows
+from ..compat import WeightNorm, let_einops_take, register_pytree_node, tree_knows
 from ..errors import SplitError, headline
 from . import modes
 from .graphs import STAYS_IN_EVAL, Graph, ancestors, evaluate_node, float_type, graph_module, module_path, skeleton
@@ -38,6 +38,11 @@ class Known(fx.Proxy):
 
     def __getattr__(self, name: str) -> KnownAttribute:
         return KnownAttribute(self, name)
+
+    @property
+    def ndim(self) -> Any:
+        """Of no image's size and no part: a number of Python, with which a dict may be asked."""
+        return self.tracer.decide(self.node, torch.Tensor.dim, lambda: KnownAttribute(self, "ndim"))
 
     def __len__(self) -> int:
         return self.tracer.decide(self.node, len)
@@ -143,7 +148,7 @@ class Tracer(fx.Tracer):
                 if n not in self._env:
                     self._env[n] = self._evaluate(n, self._env)
             value = self._env[node]
-            if isinstance(value, torch.Tensor) and ask is not len:
+            if isinstance(value, torch.Tensor) and ask not in (len, torch.Tensor.dim):
                 raise TypeError(
                     f"{ask.__name__} of a tensor's values at {_line()}, which are not known while it is traced"
                 )
@@ -255,7 +260,9 @@ def _remade(value: dict, entries: dict) -> tuple[type, tuple, dict]:
             if not tree_knows(kind):
                 register_pytree_node(kind, _flattened, functools.partial(_unflattened, kind, bool(args)))
             return kind, args, kwargs
-    raise SplitError(f"gives a {kind.__name__}, which cannot be made of its entries; return a dict, or a tuple of tensors")
+    raise SplitError(
+        f"gives a {kind.__name__}, which cannot be made of its entries; return a dict, or a tuple of tensors"
+    )
 
 
 def _flattened(value: dict) -> tuple[list, list]:
@@ -322,6 +329,7 @@ def _traced(
     def example(name: str, other: int | None) -> Any:
         return inputs.empty(named[name], batch if other is None else other, inputs.size, dtype)
 
+    let_einops_take(Known, KnownAttribute)
     tracer = Tracer(is_leaf, inputs, example)
     try:
         with torch.enable_grad(), _without_checkpoints():

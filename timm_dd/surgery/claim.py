@@ -91,7 +91,7 @@ def _arguments(parts: Parts) -> tuple[Any, list]:
     inputs, signature, generator = parts.graph.inputs, parts.graph.signature, torch.Generator().manual_seed(0)
     trees = inputs.taken(signature)
     given = {name: inputs.random(tree, parts.graph.batch, generator) for name, tree in trees.items()}
-    call = bind(signature, inputs.args, inputs.kwargs, lambda name, constant: given.get(name, constant))
+    call = bind(signature, inputs.args, inputs.kwargs, given.get)  # a constant stays what it is
     return call, list(given.values())
 
 

@@ -29,7 +29,8 @@ FUNCTIONS = (
     "sqrt", "rsqrt", "square", "abs", "clamp", "clamp_", "pow", operator.gt, operator.ge, operator.lt, operator.le,
     operator.eq, operator.ne, torch.gt, torch.ge, torch.lt, torch.le, "gt", "ge", "lt", "le", "sqrt_", torch.relu_,
     F.leaky_relu_, F.elu_, F.selu_, F.celu_, F.rrelu_, F.hardtanh_, F.threshold_, torch.sigmoid_, torch.tanh_, "tanh_",
-    torch.clamp_,
+    torch.clamp_, operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not", operator.and_,
+    operator.or_, operator.xor, torch.logical_and, torch.logical_or, "logical_and", "logical_or",
 )  # fmt: skip
 SUMS = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub", "sub_")
 PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")

@@ -290,6 +290,15 @@ def unfold(op: Op, x: Value, *args, **kwargs) -> Value:
     return op.result((x.axes[0], patches, None), _over_positions(op, x, x.axes[2:]), x)
 
 
+@rule("unfold")
+def windows(op: Op, x: Value, dimension: int, size: int, step: int) -> Value:
+    """Overlapping windows along a dim: their numbers become a last dim."""
+    axes = list(x.axes)
+    law = _over_positions(op, x, [axes[dimension]])
+    axes[dimension] = None if axes[dimension] is None else Axis.of(op.out.shape[dimension])
+    return op.result((*axes, None), law, x)
+
+
 @rule(nn.Fold)
 def fold_module(op: Op, x: Value) -> Value:
     return fold(op, x)
