@@ -656,6 +656,8 @@ ROWS |= {
     ),
     "cast of a sum": row(lambda: nn.Sequential(net(), fn(lambda x: x.to(torch.float32).double())), S),
     "Unflatten": row(lambda: net(nn.Flatten(2), nn.Unflatten(2, (-1, 3)), nn.Unflatten(1, (6, 2)), nn.Flatten(1, 2))),
+    "made of constants": row(lambda: net(fn(lambda x: x + torch.zeros(x.shape[2:]).cumsum(1).add(1).sin().frac()))),
+    "cumsum in another dtype": row(lambda: net(fn(lambda x: x.cumsum(2, dtype=x.dtype)))),
     "windows of positions": row(lambda: net(fn(lambda x: x.unfold(2, 3, 1).sum(-1).unfold(3, 2, 2).amax(-1)))),
     "windows of channels": row(lambda: net(fn(lambda x, c: c(x.unfold(1, 2, 1).mean(-1)), conv(11, 12, 1))), N),
     "not, and, or": row(lambda: net(fn(lambda x: x * ~(x > 0) + x * ((x > 1) | (x < -1)) + x * ((x > -1) & (x < 1))))),

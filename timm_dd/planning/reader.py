@@ -19,8 +19,8 @@ from ..compat import tree_knows
 from ..errors import SplitError, WidthError, reporting
 from .graphs import Graph, float_type, module_path, source_line
 from .inputs import Like, zipped
-from .rules.laws import COPY, Context, Kind, Relation
-from .rules.op import RULES, Notes, Op, Param, Value, bind, module_rule
+from .rules.laws import COPY, Context, Kind, Relation, pointwise
+from .rules.op import RULES, Notes, Op, Param, Value, bind, fits, module_rule
 from .shapes import Sizes
 
 
@@ -153,6 +153,8 @@ class _Reader:
         if not any(isinstance(v, Value) for v in flat((args, tuple(kwargs.values())))):
             return op.result([None] * op.out.ndim, _same_in_all)  # made from nothing: arange, zeros
         found = module_rule(op.module) if op.module is not None else RULES.get(node.target)
+        if (found is None or not fits(found, op, args, kwargs)) and _is_of_no_channels(op, args, kwargs):
+            return op.result([None] * op.out.ndim, pointwise, *flat((args, tuple(kwargs.values()))))
         if found is None:
             raise SplitError(
                 f"{op.where()} has no rule, so nothing is known of its channels; "
@@ -240,6 +242,13 @@ def flat(value: Any) -> list:
     if isinstance(value, dict):
         return flat(list(value.values()))
     return [value]
+
+
+def _is_of_no_channels(op: Op, args: tuple, kwargs: dict) -> bool:
+    """Whether a function makes a tensor of tensors without channels to cut, so that nothing has to be known of it."""
+    values = [v for v in flat((args, tuple(kwargs.values()))) if isinstance(v, Value)]
+    carried = any(a is not None and any(True for _ in a.widths()) for v in values for a in v.axes)
+    return op.module is None and isinstance(op.out, torch.Tensor) and not carried
 
 
 def _same_in_all(context: Context, *inputs: Relation) -> Relation:

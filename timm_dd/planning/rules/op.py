@@ -355,6 +355,15 @@ def unpacked(given: Sequence) -> Sequence:
     return given[0] if given and isinstance(given[0], (tuple, list)) else given
 
 
+def fits(fn: Callable, op: Op, args: tuple, kwargs: dict) -> bool:
+    """Whether a rule knows the form in which the operation is called."""
+    try:
+        inspect.signature(fn).bind(op, *args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
 def bind(fn: Callable, op: Op, args: tuple, kwargs: dict) -> Any:
     """Call a rule with the operation's arguments."""
     try:

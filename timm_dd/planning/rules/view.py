@@ -359,7 +359,7 @@ def roll(op: Op, x: Value, shifts, dims=None) -> Value:
 
 
 @rule(torch.cumsum, "cumsum")
-def cumsum(op: Op, x: Value, dim: int) -> Value:
+def cumsum(op: Op, x: Value, dim: int, *, dtype=None) -> Value:
     return _move(op, x, [dim])
 
 
