@@ -600,6 +600,10 @@ def fuzz(first, count, progress=False):
 ROWS = {
     "packed: the sizes of a shape": (Recipe(12, (("numbers", 5, 0),)), "exact"),
     "packed: attention without weights": (Recipe(6, (("multihead", 2, 0),)), "exact"),
+    "a layer of whose channels some are whole in every part": (
+        Recipe(6, (("conv", 685, 232), ("slices", 772, 354), ("conv", 876, 105))),
+        "approximate",
+    ),
     "unshuffled maps that carry no channels": (
         Recipe(12, (("conv", 456, 723), ("folded", 761, 192), ("shuffle", 267, 374), ("folded", 338, 477))),
         "approximate",
