@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from torch import fx, nn
 
 from timm_dd import compat
 
@@ -63,17 +62,6 @@ def test_the_config_that_timm_writes(size):
     assert given == {"input_size": size, "mean": [0.5] * 3} and model.pretrained_cfg == before
     assert found["architecture"] == "resnet10t" and found["num_classes"] == 7
     assert found["pretrained_cfg"]["mean"] == [0.5] * 3
-
-
-def test_fx_asserts_that_an_argument_fixed_to_none_is_none():
-    class Masked(nn.Module):
-        def forward(self, x, mask=None):
-            return x if mask is None else x * mask
-
-    graph = fx.Tracer().trace(Masked(), concrete_args={"mask": None})
-    (call,) = (node for node in graph.nodes if node.op == "call_function")
-    assert call.target is compat.ASSERT_IS_NONE
-    assert call.args[0].op == "placeholder"
 
 
 def test_private_names_are_imported_here_alone():

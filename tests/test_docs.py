@@ -8,9 +8,11 @@ import re
 import runpy
 import shlex
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+from test_rules import ROWS
 
 import timm_dd
 from timm_dd.train import options
@@ -111,6 +113,15 @@ def test_every_module_is_named():
         words = rows[room] if rest else beside
         assert f"`{(rest or [room])[0]}`" in words, path
     assert set(rows) == {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+
+
+@pytest.mark.slow
+def test_the_table_of_what_is_exact_is_that_of_the_rows():
+    """`python docs/exactness.py` writes it."""
+    folder = Path(__file__).parent.parent / "docs"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore")
+        assert runpy.run_path(str(folder / "exactness.py"))["table"](ROWS) == (folder / "exactness.md").read_text()
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -32,9 +32,9 @@ LAYERS = [
 # Inside a room, in the order of its story.
 ROOMS = {
     "algebra": ["axes", "journal", "widths", "view", "domain"],
-    "planning": ("graphs costs modes trace shapes rules reader relations numbers plan assemble planner").split(),
+    "planning": ("inputs graphs costs modes trace shapes rules reader relations numbers plan assemble planner").split(),
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
-    "surgery": ["emit", "trial", "source", "packed", "parts", "split", "merge"],
+    "surgery": ["emit", "trial", "source", "packed", "parts", "merge", "claim", "split"],
     "two_level": ["aggregate", "files", "network"],
     "train": (
         "views flags config checks options workers images data decoded resident composed optimizers schedule layout "

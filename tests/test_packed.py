@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_dd
 from timm_dd import Domain
+from timm_dd.planning.rules import laws
+from timm_dd.planning.rules.op import RULES
 from timm_dd.surgery.packed import pack
 from timm_dd.train import options
 from timm_dd.train.engines import Auto, Engine, Packed, Threads, engine
@@ -227,6 +229,53 @@ class Idioms(nn.Module):
         a, b = y.chunk(2, 1)
         y = torch.cat([b * torch.arange(y.shape[-1]).div(8), a.mul(2)], dim=1).mean(3)
         return {"logits": self.fc(y.flatten(1)), "maximum": y.max(2)[0].sum(1, keepdim=True)}
+
+
+class Chooses(nn.Module):
+    """A leaf, by its rule below, that reads values of what it gets while it trains."""
+
+    def forward(self, x):
+        return x * 2 if self.training and float(x.detach().sum()) > 1e9 else x
+
+
+class Unstacked(nn.Module):
+    """A leaf that writes what is of all parts into what it makes for one."""
+
+    def forward(self, x):
+        return x + torch.zeros(x.shape[1:], device=x.device, dtype=x.dtype).add_(x[0])
+
+
+@pytest.mark.parametrize("leaf", [Chooses, Unstacked])
+def test_what_vmap_cannot_take_is_refused(leaf, monkeypatch):
+    """When it is packed, in one line that names the place and what to do."""
+    monkeypatch.setitem(RULES, leaf, lambda op, x: op.result(x.axes, laws.pointwise, x))
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), leaf(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    parts = timm_dd.split(net, 2, example_input=torch.empty(2, 3, 8, 8))
+    assert parts(torch.randn(2, 3, 8, 8)).isfinite().all()
+    with pytest.raises(timm_dd.SplitError, match="^1 in .*vmap cannot take this .*one after another") as e:
+        parts.packed()
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of attention on CPUs
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_with_and_without_weights(need_weights):
+    """None among the results, and sizes with the methods of theirs."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.attention = nn.Conv2d(3, 8, 1), nn.MultiheadAttention(8, 4, batch_first=True)
+            self.fc = nn.Linear(8, 2)
+
+        def forward(self, x):
+            t = self.stem(x).flatten(2).transpose(1, 2)
+            y, _ = self.attention(t, t, t, need_weights=need_weights)
+            return self.fc(y.mean(1) / x.shape[2:].numel())
+
+    parts = timm_dd.split(Network(), 2, example_input=torch.empty(2, 3, 8, 8), domain=Domain.full(2))
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(parts.packed()(torch.stack(parts.crops(x))), parts(x))
 
 
 def test_one_graph_for_a_compiler():

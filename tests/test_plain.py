@@ -62,6 +62,56 @@ def test_outputs_of_several_kinds(name):
         assert torch.allclose(w, terms.sum(0), rtol=RELATIVE) if isinstance(w, torch.Tensor) else w == terms
 
 
+class Strict(dict):
+    """Of entries by name alone."""
+
+    def __init__(self, **entries):
+        super().__init__(entries)
+
+
+class Closed(dict):
+    def __init__(self):
+        super().__init__()
+
+
+@dataclass
+class Registered:
+    logits: torch.Tensor
+    more: tuple
+
+
+torch.utils._pytree.register_dataclass(Registered)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [ModelOutput, Strict, OrderedDict, Registered])
+def test_outputs_of_a_class_stay_of_that_class(kind, tmp_path):
+    """Of parts, of all of them, packed, and of parts that were loaded; inside a list too."""
+    x = images(2, 3, 9, 9)
+    model = Gives(lambda y: [kind(logits=y, more=(2 * y, None))])
+    parts = shake(timm_dd.split(model, 2, domain=Domain.full(2), example_input=x))
+    parts.save(tmp_path)
+    loaded = timm_dd.Parts.load(tmp_path, model)
+    (whole,) = timm_dd.merge(parts).double().eval()(x)
+    outputs = (parts(x), loaded.eval()(x), parts.packed()(torch.stack(parts.crops(x))))
+    assert type(parts[0](x)[0]) is kind and parts.plan.exact
+    for (found,) in outputs:
+        assert type(found) is kind
+        found, expected = (v if isinstance(v, dict) else vars(v) for v in (found, whole))
+        assert torch.allclose(expected["logits"], found["logits"].sum(0), rtol=RELATIVE)
+        assert found["more"][1] is None and torch.allclose(expected["more"][0], found["more"][0].sum(0), rtol=RELATIVE)
+
+
+def test_a_class_that_is_not_made_of_its_entries_is_refused():
+    def give(y):
+        value = Closed()
+        value["logits"] = y
+        return value
+
+    with pytest.raises(SplitError, match="gives a Closed, which cannot be made of its entries; return a dict"):
+        timm_dd.split(Gives(give), 2, example_input=images(1, 3, 9, 9))
+
+
 @pytest.mark.parametrize("give", [Output, lambda y: {"inside": [Output(logits=y)]}])
 def test_outputs_of_unknown_classes_are_refused(give):
     with pytest.raises(SplitError, match=r"Gives puts tensors into a Output at .*expected a tensor, or a tuple"):

@@ -185,6 +185,22 @@ class Heads(nn.Module):
         return x.transpose(1, 2).reshape(b, h, w, -1).permute(0, 3, 1, 2)
 
 
+def by_row(table):
+    """(rows, channels) as it meets maps."""
+    return table.permute(1, 0).unsqueeze(-1)
+
+
+class Sum(nn.Module):
+    """Sums of scores, which Python begins with 0."""
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.a, self.b = nn.Linear(width, classes), nn.Linear(width, classes)
+
+    def forward(self, x):
+        return sum(fc(x.mean((2, 3))) for fc in (self.a, self.b))
+
+
 class Functional(nn.Module):
     """A norm as a function of statistics, weight and bias."""
 
@@ -276,6 +292,9 @@ def row(make, reason=None, size=(9, 9)):
 
 ROWS = {
     "Conv1d": row(lambda: net(nn.Conv1d(12, 8, 3), out=8, dims=1), size=(9,)),
+    "Embedding": row(lambda: net(fn(lambda x, e: x * by_row(e(torch.arange(9))), nn.Embedding(9, 12)))),
+    "embedding": row(lambda: net(Parameter(lambda x, p: x * by_row(F.embedding(torch.arange(9), p)), 9, 12))),
+    "sum of a list": row(lambda: net(tail=(Sum(12, 5),))),
     "Conv2d": row(lambda: net(conv(12, 8, 3, stride=2, bias=False), out=8)),
     "Conv3d": row(lambda: net(nn.Conv3d(12, 8, 2), out=8, dims=3), size=(5, 5, 5)),
     "Conv2d of a width that K does not divide": row(lambda: net(conv(12, 7, 3), out=7)),
@@ -637,6 +656,14 @@ ROWS |= {
     ),
     "cast of a sum": row(lambda: nn.Sequential(net(), fn(lambda x: x.to(torch.float32).double())), S),
     "Unflatten": row(lambda: net(nn.Flatten(2), nn.Unflatten(2, (-1, 3)), nn.Unflatten(1, (6, 2)), nn.Flatten(1, 2))),
+    "made of constants": row(lambda: net(fn(lambda x: x + torch.zeros(x.shape[2:]).cumsum(1).add(1).sin().frac()))),
+    "cumsum in another dtype": row(lambda: net(fn(lambda x: x.cumsum(2, dtype=x.dtype)))),
+    "windows of positions": row(lambda: net(fn(lambda x: x.unfold(2, 3, 1).sum(-1).unfold(3, 2, 2).amax(-1)))),
+    "windows of channels": row(lambda: net(fn(lambda x, c: c(x.unfold(1, 2, 1).mean(-1)), conv(11, 12, 1))), N),
+    "not, and, or": row(lambda: net(fn(lambda x: x * ~(x > 0) + x * ((x > 1) | (x < -1)) + x * ((x > -1) & (x < 1))))),
+    "movedim": row(lambda: net(fn(lambda x: x.movedim((1, 2), (-1, 0)).softmax(0).movedim((0, -1), (2, 1))))),
+    "swapaxes": row(lambda: net(fn(lambda x: x.swapaxes(1, 3).tanh().swapdims(3, 1)))),
+    "by the number of dims": row(lambda: net(fn(lambda x: {4: torch.tanh}[x.ndim](x)))),
     "Unfold": row(lambda: net(nn.Unfold(3), fn(lambda x: x.unflatten(2, (-1, 7))), conv(108, 8, 1), out=8)),
     "Unfold and Fold": row(lambda: net(fn(lambda x: F.fold(F.unfold(x, 3).tanh(), x.shape[2:], 3)))),
     "Fold": row(lambda: net(conv(12, 48, 1), nn.Flatten(2), nn.Fold(10, 2)), size=(9, 9)),

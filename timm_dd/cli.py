@@ -47,6 +47,7 @@ def _add_plan(commands) -> None:
     p = _command(commands, "plan", _plan, "what each part of a model would be", "plan resnet50 4 --grid 2x2")
     _split_options(p)
     p.add_argument("--json", action="store_true", help="for machines")
+    p.add_argument("--check", action="store_true", help="compare by value what the plan calls exact")
     p.add_argument("--domain-png", metavar="FILE", help="draw the boxes instead, on a chessboard or on --image")
     p.add_argument("--image", metavar="FILE", help="an image for --domain-png")
 
@@ -153,9 +154,12 @@ def _source(args: argparse.Namespace) -> dict:
 
 def _plan(args: argparse.Namespace) -> None:
     from .algebra.domain import spatial
-    from .surgery.split import plan
+    from .surgery.claim import check_claim
+    from .surgery.split import plan, split
 
-    result = plan(args.model, args.parts, **_source(args))
+    parts = split(args.model, args.parts, seed=0, **_source(args)) if args.check else None
+    error = None if parts is None else check_claim(parts)
+    result = plan(args.model, args.parts, **_source(args)) if parts is None else parts.plan
     if args.domain_png is not None:
         from .reports.picture import draw
 
@@ -164,6 +168,8 @@ def _plan(args: argparse.Namespace) -> None:
         return
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(json.dumps(result.to_json(), indent=1) if args.json else result.text(colour))
+    if error is not None and not args.json:
+        print(f"checked: random weights, whole images: the sum of the parts is off by {error:.0e}")
 
 
 def _profile(args: argparse.Namespace) -> None:

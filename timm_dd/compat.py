@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,31 +16,51 @@ from typing import Any
 import torch
 from torch import nn
 from torch._ops import OpOverload
-from torch.fx._symbolic_trace import _assert_is_none
-from torch.multiprocessing import _prctl_pr_set_pdeathsig
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import (
+    SUPPORTED_NODES,
+    register_pytree_node,
+    tree_flatten,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+)
 
 __all__ = [
-    "ASSERT_IS_NONE",
     "Convolution",
     "OpOverload",
     "TorchDispatchMode",
     "WeightNorm",
     "end_with_parent",
+    "let_einops_take",
+    "register_pytree_node",
     "storage_key",
     "timm_config",
     "tree_flatten",
+    "tree_knows",
     "tree_leaves",
     "tree_map_only",
     "tree_unflatten",
 ]
 
-ASSERT_IS_NONE = _assert_is_none  # what fx records where an argument is fixed to None
 Convolution = _ConvNd  # what all convolutions of torch.nn are
 WeightNorm = _WeightNorm  # what torch.nn.utils.parametrizations.weight_norm registers
+
+
+def tree_knows(kind: type) -> bool:
+    """Whether the functions of trees look into objects of this class."""
+    return kind in SUPPORTED_NODES
+
+
+def let_einops_take(*kinds: type) -> None:
+    """Where einops is in use, its functions do with objects of these classes what they do with tensors."""
+    if "einops" in sys.modules:
+        backends = sys.modules["einops._backends"]
+        for kind in kinds:
+            backends._type2backend[kind] = backends.get_backend(torch.empty(0))
 
 
 def end_with_parent() -> None:

@@ -42,6 +42,7 @@ def assemble(
         layers=tuple(_layers(reading, relations)),
         narrow=narrow,
         batch=reading.sizes.batch,
+        inputs=None if reading.gm.inputs.is_one_image else reading.gm.inputs,
     )
 
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils.flop_counter import flop_registry
 
 from ..compat import OpOverload, TorchDispatchMode, storage_key, tree_leaves
-from .graphs import MAKERS, float_type, module_path
+from .graphs import MAKERS, Graph, argument, float_type, module_path
 
 aten = torch.ops.aten
 
@@ -71,15 +71,19 @@ class Cost:
     uncounted: tuple[tuple[str, str, str], ...] = ()
 
 
-def cost(graph: fx.GraphModule, size: tuple[int, ...]) -> Cost:
-    """The `Cost` of a traced graph on one image of `size`, (C, *size); it goes to the meta device and to eval mode."""
+def cost(graph: fx.GraphModule, size: tuple[int, ...], whole: Graph | None = None) -> Cost:
+    """The `Cost` of a graph on one image of `size`, (C, *size); of a part with what its `whole` network takes. It goes
+    to the meta device and to eval mode."""
     graph.to("meta").eval()
     kept = set(graph.state_dict(keep_vars=True).values())
     trained = {t for t in kept if isinstance(t, nn.Parameter)}
     statistics = {t for t in kept - trained if t.is_floating_point()}
-    image, meter = torch.empty(1, *size, device="meta", dtype=float_type(graph)), Meter()
+    of, meter, dtype = whole or graph, Meter(), float_type(graph)
+    given = [torch.empty(1, *size, device="meta", dtype=dtype)]
+    if isinstance(of, Graph):
+        given = [argument(of, node.target, 1, size, dtype) for node in graph.graph.find_nodes(op="placeholder")]
     with torch.no_grad(), meter:
-        Pass(graph, meter).run(image)
+        Pass(graph, meter).run(*given)
     parameters, numbers = (sum(t.numel() for t in tensors) for tensors in (trained, statistics))
     return Cost(parameters, numbers, meter.multiply_adds, meter.flops, meter.activation_bytes, tuple(meter.uncounted))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from types import MethodType
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import SplitError, headline
+from .inputs import Inputs
 
 MAKERS = {torch.arange, torch.zeros, torch.ones, torch.empty, torch.full, torch.linspace, torch.tensor, torch.eye}
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -57,14 +59,20 @@ def _clone(module: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor], me
     return new
 
 
+TRACED = ("batch", "inputs", "signature")
+
+
 class Graph(fx.GraphModule):
     """A GraphModule whose deep copies have all of its tensors: fx itself drops those that no node uses.
 
-    Attributes:
+    Attributes, of what `trace.trace` gives:
         batch: of images with which it was traced.
+        inputs, signature: what it takes.
     """
 
     batch = 2
+    inputs: Inputs
+    signature: inspect.Signature
 
     def __deepcopy__(self, memo: dict) -> Graph:
         root = nn.Module()
@@ -74,7 +82,9 @@ class Graph(fx.GraphModule):
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph, {}))
         kind = type(self).__mro__[1]  # fx makes a class for every instance
-        return graph_module(root, graph, type(self).__name__, kind)
+        new = graph_module(root, graph, type(self).__name__, kind)
+        vars(new).update({name: vars(self)[name] for name in TRACED if name in vars(self)})
+        return new
 
     def train(self, mode: bool = True) -> Graph:
         """As in every module; those that the traced model's own ``train()`` leaves in eval mode stay there."""
@@ -106,6 +116,11 @@ def copy_graph(gm: fx.GraphModule) -> tuple[nn.Module, fx.Graph]:
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     return root, graph
+
+
+def argument(gm: Graph, name: str, batch: int, size: Sequence[int], dtype: torch.dtype) -> Any:
+    """What a traced network takes under `name`, on the meta device, for a batch of images of `size`, (C, *size)."""
+    return gm.inputs.empty(gm.inputs.named(gm.signature)[name], batch, size, dtype)
 
 
 def float_type(model: nn.Module) -> torch.dtype:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..compat import tree_map_only
 from ..errors import SplitError
-from .graphs import ancestors, evaluate_node, source_line
+from .graphs import ancestors, argument, evaluate_node, float_type, source_line
 from .reader import Reading, flat
 from .relations import Cuts
 from .rules.op import Edit, Op, Value
@@ -76,13 +77,12 @@ class _Part:
 
     def _tensors(self, out: Any) -> Any:
         """Meta tensors of the part's shapes."""
-        if isinstance(out, Value):
-            at = out.at[self.reading.sizes.of_part[self.k]]
-            shape = (n if a is None else self.cuts.part_size(a, self.k) for n, a in zip(at.shape, out.axes))
-            return torch.empty(*shape, dtype=at.dtype, device="meta")
-        if isinstance(out, (tuple, list)):
-            return type(out)(map(self._tensors, out))
-        return out
+        return tree_map_only(Value, self._tensor, out)
+
+    def _tensor(self, value: Value) -> torch.Tensor:
+        at = value.at[self.reading.sizes.of_part[self.k]]
+        shape = (n if a is None else self.cuts.part_size(a, self.k) for n, a in zip(at.shape, value.axes))
+        return torch.empty(*shape, dtype=at.dtype, device="meta")
 
     def _is_size(self, node: fx.Node, carried: list[fx.Node]) -> bool:
         """Whether the operation takes the numbers `carried` as sizes: with those of the global network in the place of
@@ -115,8 +115,8 @@ class _Batch:
 
     def _value(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            given = self.reading.sizes.envs[0][node]
-            return given.new_empty(2 * given.shape[0], *given.shape[1:])
+            gm = self.reading.gm
+            return argument(gm, node.target, 2 * gm.batch, self.reading.input_size, float_type(gm))
         return evaluate_node(self.reading.gm, node, self.env)
 
 

@@ -21,6 +21,7 @@ from ..algebra.domain import Domain, spatial
 from ..algebra.view import Box, View
 from ..errors import shown
 from ..text import json_text, table
+from .inputs import Inputs
 
 FORMAT = 1
 
@@ -120,6 +121,7 @@ class Plan:
         config: timm's ``config.json`` of the merged model; None for what timm has no config for.
         narrow: what has fewer channels than there are parts, (operation, channels), and is whole in every part.
         batch: the number of images with which the model was traced, 2 wherever it takes two.
+        inputs: what the network takes, where that is more than one batch of images.
         approximations: (node, module path, reason); empty means that with every part seeing the whole image
             F(x) = Σ F_k(x) to rounding, (2.16).
     """
@@ -141,6 +143,7 @@ class Plan:
     config: dict | None = None
     narrow: tuple[tuple[str, int], ...] = ()
     batch: int = 2
+    inputs: Inputs | None = None
 
     @property
     def exact(self) -> bool:
@@ -181,6 +184,7 @@ class Plan:
             "layers": [_layer_to_json(r) for r in self.layers],
             "config": self.config,
             **({"batch": self.batch} if self.batch != 2 else {}),
+            **({"inputs": self.inputs.to_json()} if self.inputs is not None else {}),
         }
         return {**d, "narrow": [list(n) for n in self.narrow]} if self.narrow else d
 
@@ -205,6 +209,7 @@ class Plan:
             config=None if d["config"] is None else dict(d["config"]),
             narrow=tuple((where, n) for where, n in d.get("narrow", ())),
             batch=d.get("batch", 2),
+            inputs=Inputs.from_json(d["inputs"]) if "inputs" in d else None,
         )
         plan._check()
         return plan
@@ -214,6 +219,8 @@ class Plan:
         counts = (self.parts, self.divisor, self.batch, *self.input_size)
         if not all(_is_count(n) and n > 0 for n in counts) or self.domain.parts != self.parts:
             raise ValueError(f"unexpected counts {shown(counts)} with {self.domain.parts} boxes")
+        if self.inputs is not None and self.inputs.size != self.input_size:
+            raise ValueError(f"inputs of {shown(self.inputs.size)}, not of {shown(self.input_size)}")
         if self.model is not None and not re.fullmatch(r"[\w.-]+", self.model):  # no path, no repository
             raise ValueError(f"unexpected model {shown(self.model)}")
         for name, t in {**self.tensors, **self.constants}.items():

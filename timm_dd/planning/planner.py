@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import fx
-
 from ..algebra.domain import Domain
 from ..errors import SplitError, WidthError
 from .assemble import assemble
+from .graphs import Graph
 from .numbers import settle
 from .plan import Plan
 from .reader import Inexpressible, Reading, read
@@ -40,7 +39,7 @@ class Analysis:
 
 
 def make_plan(
-    gm: fx.GraphModule,
+    gm: Graph,
     divisor: int,
     domain: Domain,
     input_size: Sequence[int],
@@ -59,7 +58,7 @@ def make_plan(
 
 
 def analyse(
-    gm: fx.GraphModule,
+    gm: Graph,
     divisor: int,
     domain: Domain,
     input_size: Sequence[int],
@@ -125,7 +124,7 @@ def _check_reads_no_positions(plan: Plan) -> None:
             )
 
 
-def _largest(gm: fx.GraphModule, divisor: int, input_size: Sequence[int], output: str) -> int:
+def _largest(gm: Graph, divisor: int, input_size: Sequence[int], output: str) -> int:
     """The largest K below `divisor` that works. How Widths arise changes with K only at the rules' thresholds, so one
     reading serves all K between two of those."""
     parts = divisor

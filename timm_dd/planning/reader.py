@@ -15,10 +15,12 @@ from torch import fx
 
 from ..algebra.domain import Domain, spatial
 from ..algebra.widths import Axis, Width, freeze, make_whole, unify
+from ..compat import tree_knows
 from ..errors import SplitError, WidthError, reporting
-from .graphs import float_type, module_path, source_line
-from .rules.laws import COPY, Context, Kind, Relation
-from .rules.op import RULES, Notes, Op, Param, Value, bind, module_rule
+from .graphs import Graph, float_type, module_path, source_line
+from .inputs import Like, zipped
+from .rules.laws import COPY, Context, Kind, Relation, pointwise
+from .rules.op import RULES, Notes, Op, Param, Value, bind, fits, module_rule
 from .shapes import Sizes
 
 
@@ -37,7 +39,7 @@ class Reading:
         outputs: the network's, with their nodes.
     """
 
-    gm: fx.GraphModule
+    gm: Graph
     domain: Domain
     input_size: tuple[int, ...]
     output: str
@@ -56,7 +58,7 @@ class Reading:
     @property
     def image_dims(self) -> range:
         """The dims of the input tensor that are its size: pixels, or time."""
-        ndim = len(self.notes.values[0].axes)
+        ndim = len(self.input_size) + 1
         return range(ndim - len(spatial(self.input_size)), ndim)
 
     @property
@@ -86,7 +88,7 @@ class Reading:
         return tuple(dict.fromkeys((width.origin, width.size) for width in narrow))
 
 
-def read(gm: fx.GraphModule, divisor: int, domain: Domain, input_size: Sequence[int], output: str) -> Reading:
+def read(gm: Graph, divisor: int, domain: Domain, input_size: Sequence[int], output: str) -> Reading:
     """Run the rules over a traced `skeleton`; arguments as of `planner.analyse`.
 
     Raises:
@@ -106,7 +108,7 @@ def read(gm: fx.GraphModule, divisor: int, domain: Domain, input_size: Sequence[
 class _Reader:
     """Goes through the graph node by node and fills a `Reading`."""
 
-    def __init__(self, gm: fx.GraphModule, divisor: int, domain: Domain, input_size: Sequence[int], output: str):
+    def __init__(self, gm: Graph, divisor: int, domain: Domain, input_size: Sequence[int], output: str):
         tensors = {
             **dict(gm.named_buffers(remove_duplicate=False)),
             **dict(gm.named_parameters(remove_duplicate=False)),
@@ -135,8 +137,8 @@ class _Reader:
     def _value(self, op: Op) -> Any:
         node = op.node
         if node.op == "placeholder":
-            whole = [None, Axis.of(op.out.shape[1]), *[None] * (op.out.ndim - 2)] if op.out.ndim > 2 else [None, None]
-            return op.result(whole, _same_in_all)
+            tree = self.reading.gm.inputs.named(self.reading.gm.signature)[node.target]
+            return zipped(lambda like, t, _: self._input(op, like, t), tree, op.out)
         if node.op == "get_attr":
             return self._attribute(op)
         if node.op == "output":
@@ -151,6 +153,8 @@ class _Reader:
         if not any(isinstance(v, Value) for v in flat((args, tuple(kwargs.values())))):
             return op.result([None] * op.out.ndim, _same_in_all)  # made from nothing: arange, zeros
         found = module_rule(op.module) if op.module is not None else RULES.get(node.target)
+        if (found is None or not fits(found, op, args, kwargs)) and _is_of_no_channels(op, args, kwargs):
+            return op.result([None] * op.out.ndim, pointwise, *flat((args, tuple(kwargs.values()))))
         if found is None:
             raise SplitError(
                 f"{op.where()} has no rule, so nothing is known of its channels; "
@@ -158,15 +162,29 @@ class _Reader:
             )
         return bind(found, op, args, kwargs)
 
-    def _made(self, op: Op, kind: type) -> tuple:
-        """An object that the model makes of tensors: a named tuple's entries, nothing of any other class."""
-        if not issubclass(kind, tuple):
+    def _input(self, op: Op, like: Any, tensor: Any) -> Any:
+        """A tensor of an argument, whose channels, or features if it is no image, every part has."""
+        if not isinstance(like, Like):
+            return like
+        image = self.reading.gm.inputs.is_image(like)
+        axes = [None] * tensor.ndim
+        if tensor.ndim > 2 or (tensor.ndim == 2 and not image):
+            axes[1] = Axis.of(tensor.shape[1])
+        value = op.result(axes, _same_in_all)
+        if image and self.notes.image is None:
+            self.notes.image = value
+        return value
+
+    def _made(self, op: Op, kind: type) -> tuple | dict:
+        """An object that the model makes of tensors: the entries of a named tuple, or of a class that trees look
+        into."""
+        if not issubclass(kind, tuple) and not tree_knows(kind):
             raise SplitError(
                 f"{self.reading.gm._get_name()} puts tensors into a {kind.__name__}{source_line(op.node)}, of which "
                 "nothing is known; expected a tensor, or a tuple, list or dict of tensors"
             )
         args, kwargs = fx.node.map_arg((op.node.args, op.node.kwargs), lambda n: self.env[n])
-        return (*args, *kwargs.values())
+        return (*args, *kwargs.values()) if issubclass(kind, tuple) else {**(args[0] if args else {}), **kwargs}
 
     def _attribute(self, op: Op) -> Any:
         """A parameter in the graph: its axes wait for what they will be unified with."""
@@ -199,7 +217,7 @@ class _Reader:
 
     def _reconstruct(self, value: Value) -> None:
         """The positions of an output of the input's shape are the input's."""
-        image = self.notes.values[0]
+        image = self.notes.image
         if value.shape != image.shape:
             raise SplitError(
                 f"{value.op.where()}: reconstruct expects an output of the input's shape {image.shape[1:]}, "
@@ -226,6 +244,13 @@ def flat(value: Any) -> list:
     return [value]
 
 
+def _is_of_no_channels(op: Op, args: tuple, kwargs: dict) -> bool:
+    """Whether a function makes a tensor of tensors without channels to cut, so that nothing has to be known of it."""
+    values = [v for v in flat((args, tuple(kwargs.values()))) if isinstance(v, Value)]
+    carried = any(a is not None and any(True for _ in a.widths()) for v in values for a in v.axes)
+    return op.module is None and isinstance(op.out, torch.Tensor) and not carried
+
+
 def _same_in_all(context: Context, *inputs: Relation) -> Relation:
     return COPY
 
@@ -241,9 +266,9 @@ def _place(value: Any, at: list) -> None:
     """Give the Values of a node their tensors at each size."""
     if isinstance(value, Value):
         value.at = value.at or at
-    elif isinstance(value, (tuple, list)):
-        for i, v in enumerate(value):
-            _place(v, [a[i] if isinstance(a, (tuple, list)) else a for a in at])
+    elif isinstance(value, (tuple, list, dict)):
+        for i, v in value.items() if isinstance(value, dict) else enumerate(value):
+            _place(v, [a[i] if isinstance(a, (tuple, list, dict)) else getattr(a, str(i), a) for a in at])
 
 
 def _choose(choices: Iterable[Sequence[Axis]], divisor: int) -> None:

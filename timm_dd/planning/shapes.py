@@ -19,7 +19,7 @@ from ..algebra.axes import Window
 from ..algebra.domain import spatial
 from ..algebra.view import View
 from ..errors import SplitError, headline
-from .graphs import Graph, evaluate_node
+from .graphs import Graph, argument, evaluate_node
 
 PROBE = 3_548_160  # 2^10 · 3² · 5 · 7 · 11: divisible by every stride up to 12 and by 1024
 UNKNOWN = object()
@@ -48,10 +48,10 @@ class Sizes:
         self.envs: list[dict[fx.Node, Any]] = [{} for _ in self.inputs]
 
     def first(self, node: fx.Node, dtype: torch.dtype) -> Any:
-        """Visit `node` at the global size; the value of a placeholder is the input."""
+        """Visit `node` at the global size; the value of a placeholder is the argument of its name."""
         if node.op == "placeholder":
-            for env, shape in zip(self.envs, self.inputs):
-                env[node] = torch.empty(shape, device="meta", dtype=dtype)
+            for env, (batch, *size) in zip(self.envs, self.inputs):
+                env[node] = argument(self.gm, node.target, batch, size, dtype)
         else:
             try:
                 self.envs[0][node] = evaluate_node(self.gm, node, self.envs[0])

@@ -7,10 +7,10 @@ training (`modes`), and `evaluate_node` runs one node on meta tensors, so that s
 from __future__ import annotations
 
 import contextlib
-import inspect
+import functools
 import operator
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -22,10 +22,11 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import checkpoint
 
-from ..compat import ASSERT_IS_NONE, WeightNorm
+from ..compat import WeightNorm, let_einops_take, register_pytree_node, tree_knows
 from ..errors import SplitError, headline
 from . import modes
 from .graphs import STAYS_IN_EVAL, Graph, ancestors, evaluate_node, float_type, graph_module, module_path, skeleton
+from .inputs import Inputs, Like, bind, leaves, signature_of
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
@@ -37,6 +38,11 @@ class Known(fx.Proxy):
 
     def __getattr__(self, name: str) -> KnownAttribute:
         return KnownAttribute(self, name)
+
+    @property
+    def ndim(self) -> Any:
+        """Of no image's size and no part: a number of Python, with which a dict may be asked."""
+        return self.tracer.decide(self.node, torch.Tensor.dim, lambda: KnownAttribute(self, "ndim"))
 
     def __len__(self) -> int:
         return self.tracer.decide(self.node, len)
@@ -71,7 +77,8 @@ class Tracer(fx.Tracer):
     from a buffer is part of the graph, as it is from a parameter.
 
     Args:
-        inputs: of the model, by name: a batch of images on the meta device, the defaults of the others.
+        inputs: what the model takes.
+        example: an argument on the meta device, by its name, for a batch of images, by default that of the trace.
 
     Attributes:
         decisions: all that the forward asked of sizes.
@@ -79,15 +86,49 @@ class Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, is_leaf: Callable[[nn.Module], bool], inputs: dict[str, Any]):
+    def __init__(self, is_leaf: Callable[[nn.Module], bool], inputs: Inputs, example: Callable):
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self._is_leaf, self._inputs = is_leaf, inputs
+        self._is_leaf, self._inputs, self._example = is_leaf, inputs, example
         self._env: dict[fx.Node, Any] = {}
         self._evaluating = False
         self.decisions: list[Decision] = []
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
         return self._is_leaf(m) or modes.is_training_only(m) or super().is_leaf_module(m, qualified_name)
+
+    def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple:
+        """The forward as a function of the model alone, on a placeholder for each argument that holds tensors; tuples,
+        lists and dicts are what they are in Python, of entries of the placeholder."""
+        inputs = self._inputs
+
+        def place(name: str, tree: Any) -> Any:
+            if not any(isinstance(leaf, Like) for leaf in leaves(tree)):
+                return tree
+            return entries(self.create_proxy("placeholder", name, (), {}), tree)
+
+        def entries(proxy: fx.Proxy, tree: Any) -> Any:
+            if isinstance(tree, dict):
+                return {key: entries(proxy[key], inner) for key, inner in tree.items()}
+            if isinstance(tree, (tuple, list)):
+                return type(tree)(entries(proxy[i], inner) for i, inner in enumerate(tree))
+            return proxy if isinstance(tree, Like) else tree
+
+        bound = bind(signature_of(self.root), inputs.args, inputs.kwargs, place)
+
+        @functools.wraps(root_fn)
+        def forward(root: nn.Module) -> Any:
+            return self._given_out(root_fn(root, *bound.args, **bound.kwargs))
+
+        return forward, [self.root]
+
+    def _given_out(self, value: Any) -> Any:
+        """What the forward returns, in which fx would make a plain dict of any class of dict."""
+        if isinstance(value, dict):
+            entries = {key: self._given_out(v) for key, v in value.items()}
+            return entries if type(value) is dict else self.create_proxy("call_function", *_remade(value, entries))
+        if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+            return type(value)(map(self._given_out, value))
+        return value
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Known(node, self)
@@ -107,7 +148,7 @@ class Tracer(fx.Tracer):
                 if n not in self._env:
                     self._env[n] = self._evaluate(n, self._env)
             value = self._env[node]
-            if isinstance(value, torch.Tensor) and ask is not len:
+            if isinstance(value, torch.Tensor) and ask not in (len, torch.Tensor.dim):
                 raise TypeError(
                     f"{ask.__name__} of a tensor's values at {_line()}, which are not known while it is traced"
                 )
@@ -137,10 +178,7 @@ class Tracer(fx.Tracer):
     def _evaluate(self, node: fx.Node, env: dict[fx.Node, Any], batch: int | None = None) -> Any:
         if node.op != "placeholder":
             return evaluate_node(self.root, node, env)
-        given = self._inputs[node.target]
-        return (
-            given if batch is None or not isinstance(given, torch.Tensor) else given.new_empty(batch, *given.shape[1:])
-        )
+        return self._example(node.target, batch)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -206,27 +244,64 @@ class Tracer(fx.Tracer):
         return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
+def _remade(value: dict, entries: dict) -> tuple[type, tuple, dict]:
+    """A call that makes an object of a class of dict of its `entries`; trees look into such objects from now on.
+
+    Raises:
+        SplitError: the class cannot be made of entries.
+    """
+    kind = type(value)
+    for args, kwargs in (((entries,), {}), ((), entries)):
+        try:
+            made = kind(*args, **kwargs)
+        except Exception:  # any class takes what it likes
+            continue
+        if list(made) == list(entries) and all(made[key] is entries[key] for key in entries):
+            if not tree_knows(kind):
+                register_pytree_node(kind, _flattened, functools.partial(_unflattened, kind, bool(args)))
+            return kind, args, kwargs
+    raise SplitError(
+        f"gives a {kind.__name__}, which cannot be made of its entries; return a dict, or a tuple of tensors"
+    )
+
+
+def _flattened(value: dict) -> tuple[list, list]:
+    return list(value.values()), list(value)
+
+
+def _unflattened(kind: type, of_dict: bool, values: Iterable, keys: list) -> Any:
+    entries = dict(zip(keys, values))
+    return kind(entries) if of_dict else kind(**entries)
+
+
 def _line() -> str:
     return modes.line_of(traceback.walk_stack(None))
 
 
-def trace(model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence[int], batch: int = 2) -> Graph:
-    """The graph of a `skeleton` on `batch` images of `size`, (C, *size), in eval mode; its state dict has the model's
-    keys, all of them.
+def trace(
+    model: nn.Module,
+    is_leaf: Callable[[nn.Module], bool],
+    size: Sequence[int],
+    batch: int = 2,
+    inputs: Inputs | None = None,
+) -> Graph:
+    """The graph of a `skeleton` in eval mode on `batch` images of `size`, (C, *size), and the other `inputs`; its state
+    dict has the model's keys, all of them.
 
     Raises:
         SplitError: fx cannot trace the model, or the batch's size decides what the model does.
     """
     _check_plain(model)
-    tracer, graph = _traced(model, is_leaf, size, batch)
-    _check_batches(model, is_leaf, size, batch, tracer, graph)
+    inputs = Inputs.image(size) if inputs is None else inputs
+    tracer, graph = _traced(model, is_leaf, inputs, batch)
+    _check_batches(model, is_leaf, inputs, batch, tracer, graph)
     _drop_assertions(graph)
     _chain_in_place(graph, model)
     _chunk_as_pieces(graph)
     _dropout_as_modules(graph, model)
     _constants_as_buffers(graph, model)
     gm = graph_module(model, graph, type(model).__name__)
-    gm.batch = batch
+    gm.batch, gm.inputs, gm.signature = batch, inputs, signature_of(model)
     return gm
 
 
@@ -247,15 +322,18 @@ def _check_plain(model: nn.Module) -> None:
 
 
 def _traced(
-    model: nn.Module, is_leaf: Callable[[nn.Module], bool], size: Sequence[int], batch: int
+    model: nn.Module, is_leaf: Callable[[nn.Module], bool], inputs: Inputs, batch: int
 ) -> tuple[Tracer, fx.Graph]:
-    image, *others = inspect.signature(model.forward).parameters.values()
-    defaults = {p.name: p.default for p in others if p.default is not p.empty}
-    inputs = {image.name: torch.empty(batch, *size, device="meta", dtype=float_type(model)), **defaults}
-    tracer = Tracer(is_leaf, inputs)
+    named, dtype = inputs.named(signature_of(model)), float_type(model)
+
+    def example(name: str, other: int | None) -> Any:
+        return inputs.empty(named[name], batch if other is None else other, inputs.size, dtype)
+
+    let_einops_take(Known, KnownAttribute)
+    tracer = Tracer(is_leaf, inputs, example)
     try:
         with torch.enable_grad(), _without_checkpoints():
-            return tracer, tracer.trace(model, concrete_args=defaults or None)
+            return tracer, tracer.trace(model)
     except SplitError:
         raise
     except Exception as e:  # any code of the model runs here and may fail in its own way
@@ -268,7 +346,7 @@ def _traced(
 def _check_batches(
     model: nn.Module,
     is_leaf: Callable[[nn.Module], bool],
-    size: Sequence[int],
+    inputs: Inputs,
     batch: int,
     tracer: Tracer,
     graph: fx.Graph,
@@ -280,7 +358,7 @@ def _check_batches(
         if decision is None:
             continue
         try:
-            _, another = _traced(skeleton(model), is_leaf, size, other)
+            _, another = _traced(skeleton(model), is_leaf, inputs, other)
         except SplitError:
             continue
         if _listing(another) != _listing(graph):
@@ -320,14 +398,10 @@ def _without_checkpoints() -> Iterator[None]:
 
 
 def _drop_assertions(graph: fx.Graph) -> None:
-    """Assertions hold global sizes; with those on arguments that were fixed to their defaults go the placeholders."""
-    first = next(iter(graph.nodes))
+    """Assertions hold global sizes."""
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and node.target in (torch._assert, ASSERT_IS_NONE):
+        if node.op == "call_function" and node.target is torch._assert:
             _erase(graph, node)
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and not node.users and node is not first:
-            graph.erase_node(node)
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..algebra.domain import Domain, check_parts
@@ -102,7 +101,7 @@ def profile(
     narrow: str = "replicate",
     img_size: int | tuple[int, int] | None = None,
     width_divisor: int | None = None,
-    example_input: torch.Tensor | None = None,
+    example_input: Any = None,
     **kwargs: Any,
 ) -> Profile:
     """The cost of a network against that of its part with most parameters, without any weights in memory; arguments and
@@ -115,4 +114,5 @@ def profile(
     seen = plan.views()[k].size
     part_size = (*size[: len(size) - len(seen)], *seen)
     name = model if isinstance(model, str) else None
-    return Profile(name, parts, plan.domain, size, part_size, k, cost(graph, size), cost(part, part_size))
+    of_part = cost(part, part_size, graph)
+    return Profile(name, parts, plan.domain, size, part_size, k, cost(graph, size), of_part)

@@ -10,8 +10,9 @@ whole images alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ from torch import fx, nn
 from ..algebra.axes import FrozenAxis, block
 from ..algebra.domain import Domain, spatial
 from ..algebra.view import Box
+from ..compat import tree_map_only
 from ..errors import SplitError, public
+from ..planning.graphs import Graph
+from ..planning.inputs import Inputs, as_call
 from ..planning.plan import Plan
 from ..planning.planner import analyse
 from ..planning.rules.laws import Kind
@@ -152,7 +156,7 @@ def _figure(error: float | None) -> str:
 def verify(
     model: nn.Module,
     parts: Parts,
-    x: torch.Tensor | None = None,
+    x: Any = None,
     batches: Iterable | None = None,
     *,
     head: str = "sum",
@@ -161,7 +165,8 @@ def verify(
 
     Args:
         model: from `merge`, not trained since.
-        x: images (B, C, *size) to compute with; by default two of random numbers.
+        x: images (B, C, *size) to compute with, or a tuple or dict of the network's inputs; by default two of random
+            numbers.
         batches: (images, labels) for theorem 2.2, computed in the precision that the parts have.
         head: with which the model was merged.
 
@@ -177,16 +182,15 @@ def verify(
     plan, size = parts.plan, parts.plan.input_size
     check_mergeable(plan, head)
     labelled = None if batches is None else _labelled(model, parts, batches)
-    if x is None:
-        x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     rows, outputs = claims(analyse(parts.graph, plan.divisor, plan.domain, size, output=plan.output))
-    nets, every, x = _in_float64(model, parts, head), [*rows, *outputs], x.to("cpu", torch.float64)
+    nets, every = _in_float64(model, parts, head), [*rows, *outputs]
+    given = _Given.random(parts.graph) if x is None else _Given.of(parts.graph, x)
     full = Domain.full(plan.parts).boxes(spatial(size))
     scaled = any(view.scaled for view in plan.views())
-    box = _Differences() if scaled else _compare(nets, plan, every, plan.boxes(), x)
+    box = _Differences() if scaled else _compare(nets, plan, every, plan.boxes(), given)
     comparable = not _windows(plan)
     as_box = plan.boxes() == full and not scaled
-    whole = box if as_box else _compare(nets, plan, every, full, x) if comparable else _Differences()
+    whole = box if as_box else _compare(nets, plan, every, full, given) if comparable else _Differences()
     return Report(
         tuple(
             LayerErrors(c.path, c.operation, whole.error([c]), box.error([c]), box.field([c]), c.exact) for c in rows
@@ -251,18 +255,48 @@ class _Differences:
         return sum(n for n, _ in counts) / max(sum(total for _, total in counts), 1)
 
 
+@dataclass(frozen=True)
+class _Given:
+    """The arguments to compute with, in float64: those that the graph takes, and how."""
+
+    inputs: Inputs
+    trees: tuple
+    values: tuple
+
+    @classmethod
+    def random(cls, graph: Graph) -> _Given:
+        inputs, generator = graph.inputs, torch.Generator().manual_seed(0)
+        trees = tuple(inputs.taken(graph.signature).values())
+        return cls(inputs, trees, tuple(inputs.random(tree, graph.batch, generator) for tree in trees))
+
+    @classmethod
+    def of(cls, graph: Graph, x: Any) -> _Given:
+        given = graph.inputs.checked(graph.signature, *as_call(x, graph.signature))
+        values = tree_map_only(torch.Tensor, _in_double, tuple(given.values()))
+        return cls(graph.inputs, tuple(graph.inputs.taken(graph.signature).values()), values)
+
+    def on_images(self, change: Callable[[torch.Tensor], torch.Tensor]) -> tuple:
+        """The arguments, their images changed."""
+        return tuple(self.inputs.on_images(change, tree, v) for tree, v in zip(self.trees, self.values))
+
+
+def _in_double(t: torch.Tensor) -> torch.Tensor:
+    return t.to("cpu", torch.float64 if t.is_floating_point() else t.dtype)
+
+
 def _compare(
-    nets: Sequence[fx.GraphModule], plan: Plan, wanted: Sequence[Claim], boxes: Sequence[Box], x: torch.Tensor
+    nets: Sequence[fx.GraphModule], plan: Plan, wanted: Sequence[Claim], boxes: Sequence[Box], given: _Given
 ) -> _Differences:
     """The maps of the composed network, nets[0], against those of the parts on their boxes."""
     composed, *parts = nets
     nodes, full = {c.node for c in wanted}, [box.extent == spatial(plan.input_size) for box in boxes]
-    y, result = _Maps(composed, nodes).of(x), _Differences()
+    y, result = _Maps(composed, nodes).of(given.values), _Differences()
     sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     comparable = {c.node: c for c in wanted if c.aligned or all(full)}
     for k, (part, box) in enumerate(zip(parts, boxes)):
-        maps = _Maps(part, nodes).of(box.crop(x))
-        inside = y if full[k] else _Maps(composed, nodes, _Outside(plan, k)).of(_nan_outside(x, box))
+        maps = _Maps(part, nodes).of(given.on_images(box.crop))
+        alone = partial(_nan_outside, box=box)
+        inside = y if full[k] else _Maps(composed, nodes, _Outside(plan, k)).of(given.on_images(alone))
         for node, claim in comparable.items():
             axes = [c or (None if full[k] else p) for c, p in zip(claim.channels, claim.places)]
             at = block(y[node].shape, [None, *axes], k, plan.divisor)
@@ -304,8 +338,8 @@ class _Maps(fx.Interpreter):
         self.kept: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
-    def of(self, x: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        self.run(x)
+    def of(self, arguments: Sequence) -> Mapping[str, torch.Tensor]:
+        self.run(*arguments)
         return self.kept
 
     def run_node(self, n: fx.Node) -> Any:
@@ -339,7 +373,8 @@ def _labelled(model: nn.Module, parts: Parts, batches: Iterable[tuple[torch.Tens
     for net in (model, *parts):
         net.eval()
     for x, target in batches:
-        logits = [model(x), *parts(x)]
+        args, kwargs = as_call(x, parts.graph.signature)
+        logits = [model(*args, **kwargs), *parts(*args, **kwargs)]
         if int(target.max()) >= logits[0].shape[1]:
             raise SplitError(
                 f"a label is {int(target.max())}, but the model has {logits[0].shape[1]} classes; use its data"

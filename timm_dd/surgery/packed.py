@@ -120,23 +120,25 @@ def over_parts(function: Callable, parts: int, *args: Any, **kwargs: Any) -> Any
     leaves, spec = tree_flatten((args, kwargs))
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     if not tensors:
-        made = function(*args, **kwargs)
-        return tree_map_only(torch.Tensor, lambda t: t.expand(parts, *t.shape), made)
-    plain: list[Any] = []
+        return _in_each(function(*args, **kwargs), lambda t: t.expand(parts, *t.shape))
+    made: list[Any] = []
 
     def of_part(*values: torch.Tensor) -> Any:
         filled = list(leaves)
         for i, value in zip(tensors, values):
             filled[i] = value
         given, named = tree_unflatten(filled, spec)
-        result = function(*given, **named)
-        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
-            return result
-        plain.append(result)  # a size, a dtype: nothing that vmap returns
-        return ()
+        made.append(function(*given, **named))  # sizes, dtypes and None are nothing that vmap returns
+        return tuple(leaf for leaf in tree_leaves(made[0]) if isinstance(leaf, torch.Tensor))
 
-    result = vmap(of_part, randomness="different")(*(leaves[i] for i in tensors))
-    return plain[0] if plain else result
+    stacked = iter(vmap(of_part, randomness="different")(*(leaves[i] for i in tensors)))
+    return _in_each(made[0], lambda _: next(stacked))
+
+
+def _in_each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """With its tensors changed; what has none, as a `torch.Size`, stays what it is."""
+    has_any = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
+    return tree_map_only(torch.Tensor, change, value) if has_any else value
 
 
 def autocast(tensors: Any) -> Any:

@@ -11,12 +11,13 @@ from torch import fx, nn
 
 from ..compat import tree_flatten, tree_unflatten
 from ..errors import MergeError, SplitError, headline, public
-from ..planning.graphs import first_float
+from ..planning.graphs import Graph, first_float
 from ..planning.plan import Plan
 from ..storage import files
 from .emit import emit, restrict, slices
 from .packed import PackedGraph, pack
 from .source import Network
+from .trial import check_packed_runs
 
 
 class Parts(nn.ModuleList):
@@ -36,7 +37,7 @@ class Parts(nn.ModuleList):
         self,
         modules: Sequence[fx.GraphModule],
         plan: Plan,
-        graph: fx.GraphModule,
+        graph: Graph,
         module: nn.Module | None = None,
         seed: int | None = None,
         members: Sequence[int] | None = None,
@@ -52,7 +53,7 @@ class Parts(nn.ModuleList):
         def __iter__(self) -> Iterator[fx.GraphModule]: ...
 
     @property
-    def graph(self) -> fx.GraphModule:
+    def graph(self) -> Graph:
         """The whole network, traced, on the meta device; to be read, and copied where it is to be changed."""
         return self._whole.graph
 
@@ -61,34 +62,47 @@ class Parts(nn.ModuleList):
         """The module that was split, where it was not a timm name."""
         return self._whole.module
 
-    def crops(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the parts see of the batch ``x`` (B, C, *size): views of it at scale 1, see `View.crop`.
+    def crops(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """What the parts see of the batch ``x`` (B, C, *size): views of it at scale 1, see `View.crop`. Of several
+        inputs, given as the network takes them, a tuple for each part, ``parts[k](*crops[k])``, or a dict where some
+        are given by name, ``parts[k](**crops[k])``: its view of images, and the others as they are.
 
         Raises:
-            SplitError: a batch of another image size.
+            SplitError: a batch of another image size, or other inputs than those that it was split with.
         """
-        if not isinstance(x, torch.Tensor) or tuple(x.shape[1:]) != self.plan.input_size:
-            found = f"a batch of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-            raise SplitError(f"expected images of {self.plan.input_size}, got {found}")
-        views = self.plan.views()
-        return tuple(views[k].crop(x) for k in self.members)
+        seen = self._seen(args, kwargs)
+        if kwargs:
+            return tuple(seen)
+        values = (tuple(given.values()) for given in seen)
+        return tuple(v for (v,) in values) if self.graph.inputs.is_one_image else tuple(values)
 
-    def forward(self, x: torch.Tensor) -> Any:
+    def _seen(self, args: Sequence, kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Each part's arguments, by name and in their order."""
+        inputs, signature, views = self.graph.inputs, self.graph.signature, self.plan.views()
+        given, trees = inputs.checked(signature, args, kwargs), inputs.taken(signature)
+        return [
+            {name: inputs.on_images(views[k].crop, trees[name], tree) for name, tree in given.items()}
+            for k in self.members
+        ]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Logits of the parts, each on its box: (K, B, classes); their sum over K is (2.16). Of several outputs,
         each is stacked; reconstructions of boxes of several sizes are a list."""
-        outputs = [tree_flatten(part(crop)) for part, crop in zip(self, self.crops(x))]
+        outputs = [tree_flatten(part(*seen.values())) for part, seen in zip(self, self._seen(args, kwargs))]
         return tree_unflatten([_stacked(leaves) for leaves in zip(*(leaves for leaves, _ in outputs))], outputs[0][1])
 
     @public
     def packed(self) -> PackedGraph:
         """All parts as one `torch.fx.GraphModule` on stacked crops, with copies of their weights:
-        ``packed(torch.stack(parts.crops(x)))`` is (K, B, classes). ``load`` and ``unload`` copy weights from the parts
-        and back.
+        ``packed(torch.stack(parts.crops(x)))`` is (K, B, classes); it takes each of several inputs stacked. ``load``
+        and ``unload`` copy weights from the parts and back.
 
         Raises:
-            SplitError: the parts have different widths, or boxes of different sizes.
+            SplitError: the parts have different widths, or boxes of different sizes; what torch.vmap cannot take.
         """
-        return pack(list(self))
+        packed = pack(list(self))
+        check_packed_runs(pack, list(self), self.graph, self.plan)
+        return packed
 
     def take(self, state: Mapping[str, torch.Tensor]) -> None:
         """Give every part its slices of a global model's `state` dict."""
@@ -154,7 +168,7 @@ class _Whole:
     """What the parts come from, without being part of them: no submodule, and the same in deep copies, since nobody
     changes it. `merge` copies the user's module."""
 
-    def __init__(self, graph: fx.GraphModule, module: nn.Module | None):
+    def __init__(self, graph: Graph, module: nn.Module | None):
         self.graph, self.module = graph, module
 
     def __deepcopy__(self, memo: dict) -> _Whole:

@@ -18,7 +18,8 @@ from torch import fx, nn
 from .. import models
 from ..algebra.domain import Domain, default_domain, spatial
 from ..errors import MergeError, SplitError, shown
-from ..planning.graphs import skeleton
+from ..planning.graphs import Graph, skeleton
+from ..planning.inputs import Inputs, signature_of
 from ..planning.plan import Plan
 from ..planning.planner import make_plan
 from ..planning.rules import has_rule
@@ -36,7 +37,7 @@ class Network:
 
     Attributes:
         module: with the weights to be sliced, or without any where a plan is enough.
-        input_size: (C, *size) of the whole image, or (F,).
+        inputs: what it takes; their image is (C, *size), or (F,).
         output: ``logits``, ``features`` or ``boxes``, see `planner.analyse`.
         name, args: by which any timm makes it; None and {} for your own nn.Module.
         fresh: its weights are random, and are re-scaled in the parts.
@@ -44,7 +45,7 @@ class Network:
     """
 
     module: nn.Module
-    input_size: tuple[int, ...]
+    inputs: Inputs
     output: str
     name: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
@@ -55,7 +56,7 @@ class Network:
     def of(
         cls,
         model: str | nn.Module,
-        example_input: torch.Tensor | None = None,
+        example_input: Any = None,
         *,
         reconstruct: bool = False,
         with_weights: bool = True,
@@ -74,11 +75,9 @@ class Network:
         given = [name for name, value in options.items() if value or name not in OF_A_NAME]
         if given:
             raise SplitError(f"{', '.join(given)}: only for a timm name; a module is split as it is")
-        if not isinstance(example_input, torch.Tensor) or example_input.ndim < 2:
-            raise SplitError("a module needs example_input, a tensor (B, C, *size), to know the image's size")
+        inputs, batch = Inputs.of(example_input, signature_of(model))
         module = model if with_weights else skeleton(model)
-        batch, *size = example_input.shape
-        return cls(module, tuple(size), _output(model, reconstruct), batch=max(batch, 2))
+        return cls(module, inputs, _output(model, reconstruct), batch=max(batch, 2))
 
     @classmethod
     def _of_name(
@@ -98,25 +97,32 @@ class Network:
         size = models.input_size(module, img_size, kwargs.get("in_chans"))
         registered = models.registered(name, module, args)
         module = module if with_weights else skeleton(module)
-        return cls(module, size, _output(module, reconstruct), *registered, fresh=not pretrained)
+        return cls(module, Inputs.image(size), _output(module, reconstruct), *registered, fresh=not pretrained)
 
     @classmethod
     def of_plan(cls, plan: Plan, model: nn.Module | None) -> Network:
         """The network that was split by `plan`; `model` where it was your own nn.Module. Errors of `plan_model`."""
-        return cls(plan_model(plan, model), plan.input_size, plan.output, plan.model, plan.model_args, batch=plan.batch)
+        module, inputs = plan_model(plan, model), plan.inputs or Inputs.image(plan.input_size)
+        return cls(module, inputs, plan.output, plan.model, plan.model_args, batch=plan.batch)
+
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        """(C, *size) of the whole image, or (F,)."""
+        return self.inputs.size
 
     @property
     def origin(self) -> nn.Module | None:
         """The user's module, where it was no timm name."""
         return self.module if self.name is None else None
 
-    def trace(self, batch: int | None = None) -> fx.GraphModule:
+    def trace(self, batch: int | None = None) -> Graph:
         """Its graph on the meta device, of a `batch` of images, by default the network's own."""
-        return trace(skeleton(self.module), has_rule, self.input_size, self.batch if batch is None else batch)
+        size, batch = self.input_size, self.batch if batch is None else batch
+        return trace(skeleton(self.module), has_rule, size, batch, self.inputs)
 
     def plan(
         self, parts: int, domain: Domain | None = None, narrow: str = "replicate", width_divisor: int | None = None
-    ) -> tuple[fx.GraphModule, Plan]:
+    ) -> tuple[Graph, Plan]:
         """Its graph, and its plan for K parts; arguments and errors as in `split`."""
         if domain is None:
             domain = default_domain(parts, len(spatial(self.input_size)))
@@ -139,7 +145,7 @@ class Network:
                 raise
             return self._plan(self.batch, divisor, domain, replicate)
 
-    def _plan(self, batch: int, divisor: int, domain: Domain, replicate: bool) -> tuple[fx.GraphModule, Plan]:
+    def _plan(self, batch: int, divisor: int, domain: Domain, replicate: bool) -> tuple[Graph, Plan]:
         graph, size, named = self.trace(batch), self.input_size, (self.name, dict(self.args))
         plan = make_plan(graph, divisor, domain, size, *named, output=self.output, replicate=replicate)
         check_parts_run(graph, plan)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..algebra.domain import Domain, check_parts
 from ..errors import public
 from ..planning.plan import Plan
+from .claim import check_claim
 from .parts import Parts
 from .source import Network
 
@@ -23,10 +23,11 @@ def split(
     narrow: str = "replicate",
     width_divisor: int | None = None,
     reconstruct: bool = False,
-    example_input: torch.Tensor | None = None,
+    example_input: Any = None,
     img_size: int | tuple[int, int] | None = None,
     pretrained: bool = False,
     seed: int | None = None,
+    check: bool = False,
     **kwargs: Any,
 ) -> Parts:
     """Cut a network's width into K parts and its input into K boxes.
@@ -39,14 +40,18 @@ def split(
             (``replicate``), or are an error (``refuse``).
         width_divisor: by which every width is divided, K unless given; only K parts of a K-th can be merged.
         reconstruct: the output has the shape of the input, and each part gives that of its box (an auto-encoder).
-        example_input: (B, C, *size), or (B, F) for features, for your own nn.Module; only its shape counts.
+        example_input: (B, C, *size), or (B, F) for features, for your own nn.Module; only its shape counts. Of a
+            network of several inputs a tuple of its arguments, or a dict by name, see `planning.inputs`: images of one
+            size are cut by the domain, every part has the others whole.
         img_size: pixels, for a timm name; by default the model's own.
         pretrained: slice timm's pretrained weights; otherwise fresh weights, re-scaled to their smaller fans.
         seed: of the fresh weights; by default torch's global generator decides.
+        check: compare by value what the plan calls exact, with random weights and inputs in float64; it takes about
+            as long as five images through the network.
         **kwargs: for `timm.create_model`.
 
     Raises:
-        SplitError: what came cannot be split, with the node, the size and what to do.
+        SplitError: what came cannot be split, with the node, the size and what to do; a claim that is false.
 
     Source: gu2022 section 2.1.2; 2.4 for features, sequences and auto-encoders.
     """
@@ -54,21 +59,27 @@ def split(
     options = {"img_size": img_size, "pretrained": pretrained, "seed": seed, **kwargs}
     network = Network.of(model, example_input, reconstruct=reconstruct, **options)
     graph, plan = network.plan(parts, domain, narrow, width_divisor)
-    return Parts([network.part(graph, plan, k) for k in range(parts)], plan, graph, network.origin, seed)
+    made = Parts([network.part(graph, plan, k) for k in range(parts)], plan, graph, network.origin, seed)
+    if check:
+        check_claim(made)
+    return made
 
 
 @public
 def plan(
-    model: str,
+    model: str | nn.Module,
     parts: int,
     *,
     domain: Domain | None = None,
     narrow: str = "replicate",
     width_divisor: int | None = None,
+    reconstruct: bool = False,
+    example_input: Any = None,
     img_size: int | tuple[int, int] | None = None,
     **kwargs: Any,
 ) -> Plan:
-    """The plan of `split` for a timm name, without any weights in memory; arguments and errors as there."""
+    """The plan of `split`, without any weights in memory; arguments and errors as there."""
     check_parts(parts)
-    network = Network.of(model, with_weights=False, img_size=img_size, **kwargs)
+    options = {"img_size": img_size, **kwargs}
+    network = Network.of(model, example_input, reconstruct=reconstruct, with_weights=False, **options)
     return network.plan(parts, domain, narrow, width_divisor)[1]

@@ -23,6 +23,7 @@ from ..errors import SplitError, TrainError, headline
 from ..planning.plan import Plan
 from ..storage import files
 from ..storage.atomic import replace_json
+from ..surgery.claim import check_claim
 from ..surgery.parts import Parts
 from ..surgery.split import split
 from . import checkpoints, coarse, data, options, views
@@ -38,6 +39,8 @@ from .stages import Context, meet, train_baseline, train_parts, tune
 from .summary import multiply_adds, summary_table
 from .together import train_together
 from .trackers import Trackers
+
+CHECK_SECONDS = 10  # for the plan's claim by value, before hours of training are built on it
 
 
 def train(args: argparse.Namespace) -> dict:
@@ -77,6 +80,8 @@ class Run:
         if before is None:
             size = views.loader_size(options.stage_options(args, "part"), self.parts.plan)
             rehearse(args, self.data_config, (self.train_set, self.val_set), size)
+            if self.ranks.primary and not self.place.resuming:
+                check_claim(self.parts, CHECK_SECONDS)
 
     @property
     def folder(self) -> Path:
@@ -161,7 +166,7 @@ class Run:
             sets = [] if done else self._decoded()
         if self.ranks.primary:
             self.place.open(self.parts.plan, self.begun)
-            print(self._title(), *left_out(self.train_set, self.val_set), sep="\n", flush=True)
+            print(_title(self), *left_out(self.train_set, self.val_set), sep="\n", flush=True)
         if done:
             return json.loads(self.place.summary.read_text())
         rank, explained = self.ranks.rank, _explained(self.timer, self.folder)
@@ -188,16 +193,6 @@ class Run:
                 with suppress(OSError):
                     self.folder.rmdir()
             raise
-
-    def _title(self) -> str:
-        plan = self.parts.plan
-        verdict = "exact" if plan.exact else f"approximate in {len(plan.approximations)} places"
-        return (
-            f"{self.args.model} in {plan.parts} parts, {plan.domain}, {verdict}; "
-            f"{plan.params():,} parameters, {plan.params(0):,} in part 0\n"
-            f"{len(self.train_set):,} images to train on, {len(self.val_set):,} to validate; "
-            f"{self.ranks.world} rank(s) on {self.device.type}; {self.folder}"
-        )
 
     def _carry_out(self, tracked: Trackers, sets: Sequence[Dataset]) -> dict:
         context = Context(
@@ -253,6 +248,17 @@ class Run:
             "split": self.args.val_split,
             "run": self.place.digest(self.parts.plan),
         }
+
+
+def _title(run: Run) -> str:
+    plan = run.parts.plan
+    verdict = "exact" if plan.exact else f"approximate in {len(plan.approximations)} places"
+    return (
+        f"{run.args.model} in {plan.parts} parts, {plan.domain}, {verdict}; "
+        f"{plan.params():,} parameters, {plan.params(0):,} in part 0\n"
+        f"{len(run.train_set):,} images to train on, {len(run.val_set):,} to validate; "
+        f"{run.ranks.world} rank(s) on {run.device.type}; {run.folder}"
+    )
 
 
 @contextmanager

@@ -25,11 +25,13 @@ def multiply_adds(run: Context) -> dict:
     plan, graph = run.parts.plan, copy.deepcopy(run.parts.graph)
     whole, parts = cost(graph, plan.input_size), _of_parts(run.parts)
     alone = [part.multiply_adds for part in parts]
-    weighed = dict.fromkeys(("dnn", *options.TOGETHER), _of_coarse_net(run.args).multiply_adds)
+    ways = (*run.args.aggregate, *run.args.together)
+    weighed = {how for how in ways if how in ("dnn", *options.TOGETHER)}
+    weighing = _of_coarse_net(run.args).multiply_adds if weighed else 0
     found = {"parts": alone, "composed": whole.multiply_adds}
     if run.whole is not None:
         found["joint"] = sum(part.multiply_adds for part in _of_parts(run.whole))
-    found["two_level"] = {how: sum(alone) + weighed.get(how, 0) for how in (*run.args.aggregate, *run.args.together)}
+    found["two_level"] = {how: sum(alone) + weighing * (how in weighed) for how in ways}
     return {**found, "uncounted": sorted({name for c in (whole, *parts) for *_, name in c.uncounted})}
 
 
@@ -41,7 +43,7 @@ def _of_parts(parts: Parts) -> list[Cost]:
         size = (*parts.plan.input_size[: -len(view.size)], *view.size)
         kind = (size, *(t.shape for t in part.state_dict().values()))
         if kind not in counted:
-            counted[kind] = cost(copy.deepcopy(part), size)
+            counted[kind] = cost(copy.deepcopy(part), size, parts.graph)
         found.append(counted[kind])
     return found
 

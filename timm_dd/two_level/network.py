@@ -188,6 +188,8 @@ class TwoLevel(nn.Module):
 def _check_parts(parts: Parts) -> None:
     if not isinstance(parts, Parts):
         raise MergeError(f"parts: expected timm_dd.Parts, of split or Parts.load, got {type(parts).__name__}")
+    if parts.plan.inputs is not None:
+        raise MergeError("the parts take several inputs; a decision is made of images alone, merge them instead")
     if parts.plan.output != "logits":
         raise MergeError(
             f"the parts give {parts.plan.output}, each its own; a decision needs logits, split a classifier"

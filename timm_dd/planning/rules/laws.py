@@ -115,7 +115,8 @@ def per_channel(axis: Axis, *params: str | None) -> Law:
     names = frozenset(filter(None, params))
 
     def law(context: Context, *inputs: Relation) -> Relation:
-        copies = [Relation(Kind.REPLICATED, names)] if names and not context.is_cut(axis) else []
+        whole = not context.is_cut(axis) or context.partly_sharded(axis)
+        copies = [Relation(Kind.REPLICATED, names)] if names and whole else []
         return pointwise(context, *inputs, *copies)
 
     return law
@@ -137,7 +138,7 @@ def contract(out_axis: Axis, in_axis: Axis, weight: str | None, bias: str | None
         if x.kind is Kind.REPLICATED:
             return _replicated(context)
         if context.is_cut(out_axis):
-            return SHARD
+            return _replicated(context) if context.partly_sharded(out_axis) else SHARD
         if not context.is_cut(in_axis):
             trained = w is None or w.kind is Kind.REPLICATED
             return _replicated(context) if trained else product(context, *given)

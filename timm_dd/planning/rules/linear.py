@@ -1,4 +1,4 @@
-"""Fully connected layers, as modules and as functions of parameters."""
+"""Fully connected layers and tables of vectors, as modules and as functions of parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from timm.layers import Linear as TimmLinear
 from torch import nn
 
-from .laws import contract
+from ...algebra.widths import make_whole
+from .laws import contract, per_channel, pointwise
 from .op import Op, Value, rule
 
 
@@ -34,3 +35,35 @@ def functional_linear(op: Op, x: Value, weight: Value, bias: Value | None = None
     op.resize = lambda t, w, b=None: t.new_empty(*t.shape[:-1], w.shape[0])
     law = contract(out_axis, in_axis, op.trained(weight), op.trained(bias))
     return op.result((*x.axes[:-1], out_axis), law, x, weight, bias)
+
+
+@rule(nn.Embedding)
+def embedding(op: Op, x: Value) -> Value:
+    """Weight (indices, channels): an index reads its row of each part."""
+    m = op.module
+    if m.max_norm is not None:
+        raise op.refuse("max_norm divides rows by their norms over the channels of all parts; leave it out")
+    axis = op.channels(m.embedding_dim)
+    op.param("weight", None, axis)
+    op.set("embedding_dim", axis)
+    return op.result((*x.axes, axis), per_channel(axis, *op.names("weight")), x)
+
+
+@rule(F.embedding)
+def functional_embedding(
+    op: Op,
+    x: Value,
+    weight: Value,
+    padding_idx=None,
+    max_norm=None,
+    norm_type=2.0,
+    scale_grad_by_freq=False,
+    sparse=False,
+) -> Value:
+    if max_norm is not None:
+        raise op.refuse("max_norm divides rows by their norms over the channels of all parts; leave it out")
+    if weight.axes[0] is not None:
+        make_whole(weight.axes[0])
+    axis = op.axis(weight, 1)
+    op.activate(axis)
+    return op.result((*x.axes, axis), pointwise, x, weight)

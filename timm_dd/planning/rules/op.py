@@ -114,6 +114,7 @@ class Notes:
         tensors: the model's parameters and buffers.
         alias: of each name in `tensors` the first name of the same tensor (tied parameters).
         values: the operations' results, in the order of the graph.
+        image: the first of them that a part sees its view of.
         params: the axes of parameters and buffers, by first name.
         edits: the numbers that differ in a part.
         choices: each the factors of one axis, of which one is to be cut.
@@ -126,6 +127,7 @@ class Notes:
     tensors: dict[str, torch.Tensor]
     alias: dict[str, str]
     values: list[Value] = field(default_factory=list)
+    image: Value | None = None
     params: dict[str, Param] = field(default_factory=dict)
     edits: list[Edit] = field(default_factory=list)
     choices: list[Sequence[Axis]] = field(default_factory=list)
@@ -351,6 +353,15 @@ def _key(module: nn.Module, param: str) -> str | None:
 def unpacked(given: Sequence) -> Sequence:
     """Sizes or dims that a call takes one by one, ``x.permute(0, 2, 1)``, or as one tuple, ``x.permute((0, 2, 1))``."""
     return given[0] if given and isinstance(given[0], (tuple, list)) else given
+
+
+def fits(fn: Callable, op: Op, args: tuple, kwargs: dict) -> bool:
+    """Whether a rule knows the form in which the operation is called."""
+    try:
+        inspect.signature(fn).bind(op, *args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def bind(fn: Callable, op: Op, args: tuple, kwargs: dict) -> Any:

@@ -29,7 +29,8 @@ FUNCTIONS = (
     "sqrt", "rsqrt", "square", "abs", "clamp", "clamp_", "pow", operator.gt, operator.ge, operator.lt, operator.le,
     operator.eq, operator.ne, torch.gt, torch.ge, torch.lt, torch.le, "gt", "ge", "lt", "le", "sqrt_", torch.relu_,
     F.leaky_relu_, F.elu_, F.selu_, F.celu_, F.rrelu_, F.hardtanh_, F.threshold_, torch.sigmoid_, torch.tanh_, "tanh_",
-    torch.clamp_,
+    torch.clamp_, operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not", operator.and_,
+    operator.or_, operator.xor, torch.logical_and, torch.logical_or, "logical_and", "logical_or",
 )  # fmt: skip
 SUMS = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub", "sub_")
 PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
@@ -82,8 +83,9 @@ def without_history(op: Op, x):
 
 @rule(*SUMS)
 def add(op: Op, a, b, *, alpha=1) -> Value:
-    """x + y; a number added to a sum over the parts would be added K times."""
-    return op.result(broadcast(op, a, b), laws.linear if _tensors(a, b) == 2 else _shifted, a, b)
+    """x + y; a number added to a sum over the parts would be added K times, but not the 0 that `sum` begins with."""
+    is_linear = _tensors(a, b) == 2 or any(isinstance(n, (int, float)) and n == 0 for n in (a, b))
+    return op.result(broadcast(op, a, b), laws.linear if is_linear else _shifted, a, b)
 
 
 @rule(*PRODUCTS)

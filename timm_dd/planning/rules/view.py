@@ -207,7 +207,20 @@ def permute(op: Op, x: Value, *dims) -> Value:
     return op.result([x.axes[d] for d in unpacked(dims)], laws.linear, x)
 
 
-@rule("transpose", torch.transpose)
+@rule("movedim", torch.movedim, "moveaxis", torch.moveaxis)
+def movedim(op: Op, x: Value, source, destination) -> Value:
+    """Those named go to their places, the others keep their order."""
+    n = len(x.axes)
+    sources, places = ([d % n for d in ([dims] if isinstance(dims, int) else dims)] for dims in (source, destination))
+    axes, others = [None] * n, [x.axes[d] for d in range(n) if d not in sources]
+    for d, place in zip(sources, places):
+        axes[place] = x.axes[d]
+    for place, axis in zip((d for d in range(n) if d not in places), others):
+        axes[place] = axis
+    return op.result(axes, laws.linear, x)
+
+
+@rule("transpose", torch.transpose, "swapaxes", torch.swapaxes, "swapdims", torch.swapdims)
 def transpose(op: Op, x: Value, dim0: int, dim1: int) -> Value:
     axes = list(x.axes)
     axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
@@ -240,7 +253,7 @@ def pixel_unshuffle_module(op: Op, x: Value) -> Value:
 @rule(F.pixel_unshuffle)
 def pixel_unshuffle(op: Op, x: Value, downscale_factor: int) -> Value:
     """(B, C, H·r, W·r) to (B, C·r², H, W)."""
-    return op.result([None, x.axes[1].times(downscale_factor**2), None, None], laws.linear, x)
+    return op.result([None, op.axis(x, 1).times(downscale_factor**2), None, None], laws.linear, x)
 
 
 @rule(nn.ChannelShuffle)
@@ -275,6 +288,15 @@ def unfold(op: Op, x: Value, *args, **kwargs) -> Value:
     """(B, C, H, W) to (B, C · kernel, positions)."""
     patches = op.axis(x, 1).times(op.out.shape[1] // x.shape[1])
     return op.result((x.axes[0], patches, None), _over_positions(op, x, x.axes[2:]), x)
+
+
+@rule("unfold")
+def windows(op: Op, x: Value, dimension: int, size: int, step: int) -> Value:
+    """Overlapping windows along a dim: their numbers become a last dim."""
+    axes = list(x.axes)
+    law = _over_positions(op, x, [axes[dimension]])
+    axes[dimension] = None if axes[dimension] is None else Axis.of(op.out.shape[dimension])
+    return op.result((*axes, None), law, x)
 
 
 @rule(nn.Fold)
@@ -337,7 +359,7 @@ def roll(op: Op, x: Value, shifts, dims=None) -> Value:
 
 
 @rule(torch.cumsum, "cumsum")
-def cumsum(op: Op, x: Value, dim: int) -> Value:
+def cumsum(op: Op, x: Value, dim: int, *, dtype=None) -> Value:
     return _move(op, x, [dim])
 
 
