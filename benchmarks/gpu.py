@@ -29,7 +29,8 @@ from timm_dd.train.engines import Engine, Graphed, Packed, Streams
 from timm_dd.train.learner import Learner
 
 GPU = torch.device("cuda", 0)
-BYTES, FLOPS = 3.35e12, 790e12  # a second, of an H100: its memory by the data sheet, bfloat16 products as measured
+BYTES, FLOPS = {"NVIDIA H200": 4.8e12}, 790e12  # a second: by the data sheet; bfloat16 products as measured
+BYTES_OF_OTHERS = 3.35e12  # of an H100
 PRECISIONS = {"tf32": [], "bf16": ["--amp"], "bf16 channels last": ["--amp", "--channels-last"]}
 WARM_UP, STEPS, TURNS = 8, 10, 3
 ENGINES: dict[str, tuple[bool, Callable[[int], Engine]]] = {  # whether of the parts; by their number
@@ -113,9 +114,9 @@ def measure(setting: Setting, engine: str, precision: str) -> dict[str, str]:
 class Roofline(TorchDispatchMode):
     """Adds up the seconds of a training step's layers, from those of a forward pass at two bytes a number."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str):
         super().__init__()
-        self.seconds = 0.0
+        self.seconds, self.bytes = 0.0, BYTES.get(device, BYTES_OF_OTHERS)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -124,34 +125,33 @@ class Roofline(TorchDispatchMode):
             x, w, y = (2 * t.numel() for t in (args[0], args[1], result))
             flops = result.numel() * args[1][0].numel() * 2
             for moved in (x + y + w, x + y + w, x + y + w):  # forward, gradients of data and of weights
-                self.seconds += max(moved / BYTES, flops / FLOPS)
-            self.seconds += 4 * w / BYTES
+                self.seconds += max(moved / self.bytes, flops / FLOPS)
+            self.seconds += 4 * w / self.bytes
         elif name in ("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"):
             x = y = 2 * args[0].numel()
-            self.seconds += (2 * x + y + 2 * (x + y) + x) / BYTES
+            self.seconds += (2 * x + y + 2 * (x + y) + x) / self.bytes
         elif name in ("relu", "relu_"):
-            self.seconds += 4 * 2 * result.numel() / BYTES
+            self.seconds += 4 * 2 * result.numel() / self.bytes
         elif name in ("add", "add_") and isinstance(args[1], torch.Tensor) and result.ndim == 4:
-            self.seconds += 3 * 2 * result.numel() / BYTES
+            self.seconds += 3 * 2 * result.numel() / self.bytes
         return result
 
 
-def roofline(setting: Setting, parts: bool) -> float:
+def roofline(setting: Setting, parts: bool, device: str) -> float:
     """Milliseconds of a step."""
-    with torch.device("meta"):
-        nets = setting.split() if parts else [models.create(setting.model, **setting.given)]
-        x = torch.empty(setting.batch, 3, setting.size, setting.size)
-        views = nets.crops(x) if isinstance(nets, Parts) else [x]
-        with Roofline() as counted:
-            for net, view in zip(nets, views):
-                net.to("meta").train()(view)
+    nets = setting.split() if parts else [models.create(setting.model, **setting.given)]
+    x = torch.empty(setting.batch, 3, setting.size, setting.size, device="meta")
+    views = nets.crops(x) if isinstance(nets, Parts) else [x]
+    with Roofline(device) as counted:
+        for net, view in zip(nets, views):
+            net.to("meta").train()(view)
     return 1e3 * counted.seconds
 
 
 def rows(names: list[str], done: set[tuple[str, str, str]]) -> Iterator[dict[str, str]]:
     for name in names:
         setting = SETTINGS[name]
-        lines = [roofline(setting, parts) for parts in (False, True)]
+        lines = [roofline(setting, parts, torch.cuda.get_device_name()) for parts in (False, True)]
         for precision in PRECISIONS:
             for engine, (of_parts, _) in ENGINES.items():
                 key = (name, precision, engine)

@@ -1,7 +1,7 @@
 """Accuracy over time and multiply-adds: a network trained whole for several lengths, and by all `ways` of as much work.
 
     python benchmarks/time_to_accuracy.py --data DATA --search    # learning rates, into time_to_accuracy_search.csv
-    python benchmarks/time_to_accuracy.py --data DATA             # the rows, into time_to_accuracy_rows.csv
+    python benchmarks/time_to_accuracy.py --data DATA             # the rows, into time_to_accuracy.csv
     python benchmarks/time_to_accuracy.py --data DATA --speeds    # an update of each stage, time_to_accuracy_speeds.csv
     python benchmarks/time_to_accuracy.py --table                 # means of the rows, and a plot of them
 
@@ -263,7 +263,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="of --speeds")
     kept = Path(tempfile.gettempdir()) / "time_to_accuracy"
     parser.add_argument("--kept", type=Path, default=kept, metavar="DIR", help="runs that are not done, decoded images")
-    out = Path(__file__).with_name("time_to_accuracy_rows.csv")
+    out = Path(__file__).with_name("time_to_accuracy.csv")
     parser.add_argument("--out", type=Path, default=out, metavar="CSV")
     parser.add_argument("given", nargs="*", metavar="-- OPTION", help="for timm_dd.train")
     args = parser.parse_args()

@@ -11,7 +11,6 @@ from ways import STAGES, WAYS
 from timm_dd.text import table
 
 LENGTHS = ("-half", "-double")
-MEASURES = {"cost": "multiply-adds", "seconds": "seconds", "updates_s": "seconds of updates alone"}
 PAPER = ["gu2022, ResNet32, overlap", "4", "80.11", "88.33", "", "94.40", "93.26"]  # Table 3.3, its parts' mean
 FIGURES = ("parts", "together", "joint", "composed", "final")
 
@@ -38,8 +37,12 @@ class Group(NamedTuple):
 
     @property
     def family(self) -> str:
-        """The way without its length."""
-        return next((self.way.removesuffix(end) for end in LENGTHS if self.way.endswith(end)), self.way)
+        return family(self.way)
+
+
+def family(way: str) -> str:
+    """A way without its length."""
+    return next((way.removesuffix(end) for end in LENGTHS if way.endswith(end)), way)
 
 
 def grouped(rows: list[dict[str, str]]) -> dict[tuple[str, ...], list[Group]]:
@@ -51,13 +54,18 @@ def grouped(rows: list[dict[str, str]]) -> dict[tuple[str, ...], list[Group]]:
     return {key: [Group(way, of[way]) for way in WAYS if way in of] for key, of in found.items()}
 
 
-def with_speeds(rows: list[dict[str, str]], speeds: list[dict[str, str]]) -> None:
-    """Give each row the seconds that its updates take by themselves, where their speeds are known."""
-    known = {(s["set"], s["way"], s["stage"]): float(s["seconds"]) for s in speeds}
-    for row in rows:
-        updates = {stage: int(row[f"{stage}_updates"]) for stage in STAGES if int(row[f"{stage}_updates"])}
-        each = [known.get((row["set"], row["way"], stage)) for stage in updates]
-        row["updates_s"] = "" if None in each else f"{sum(n * s for n, s in zip(updates.values(), each)):.1f}"
+def with_speeds(rows: list[dict[str, str]], speeds: list[dict[str, str]]) -> dict[str, str]:
+    """Give each row the seconds that its updates take by themselves, on each device whose speeds are known; returns
+    what can be compared, by the column's name."""
+    known = {(s["device"], s["set"], s["way"], s["stage"]): float(s["seconds"]) for s in speeds}
+    measures = {"cost": "multiply-adds"}
+    for device in dict.fromkeys(s["device"] for s in speeds):
+        measures[device] = f"seconds of updates, {device}"
+        for row in rows:
+            updates = {stage: int(row[f"{stage}_updates"]) for stage in STAGES if int(row[f"{stage}_updates"])}
+            each = [known.get((device, row["set"], family(row["way"]), stage)) for stage in updates]
+            row[device] = "" if None in each else f"{sum(n * s for n, s in zip(updates.values(), each)):.1f}"
+    return measures
 
 
 def points(groups: Sequence[Group], measure: str) -> list[tuple[float, float]]:
@@ -90,7 +98,7 @@ def against(curve: Sequence[tuple[float, float]], budget: float, accuracy: float
     return f"{budget / needed:.2f}"
 
 
-def as_good_as_the_best(groups: list[Group], measure: str) -> list[str]:
+def as_good_as_the_best(groups: list[Group], measure: str, name: str) -> list[str]:
     """A line for each family of ways but the baseline: after what share of its budget it has the accuracy of the best
     baseline."""
     baselines = points([g for g in groups if g.family == "baseline"], measure)
@@ -104,11 +112,11 @@ def as_good_as_the_best(groups: list[Group], measure: str) -> list[str]:
             continue
         at = budget_for(curve, goal)
         if at is not None:
-            said = f"after {at / spent:.2f} of its {MEASURES[measure]}"
+            said = f"after {at / spent:.2f} of its {name}"
         elif curve[0][1] >= goal:
-            said = f"after {curve[0][0] / spent:.2f} of its {MEASURES[measure]} or less"
+            said = f"after {curve[0][0] / spent:.2f} of its {name} or less"
         else:
-            said = f"not in {curve[-1][0] / spent:.2f} of its {MEASURES[measure]}, {goal - curve[-1][1]:.2f} short"
+            said = f"not in {curve[-1][0] / spent:.2f} of its {name}, {goal - curve[-1][1]:.2f} short"
         lines.append(f"{family}: as good as the best baseline ({goal:.2f} %) {said}")
     return lines
 
@@ -125,19 +133,19 @@ def shape(groups: list[Group]) -> list[list[str]]:
 
 
 def show(rows: list[dict[str, str]], speeds: list[dict[str, str]], picture: Path) -> None:
-    with_speeds(rows, speeds)
+    measures = with_speeds(rows, speeds)
     for key, groups in grouped(rows).items():
-        print(f"{title(key)}\n\n{table(budgets(groups))}\n")
-        print("\n".join(line for measure in MEASURES for line in as_good_as_the_best(groups, measure)), end="\n\n")
+        print(f"{title(key)}\n\n{table(budgets(groups, measures))}\n")
+        print("\n".join(line for m in measures.items() for line in as_good_as_the_best(groups, *m)), end="\n\n")
         print(table(shape(groups)), end="\n\n")
     if rows:
-        draw(grouped(rows), picture)
+        draw(grouped(rows), measures, picture)
 
 
-def budgets(groups: list[Group]) -> list[list[str]]:
+def budgets(groups: list[Group], measures: dict[str, str]) -> list[list[str]]:
     """A line for each way: its accuracies, its budgets, and these over what the baseline needs for that accuracy."""
-    curves = {measure: points([g for g in groups if g.family == "baseline"], measure) for measure in MEASURES}
-    lines = [["", "seeds", *FIGURES, *(word for name in MEASURES.values() for word in (name, "of baseline's"))]]
+    curves = {measure: points([g for g in groups if g.family == "baseline"], measure) for measure in measures}
+    lines = [["", "seeds", *FIGURES, *(word for name in measures.values() for word in (name, "of baseline's"))]]
     for g in groups:
         shares = []
         for measure, curve in curves.items():
@@ -152,13 +160,13 @@ def title(key: tuple[str, ...]) -> str:
     return f"{which}, N = {n} epochs, {device} {given}".strip()
 
 
-def draw(sets: dict[tuple[str, ...], list[Group]], path: Path) -> None:
+def draw(sets: dict[tuple[str, ...], list[Group]], measures: dict[str, str], path: Path) -> None:
     """Accuracy over each measure: the baseline's lengths are the curve to beat."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(MEASURES), 4 * len(sets)), layout="constrained")
-    for places, (key, groups) in zip(figure.subplots(len(sets), len(MEASURES), squeeze=False), sets.items()):
-        for place, (measure, name) in zip(places, MEASURES.items()):
+    figure = Figure(figsize=(5 * len(measures), 4 * len(sets)), layout="constrained")
+    for places, (key, groups) in zip(figure.subplots(len(sets), len(measures), squeeze=False), sets.items()):
+        for place, (measure, name) in zip(places, measures.items()):
             known = sorted((g for g in groups if g.mean(measure) is not None), key=lambda g: g.mean(measure))
             for family in dict.fromkeys(g.family for g in groups):
                 own = [g for g in known if g.family == family]

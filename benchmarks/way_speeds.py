@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace, path: Path) -> None:
         rows = []
         if path.exists():
             with path.open(newline="") as f:
-                rows = [row for row in csv.DictReader(f) if row["set"] != which or row["way"] not in args.ways]
+                rows = [row for row in csv.DictReader(f) if not _again(row, which, args.ways, origin["device"])]
         for way, of_way in found.items():
             for stage, by in of_way.items():
                 about = {"set": which, "way": way, "stage": stage.name, "engine": args.engine, "batch": by.batch_size}
@@ -114,3 +114,7 @@ def measure(args: argparse.Namespace, path: Path) -> None:
                 rows.append({**about, **figure, **origin})
                 print(which, way, stage.name, figure["seconds"], flush=True)
         write_table(path, rows, list(rows[-1]))
+
+
+def _again(row: dict[str, str], which: str, measured: list[str], device: str) -> bool:
+    return row["set"] == which and row["way"] in measured and row["device"] == device

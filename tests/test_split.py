@@ -17,6 +17,7 @@ from torch.nn.utils import prune, spectral_norm, weight_norm
 
 import timm_dd
 from timm_dd import Domain, SplitError, TimmDDError
+from timm_dd.algebra import axes
 from timm_dd.planning.rules.op import RULES
 from timm_dd.reports.verify import verify
 from timm_dd.surgery import source
@@ -401,3 +402,13 @@ def test_a_plan_that_forgets_something_does_not_pass(name, field):
     check_parts_run(graph, plan)
     with pytest.raises(SplitError, match="part 0"):
         check_parts_run(graph, dataclasses.replace(plan, **{field: ()}))
+
+
+def test_splitting_on_another_default_device_changes_no_other_split():
+    """What is kept from one split to the next is on the CPU."""
+    axes._index.cache_clear()
+    with torch.device("meta"):
+        parts = timm_dd.split("dd_resnet20", 3, num_classes=6, img_size=30)
+    assert {t.device.type for part in parts for t in part.state_dict().values()} == {"meta"}
+    parts = timm_dd.split("dd_resnet20", 3, num_classes=6, img_size=30, seed=1)
+    assert {t.device.type for part in parts for t in part.state_dict().values()} == {"cpu"}

@@ -110,7 +110,7 @@ class FrozenAxis(NamedTuple):  # a tuple, as it is looked up for every tensor, a
 def block(shape: Sequence[int], axes: Sequence[FrozenAxis | None], k: int, divisor: int) -> tuple:
     """Part k's elements of a tensor of `shape`, as an open index like that of ``numpy.ix_``; it has all along a dim
     whose axis is None."""
-    index = [torch.arange(n) if a is None else a.index(k, divisor) for n, a in zip(shape, axes)]
+    index = [torch.arange(n, device="cpu") if a is None else a.index(k, divisor) for n, a in zip(shape, axes)]
     return torch.meshgrid(*index, indexing="ij") if len(index) > 1 else tuple(index) or (...,)
 
 
@@ -123,7 +123,7 @@ def _part_size(axis: FrozenAxis, k: int, divisor: int) -> int:
 def _index(axis: FrozenAxis, k: int, divisor: int) -> torch.Tensor:
     def run(atom: FrozenAtom) -> torch.Tensor:
         start, length = _run(atom, k, divisor)
-        return torch.arange(start, start + length)
+        return torch.arange(start, start + length, device="cpu")  # whatever the default: it is kept
 
     return _indices(axis, run)
 
@@ -132,7 +132,7 @@ def _indices(axis: FrozenAxis, chosen: Callable[[FrozenAtom], torch.Tensor]) -> 
     """The indices into an axis of those that are `chosen` of each of its atoms."""
     pieces, offset = [], 0
     for term in axis.terms:
-        ix = torch.zeros(1, dtype=torch.long)
+        ix = torch.zeros(1, dtype=torch.long, device="cpu")
         for atom in term:
             ix = (ix[:, None] * atom_size(atom) + chosen(atom)).flatten()
         pieces.append(ix + offset)
@@ -142,8 +142,8 @@ def _indices(axis: FrozenAxis, chosen: Callable[[FrozenAtom], torch.Tensor]) -> 
 
 def _round_robin(atom: FrozenAtom, divisor: int) -> torch.Tensor:
     if not isinstance(atom, Cut):
-        return torch.arange(atom_size(atom))
-    return torch.cat([torch.arange(k, atom.size, divisor) for k in range(divisor)])
+        return torch.arange(atom_size(atom), device="cpu")
+    return torch.cat([torch.arange(k, atom.size, divisor, device="cpu") for k in range(divisor)])
 
 
 def _run(atom: FrozenAtom, k: int, divisor: int) -> tuple[int, int]:

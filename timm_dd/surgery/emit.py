@@ -162,7 +162,7 @@ def restrict(tensor: torch.Tensor, t: TensorPlan, k: int, plan: Plan) -> torch.T
             block = block.index_select(dim, index.to(tensor.device))
     if t.reduce != "sum":
         return block.clone(memory_format=held_in) if block is tensor else block.to(memory_format=held_in)
-    owners = torch.zeros(plan.parts + 1, *t.shape)  # of each element among the first 0, 1 … K parts
+    owners = torch.zeros(plan.parts + 1, *t.shape, device="cpu")  # of each element among the first 0, 1 … K parts
     for j in range(plan.parts):
         owners[j + 1 :][(slice(None), *t.block(j, plan.divisor))] += 1
     before, total = (owners[i][t.block(k, plan.divisor)].to(tensor.device) for i in (k, -1))
