@@ -111,6 +111,16 @@ def test_what_cannot_be_captured_goes_on_without(tmp_path, capsys):
     assert said == "not as a CUDA graph: operation not permitted when stream is capturing\n"
 
 
+def test_what_needs_more_than_a_graph_goes_without(tmp_path):
+    """Batches in several pieces, and other ranks' logits."""
+    for by, given in ((Packed(), ["--grad-accum-steps", "2"]), (Joint(Engine()), [])):
+        by.alone = bool(given)
+        graphed = Graphed(by, Again)
+        states(graphed, learners(tmp_path, *given))
+        assert graphed.captured is None
+    assert not Joint(Engine(), group="others").alone and Joint(Engine()).alone
+
+
 def test_graphs_are_for_gpus(tmp_path):
     with pytest.raises(TrainError, match="--engine graph is for GPUs; use auto"):
         engine("graph", learners(tmp_path), CPU, 1)

@@ -397,7 +397,7 @@ def test_auto_takes_the_fastest(tmp_path):
     auto._now = lambda: clock[0]
     for _ in range(17):
         auto.step([], None, None, True)
-    assert (slow.steps, fast.steps) == (4, 13) and auto.best is fast
+    assert (slow.steps, fast.steps) == (4, 13) and auto.best is fast and auto.engines == [fast]
 
 
 @pytest.fixture

@@ -111,3 +111,31 @@ def test_the_best_rate_is_that_of_the_longest_search(scripts):
     ]
     assert main.best_rate(rows, "cifar10", "recipe-half") == 0.004
     assert main.best_rate(rows, "cifar10", "narrow") == main.RATE
+
+
+def test_the_pages_say_what_the_tables_say(scripts):
+    """Means of the seeds; multiply-adds and seconds of updates over what the baseline needs for the same accuracy."""
+    main, table = scripts["time_to_accuracy"], scripts["time_to_accuracy_table"]
+    readme, results = (" ".join((FOLDER.parent / p).read_text().split()) for p in ("README.md", "docs/results.md"))
+    rows = main.read(FOLDER / "time_to_accuracy.csv")
+    measures = table.with_speeds(rows, main.read(FOLDER / main.SPEEDS))
+    (groups,) = table.grouped(rows).values()
+    shares: dict[str, dict[str, str]] = {}
+    curves = {m: table.points([g for g in groups if g.family == "baseline"], m) for m in measures}
+    for g in groups:
+        shares[g.way] = {m: table.against(curve, g.mean(m), g.mean("final")) for m, curve in curves.items()}
+        own = g.family != "baseline"
+        cells = [f"{g.mean(name):.2f}" if own and g.mean(name) else "–" for name in table.FIGURES[:-1]]
+        budgets = [f"{g.mean(m):.{1 if m == 'cost' else 0}f} | {shares[g.way][m] if own else 1}" for m in measures]
+        assert f"| {g.way} | {' | '.join([*cells, g.text('final'), *budgets])} |" in results
+    recipe = [shares[way]["cost"] for way in ("recipe-half", "recipe")]
+    said = "needs {} to {} of".format(*recipe)
+    assert said in readme and said in results
+    assert f"progressive resizing {shares['progressive']['cost']}" in readme
+    for device in list(measures)[1:]:
+        said = "{} and {} times as long".format(*(shares[way][device] for way in ("recipe-half", "recipe")))
+        assert said in results, device
+    best = {}
+    for row in main.read(FOLDER / main.SEARCH):
+        best[row["way"]] = max(best.get(row["way"], 0.0), float(row["final"]))
+    assert f"({best['narrow']:.2f} % against {best['recipe']:.2f} %)" in results

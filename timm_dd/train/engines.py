@@ -35,9 +35,10 @@ class Engine:
 
     Attributes:
         warm_up: updates that are slower than those after them.
+        alone: whether an update needs no other process.
     """
 
-    warm_up = 1
+    warm_up, alone = 1, True
 
     def run(self, works: Sequence[Callable[[], Any]]) -> list:
         """The results of all `works`, in their order."""
@@ -196,7 +197,7 @@ class Graphed(Engine):
         if learners != self.learners or (self.captured is not None and self.captured.moved):
             self.learners, self.steps, self.captured, self.place = learners, 0, None, self.graph()
         given = [y, *(n.view(x) for n in learners)]
-        if self.steps == CAPTURE_AFTER and self._may_capture(learners):
+        if self.steps == CAPTURE_AFTER and self._may_capture():
             self._capture(given)
         self.steps += 1
         if self.captured is None or not self.captured.takes(given):
@@ -226,10 +227,9 @@ class Graphed(Engine):
     def _steps_inside(learner: Learner) -> bool:
         return bool(learner.optimizer.defaults.get("fused"))
 
-    @staticmethod
-    def _may_capture(learners: Sequence[Learner]) -> bool:
+    def _may_capture(self) -> bool:
         """A batch in one piece, of one process."""
-        return all(n.micro_batches == 1 and not n.distributed for n in learners)
+        return self.by.alone and all(n.micro_batches == 1 and not n.distributed for n in self.learners)
 
     def __exit__(self, *error: object) -> None:
         self.by.__exit__(*error)
@@ -254,13 +254,22 @@ class Auto(Engine):
         return (self.best or self.engines[0]).run(works)
 
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
-        if self.best is not None:
-            return self.best.step(learners, x, y, isolate_failures)
+        best = self.best
+        if best is not None:
+            self._settle_for(best)
+            return best.step(learners, x, y, isolate_failures)
         left = [TRIALS + engine.warm_up - len(s) for engine, s in zip(self.engines, self.seconds)]
         i = left.index(max(left))
         start = self._now()
         self.engines[i].step(learners, x, y, isolate_failures)
         self.seconds[i].append(self._now() - start)
+
+    def _settle_for(self, best: Engine) -> None:
+        """End the others, whose graphs take memory."""
+        for engine in self.engines:
+            if engine is not best:
+                engine.__exit__()
+        self.engines, self.seconds = [best], [[]]
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -33,7 +33,7 @@ class Joint(Engine):
     """
 
     def __init__(self, by: Engine, group: dist.ProcessGroup | None = None):
-        self.by, self.group = by, group
+        self.by, self.group, self.alone = by, group, group is None
 
     def run(self, works: Sequence[Callable[[], Any]]) -> list:
         """The sum of what all give, for each."""
