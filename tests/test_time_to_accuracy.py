@@ -138,4 +138,11 @@ def test_the_pages_say_what_the_tables_say(scripts):
     best = {}
     for row in main.read(FOLDER / main.SEARCH):
         best[row["way"]] = max(best.get(row["way"], 0.0), float(row["final"]))
+    (threads,) = (
+        r
+        for r in main.read(FOLDER / "epoch_ratio.csv")
+        if (r["setting"], r["engine"]) == ("resnet32-scaled", "threads")
+    )
+    assert f"takes 1/{float(threads['ratio']):.1f} of the global network's" in results
+    assert f"allow 1/{float(threads['limit']):.1f}" in results
     assert f"({best['narrow']:.2f} % against {best['recipe']:.2f} %)" in results
