@@ -153,12 +153,12 @@ def count_calls(monkeypatch, *functions):
 
 
 def test_a_run_makes_each_thing_once(tmp_path, monkeypatch):
-    """One trace and one merge; timm's models are the one whose data are asked for, the one that is split, and the one
-    that is fine-tuned."""
+    """One trace, and one merge on disk; timm's models are the one whose data are asked for, the one that is split, the
+    one that is fine-tuned, and that of the claim by value, which merges the parts and what it makes of them."""
     calls = count_calls(monkeypatch, timm.create_model, trace, merge, write_merged)
     arguments = [*RUN, "--parts", "2", "--part-epochs", "1", "--output", str(tmp_path), "--experiment", "run"]
     assert main(["train", *arguments]) == 0
-    assert calls == {"create_model": 3, "trace": 1, "write_merged": 1}
+    assert calls == {"create_model": 4, "trace": 1, "merge": 2, "write_merged": 1}
 
 
 def test_the_second_stage_takes_every_part_as_it_was_trained(one, tmp_path, monkeypatch):

@@ -147,7 +147,7 @@ def autocast(tensors: Any) -> Any:
 
     def lower(t: torch.Tensor) -> torch.Tensor:
         kind, single = t.device.type, t.is_floating_point() and t.dtype != torch.float64
-        enabled = single and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        enabled = single and not t.is_meta and torch.is_autocast_enabled(kind)
         return t.to(torch.get_autocast_dtype(kind)) if enabled else t
 
     return tree_map_only(torch.Tensor, lower, tensors)

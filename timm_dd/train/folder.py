@@ -243,7 +243,7 @@ class RunFolder:
         """Of an operation of a part in the run that this one goes on with: on them its last bits depend."""
         if not (self.resuming and self.begun):
             return None
-        return yaml.safe_load((self.path / "args.yaml").read_text()).get("part_threads")
+        return (yaml.safe_load((self.path / "args.yaml").read_text()) or {}).get("part_threads")
 
     def check(self, plan: Plan, train: Dataset) -> None:
         """Whether a run on the images `train` may begin here, or go on.
