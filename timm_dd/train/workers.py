@@ -38,8 +38,9 @@ def begin(info: Any) -> int:
     """What a worker does first; returns the seed that torch gave it, for timm."""
     first = multiprocessing.parent_process().pid
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_told, args=(first,), daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):  # which macOS lacks: there nobody knows who asks
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(first,), daemon=True).start()
     end_with_parent()
     if os.getppid() != first:
         os._exit(0)  # it has died before
