@@ -1,5 +1,7 @@
 """What the tests share: shaken weights, networks that nobody else has, and a training run."""
 
+import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -189,3 +191,13 @@ def hub(monkeypatch, tmp_path):
         huggingface_hub.close_session()  # a client reads the proxies as it is made
         yield server
     huggingface_hub.close_session()
+
+
+def kill_a_rank(command, rank, title):
+    """Start torchrun, and kill one of its processes as soon as the run says `title`."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
+    next(line for line in process.stdout if title in line)
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
+        os.kill(list(map(int, f.read().split()))[rank], signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0

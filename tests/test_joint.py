@@ -2,14 +2,11 @@
 it, and one that is killed in it."""
 
 import json
-import os
-import signal
-import subprocess
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import MODULE, RUN, TORCHRUN, images, shake, torchrun
+from conftest import MODULE, RUN, TORCHRUN, images, kill_a_rank, shake, torchrun
 from safetensors.torch import load_file
 
 import timm_dd
@@ -152,15 +149,7 @@ def test_a_run_that_was_killed_in_the_joint_stage_ends_with_the_same_bits(run, t
     """One of two ranks is killed, first or second, before the joint stage and in it; then one process goes on."""
     arguments = [*JOINT, "--output", str(tmp_path), "--experiment", "run", "--checkpoint-every", "0.05", "--resume"]
     for rank, title in ((0, "parts 1/1"), (1, "joint 1/2")):
-        process = subprocess.Popen(
-            [*TORCHRUN, "2", *MODULE, *arguments[: None if (tmp_path / "run").exists() else -1]],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1,
-        )  # fmt: skip
-        next(line for line in process.stdout if title in line)
-        with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
-            os.kill(list(map(int, f.read().split()))[rank], signal.SIGKILL)
-        process.communicate(timeout=120)
-        assert process.returncode != 0
+        kill_a_rank([*TORCHRUN, "2", *MODULE, *arguments[: None if (tmp_path / "run").exists() else -1]], rank, title)
     assert main(["train", *arguments]) == 0
     assert files_of(tmp_path / "run") == files_of(run)
 

@@ -1,14 +1,12 @@
 """All parts and the dense network as one: an update by hand, a run with it, and one that is killed in it."""
 
 import json
-import os
-import signal
 import subprocess
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MODULE, RUN, TORCHRUN, bytes_of_parts
+from conftest import MODULE, RUN, TORCHRUN, bytes_of_parts, kill_a_rank
 from test_coarse import accuracy
 
 import timm_dd
@@ -109,15 +107,7 @@ def test_a_run_that_was_killed_in_it_ends_with_the_same_bits(tmp_path):
     assert subprocess.run([*command, "--experiment", "whole"], stdout=subprocess.DEVNULL, timeout=300).returncode == 0
     for rank, title in ((0, "coherent 1/2"), (1, "transfer 1/2")):
         resume = ["--resume"] if (tmp_path / "run").exists() else []
-        process = subprocess.Popen(
-            [*command, "--experiment", "run", *resume],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1,
-        )  # fmt: skip
-        next(line for line in process.stdout if title in line)
-        with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
-            os.kill(list(map(int, f.read().split()))[rank], signal.SIGKILL)
-        process.communicate(timeout=120)
-        assert process.returncode != 0
+        kill_a_rank([*command, "--experiment", "run", *resume], rank, title)
     last = subprocess.run([*command, "--experiment", "run", "--resume"], stdout=subprocess.DEVNULL, timeout=300)
     assert last.returncode == 0
     assert files_of(tmp_path / "run") == files_of(tmp_path / "whole")

@@ -81,9 +81,8 @@ def _decode(dataset: Dataset, workers: int) -> list[tuple[np.ndarray, tuple[int,
     dataset.transform = None
     images: list = []
     held, limit = 0, memory() // SHARE
-    for batch in tqdm(
-        each(dataset, BATCH, _pixels, workers), desc="decoding", leave=False, disable=None
-    ):  # for terminals
+    loader = each(dataset, BATCH, _pixels, workers)
+    for batch in tqdm(loader, desc="decoding", leave=False, disable=None):  # for terminals
         if batch is None:
             return None
         images += batch

@@ -303,14 +303,14 @@ def engine(
         raise TrainError(f"--engine {name} is for {'GPUs' if on_cpu else 'CPUs'}; use auto")
     if name == "packed":
         return around(Packed())
-    one_by_one = around(Engine())
     if name == "sequential":
-        return one_by_one
-    if on_cpu:
-        workers = max(1, min(len(learners), cores // threads))
-        candidates = [one_by_one] * (name == "auto") + [around(Threads(workers))] * (workers > 1 or name == "threads")
-    else:
-        candidates = [one_by_one] * (name == "auto") + _graphs(learners, device, around)
+        return around(Engine())
+    candidates = [around(Engine())] if name == "auto" else []
+    workers = max(1, min(len(learners), cores // threads))
+    if not on_cpu:
+        candidates += _graphs(learners, device, around)
+    elif workers > 1 or name == "threads":
+        candidates.append(around(Threads(workers)))
     return Auto(candidates, device) if len(candidates) > 1 else candidates[0]
 
 
