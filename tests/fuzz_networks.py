@@ -382,6 +382,74 @@ def within(at, a, b):
     return Step(lambda x, before: way(x))
 
 
+@step
+def computed(at, a, b):
+    """A layer whose weight is a tensor of the graph, as it is or after a function."""
+    changes = (
+        lambda p: p, lambda p: p.tanh(), lambda p: p.exp(), lambda p: p - 0.2, lambda p: p * p.abs(),
+        lambda p: torch.where(p > 1, p, 0.0 * p), lambda p: p.sigmoid(), lambda p: p / (1 + p.square()),
+        lambda p: p @ p.mT @ p, lambda p: p.clamp(min=0.7), lambda p: 2 * p - p.round(),
+        lambda p: p.unsqueeze(0).flatten(0, 1),
+    )  # fmt: skip
+    change, out = pick(changes, a), pick((4, 8, 12), b)
+    layers = (
+        lambda x, p: F.conv2d(x, change(p)[..., None, None]),
+        lambda x, p: torch.einsum("nchw,dc->ndhw", x, change(p)),
+        lambda x, p: (x.movedim(1, -1) @ change(p).T).movedim(-1, 1),
+        lambda x, p: F.linear(x.permute(0, 2, 3, 1), change(p)).permute(0, 3, 1, 2),
+        lambda x, p: torch.tensordot(x, change(p), dims=([1], [1])).permute(0, 3, 1, 2),
+        lambda x, p: (change(p) @ x.flatten(2)).unflatten(2, x.shape[2:]),
+    )
+    made = Scaled(pick(layers, b // 3), out, at.channels)
+    at.channels = out
+    return made
+
+
+def overwritten(x, way, i):
+    y = x * 1
+    way(y, x, i)
+    return y
+
+
+def assign(index, value):
+    def way(y, x, i):
+        y[index(i, x)] = value(x)
+
+    return way
+
+
+@step
+def written(at, a, b):
+    """A map of which something is overwritten."""
+    c = at.channels
+    ways = (
+        assign(lambda i, x: (slice(None), slice(None), 0), lambda x: 0.0),
+        assign(lambda i, x: (..., slice(1, None)), lambda x: x[..., :-1]),
+        assign(lambda i, x: (slice(None), slice(i, None)), lambda x: 0.5),
+        assign(lambda i, x: (slice(None), 0), lambda x: x.sum(1)),
+        assign(lambda i, x: x > 0.5, lambda x: 0.25),
+        lambda y, x, i: y[:, :, 1].zero_(), lambda y, x, i: y.clamp_(-1, 1),
+        lambda y, x, i: y[:, i:].copy_(x[:, i:].tanh()),
+        lambda y, x, i: y.masked_fill_(x < 0, 0.1), lambda y, x, i: y.flatten(2).sigmoid_(),
+    )  # fmt: skip
+    way, i = pick(ways, a), 1 + b % (c - 1)
+    return Step(lambda x, before: overwritten(x, way, i))
+
+
+@step
+def made_of_sizes(at, a, b):
+    """With a tensor that the forward makes."""
+    ways = (
+        lambda x: x + torch.ones(x.shape[0], x.shape[1], 1, 1).to(x), lambda x: x * torch.full(x.shape, 0.5).to(x),
+        lambda x: torch.maximum(x, x.new_zeros(x.shape)), lambda x: x + x.new_full((1, *x.shape[1:]), 0.3),
+        lambda x: x * torch.linspace(0, 1, x.shape[3]).to(x), lambda x: x - x.max(3, keepdim=True).values,
+        lambda x: torch.cat([x[:, 1:], x.new_zeros(x.shape[0], 1, *x.shape[2:])], 1),
+        lambda x: x / x.flatten(2).median(-1).values.abs().add(1)[..., None, None],
+    )  # fmt: skip
+    way = pick(ways, a)
+    return Step(lambda x, before: way(x))
+
+
 # ---- what came before
 
 

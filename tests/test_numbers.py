@@ -118,3 +118,27 @@ def test_batches_that_do_not_run_decide_nothing(forward, batch, tmp_path):
     assert parts.plan.exact and sum_error(parts, timm_dd.merge(parts), x) <= RELATIVE
     parts.save(tmp_path)
     assert torch.equal(timm_dd.Parts.load(tmp_path, model).eval()(x), parts(x))
+
+
+class Experts(torch.nn.Module):
+    """A filter for each image, mixed of some: all images of a batch are the groups of one convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.route = torch.nn.Conv2d(3, 12, 1), torch.nn.Linear(12, 4)
+        self.experts, self.fc = torch.nn.Parameter(torch.randn(4, 12, 12, 3, 3)), torch.nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        b, c, h, w = x.shape
+        filters = torch.einsum("be,eoikl->boikl", self.route(x.mean((2, 3))).softmax(1), self.experts)
+        y = F.conv2d(x.reshape(1, b * c, h, w), filters.reshape(b * 12, c, 3, 3), padding=1, groups=b)
+        return self.fc(y.view(b, 12, h, w).mean((2, 3)))
+
+
+def test_a_number_of_images_is_that_of_any_batch():
+    parts = timm_dd.split(Experts().double(), 3, domain=Domain.full(3), example_input=images(2, 3, 9, 9))
+    x = images(5, 3, 9, 9)
+    for part in parts:
+        one_by_one = torch.cat([part(image[None]) for image in x])
+        assert torch.allclose(part(x), one_by_one, rtol=0, atol=1e-12)

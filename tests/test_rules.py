@@ -161,8 +161,37 @@ def in_place(x):
     return x + y
 
 
+def assigned(x):
+    y = torch.zeros_like(x)
+    y[:, :4] = x[:, 8:]
+    y[:, 4:, 1:] = x[:, 4:, :-1].tanh()
+    y[..., 0] *= 2
+    return y
+
+
+def masked(x):
+    y = x.clone()
+    y[y < 0] = 0.25
+    return y
+
+
+def overwritten(x):
+    y = x * 2
+    y[:, :4].zero_()
+    y[:, :, 0].fill_(0.5)
+    y[:, :, 1:3].copy_(x[:, :, 1:3].sigmoid())
+    return y
+
+
+def one_class(x):
+    y = x.clone()
+    y[:, 0].fill_(3.0)
+    return y
+
+
 conv = nn.Conv2d
 C, N = "normalises over channels", "each part trains its own copy"
+ZEROS = "not zero between the channels"
 G, S = "groups do not divide among the parts", "not linear on a sum"
 
 
@@ -531,6 +560,12 @@ def two_sequences(x, first, second):
     return second(x, first(x)[1])[0].mean(1)
 
 
+def two_steps(x, cell):
+    first, second = x.flatten(1, 2).transpose(1, 2)[:, :2].unbind(1)
+    state = cell(second, cell(first))
+    return state[0] if isinstance(cell, nn.LSTMCell) else state
+
+
 STANDARDISED = (tl.StdConv2d, StdConv2dSame, tl.ScaledStdConv2d, tl.ScaledStdConv2dSame)
 ROWS |= {f"{t.__name__} of each channel": row(lambda t=t: net(t(12))) for t in norm.EACH_CHANNEL if "2d" in t.__name__}
 ROWS |= {f"{t.__name__} of groups": row(lambda t=t: net(t(12, groups=6))) for t in norm.EVO_S}
@@ -732,6 +767,96 @@ ROWS |= {
         lambda: net(tail=(nn.AdaptiveAvgPool2d(1), nn.Flatten(), weight_norm(nn.Linear(12, 5)))), "divides each row"
     ),
     "checkpoint": row(lambda: net(fn(lambda x, c: checkpoint(c, x, use_reentrant=False), conv(12, 12, 1)))),
+    "weights that keep zeros": row(
+        lambda: net(Parameter(lambda x, p: F.conv2d(x, 2 * p.tanh() * (p.abs() > 0.6)), 12, 12, 3, 3))
+    ),
+    "weights that keep no zeros": row(lambda: net(Parameter(lambda x, p: F.conv2d(x, p.exp()), 12, 12, 3, 3)), ZEROS),
+    "weights shifted by a number": row(lambda: net(Parameter(lambda x, p: F.conv2d(x, p - 0.1), 12, 12, 3, 3)), ZEROS),
+    "weights divided by numbers of each channel": row(
+        lambda: net(Parameter(lambda x, p: F.conv2d(x, p / (p.amax((2, 3), True) + 1)), 12, 12, 3, 3))
+    ),
+    "weights of a product": row(
+        lambda: net(Parameter(lambda x, p: F.conv2d(x, (p @ p.mT)[..., None, None]), 12, 4)), ZEROS
+    ),
+    "weights of a fixed table outside the state": row(
+        lambda: net(Parameter(lambda x, p: F.conv2d(x, p), 12, 12, 3, 3, buffer=True, persistent=False)), ZEROS
+    ),
+    "depthwise weights that keep no zeros": row(
+        lambda: net(Parameter(lambda x, p: F.conv2d(x, p.exp(), groups=12), 12, 1, 3, 3))
+    ),
+    "functional transposed convolution": row(
+        lambda: net(Parameter(lambda x, p: F.conv_transpose2d(x, p, stride=2, groups=4), 12, 2, 3, 3), out=8)
+    ),
+    "product with a parameter in the middle": row(
+        lambda: net(
+            tail=(fn(lambda x: x.mean((2, 3))), Parameter(lambda x, p: (x @ p.T).relu(), 8, 12), nn.Linear(8, 5))
+        )
+    ),
+    "einsum with a parameter in the middle": row(
+        lambda: net(Parameter(lambda x, p: torch.einsum("bchw,dc->bdhw", x, p).tanh(), 8, 12), out=8)
+    ),
+    "einsum with a parameter of groups": row(
+        lambda: net(
+            Parameter(
+                lambda x, p: torch.einsum("bgcn,gdc->bgdn", x.view(x.shape[0], 4, 3, -1), p).reshape(x.shape), 4, 3, 3
+            )
+        )
+    ),
+    "sum of a weight's columns": row(
+        lambda: net(Parameter(lambda x, p: F.conv2d(x, p) * p.sum((1, 2, 3))[:, None, None], 12, 12, 3, 3))
+    ),
+    "tensordot": row(
+        lambda: net(Parameter(lambda x, p: torch.tensordot(x, p, dims=([1], [1])).movedim(-1, 1).tanh(), 8, 12), out=8)
+    ),
+    "addmm": row(
+        lambda: net(
+            tail=(fn(lambda x: x.mean((2, 3))), Parameter(lambda x, p: torch.addmm(x, x, p), 12, 12), nn.Linear(12, 5))
+        )
+    ),
+    "assigned to a slice": row(lambda: net(fn(assigned))),
+    "assigned by a mask": row(lambda: net(fn(masked))),
+    "zeros and numbers into slices": row(lambda: net(fn(overwritten))),
+    "a number into a sum": row(
+        lambda: net(tail=(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5), fn(one_class))), S
+    ),
+    "made of sizes": row(lambda: net(fn(lambda x: x + torch.full(x.shape, 0.5) + torch.ones(*x.shape)))),
+    "made of sizes for a tensor": row(
+        lambda: net(
+            fn(lambda x: torch.cat([x.new_zeros(x.shape[0], 4, *x.shape[2:]), x - x.new_ones(x.size())], 1)),
+            conv(16, 8, 1),
+            out=8,
+        )
+    ),
+    "entries of named tuples": row(
+        lambda: net(fn(lambda x: x.max(2, keepdim=True).values * x.flatten(2).median(-1).values[..., None, None]))
+    ),
+    "transposed by attributes": row(lambda: net(fn(lambda x: (x.mT.tanh() @ x).mT))),
+    "variance and mean": row(lambda: net(fn(lambda x: sum(torch.var_mean(x, (2, 3), keepdim=True)) * x))),
+    "quantile": row(lambda: net(fn(lambda x: x * x.flatten(2).quantile(0.3, -1)[..., None, None]))),
+    "quantiles": row(
+        lambda: net(fn(lambda x: x.flatten(2).quantile(torch.tensor([0.1, 0.9]).to(x), 2).sum(0)[..., None, None]))
+    ),
+    "kthvalue": row(lambda: net(fn(lambda x: x.flatten(2).kthvalue(3)[0][..., None, None]))),
+    "aminmax of positions": row(lambda: net(fn(lambda x: x - x.aminmax(dim=2, keepdim=True).max))),
+    "aminmax of channels": row(
+        lambda: net(fn(lambda x: x - torch.aminmax(x, dim=1, keepdim=True)[0])), "over channels"
+    ),
+    "nansum": row(lambda: net(fn(lambda x: x * x.nansum((2, 3), True)))),
+    "tensor_split": row(
+        lambda: net(
+            fn(lambda x: torch.cat([x.tensor_split((4, 8), 1)[1], *torch.tensor_split(x, 3, dim=1)], 1)), out=16
+        )
+    ),
+    "narrow": row(lambda: net(fn(lambda x: torch.cat([x.narrow(1, 4, 8), torch.narrow(x, 1, 0, 4)], 1)))),
+    "select": row(lambda: net(fn(lambda x: x * x.select(2, 3).unsqueeze(2)))),
+    "hstack and vstack": row(lambda: net(fn(lambda x: torch.hstack(torch.vstack([x, x.tanh()]).chunk(2))), out=24)),
+    "GRUCell": row(lambda: nn.Sequential(fn(two_steps, nn.GRUCell(27, 12)), nn.Linear(12, 5))),
+    "LSTMCell": row(lambda: nn.Sequential(fn(two_steps, nn.LSTMCell(27, 12)), nn.Linear(12, 5))),
+    "named inputs": row(
+        lambda: net(
+            fn(lambda x, c: torch.cat(tensors=[c(input=x), torch.tanh(input=x)], dim=1), conv(12, 8, 1)), out=20
+        )
+    ),
     "one gate of several": row(lambda: net(fn(lambda x, c: x * c(x)[:, 1:2].sigmoid(), conv(12, 3, 1))), S),
 }
 

@@ -118,10 +118,6 @@ def _head(reading: Reading, relations: Relations) -> tuple[str, ...]:
 
 def _layers(reading: Reading, relations: Relations) -> Iterator[Layer]:
     for op, value, why in rows(reading, relations):
-        shapes = tuple(_part_shape(reading, relations.cuts, value, k)[1:] for k in range(reading.domain.parts))
+        at = (value.at[i].shape for i in reading.sizes.of_part)
+        shapes = tuple(relations.cuts.part_shape(value.axes, shape, k)[1:] for k, shape in enumerate(at))
         yield Layer(op.path, op.name, value.shape[1:], shapes, why)
-
-
-def _part_shape(reading: Reading, cuts: Cuts, value: Value, k: int) -> tuple[int, ...]:
-    at = value.at[reading.sizes.of_part[k]].shape
-    return tuple(n if a is None else cuts.part_size(a, k) for n, a in zip(at, value.axes))

@@ -14,7 +14,10 @@ from torch import fx, nn
 from ..errors import SplitError, headline
 from .inputs import Inputs
 
-MAKERS = {torch.arange, torch.zeros, torch.ones, torch.empty, torch.full, torch.linspace, torch.tensor, torch.eye}
+MAKERS = {
+    torch.arange, torch.zeros, torch.ones, torch.empty, torch.full, torch.linspace, torch.tensor, torch.eye, torch.rand,
+    torch.randn,
+}  # fmt: skip
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 CONTENTS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")  # of a module

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..algebra.widths import Axis
 from ..compat import tree_map_only
 from ..errors import SplitError
 from .graphs import ancestors, argument, evaluate_node, float_type, source_line
@@ -33,6 +34,7 @@ def settle(reading: Reading, cuts: Cuts) -> None:
     if reading.divisor == 1 or not counts:
         return
     batch, kept = _Batch(reading), dict[fx.Node, dict[int, Any]]()
+    _leave_computed(reading, cuts, batch)
     for k in range(reading.domain.parts):
         for node, value in _Part(reading, cuts, batch, k).kept().items():
             kept.setdefault(node, {})[k] = value
@@ -41,6 +43,33 @@ def settle(reading: Reading, cuts: Cuts) -> None:
         every = [values.get(k, at_box[i]) for k, i in enumerate(reading.sizes.of_part)]
         # First, so that what rules say of its uses comes after.
         reading.notes.edits.insert(0, Edit(node.name, None, (), every.__getitem__))
+
+
+def _leave_computed(reading: Reading, cuts: Cuts, batch: _Batch) -> None:
+    """Where the graph computes a size that is whole in every part, no constant takes its place: it may depend on the
+    batch, or on the image.
+
+    Raises:
+        SplitError: a size that depends on the batch is cut.
+    """
+    ops, edits = {op.node.name: op for op, _ in reading.operations}, []
+    for edit in reading.notes.edits:
+        given = _computed(ops[edit.node], edit)
+        if given is not None:
+            if all(cuts.part_size(edit.value, k) == edit.value.size for k in range(reading.domain.parts)):
+                continue
+            if batch.changes(given):
+                raise _refusal(ops[edit.node], given)
+        edits.append(edit)
+    reading.notes.edits[:] = edits
+
+
+def _computed(op: Op, edit: Edit) -> fx.Node | None:
+    """The node that computes the size in whose place an edit puts an axis' size."""
+    if edit.module is not None or not edit.where or "*" in edit.where or not isinstance(edit.value, Axis):
+        return None
+    given = op.given(edit.where)
+    return given if isinstance(given, fx.Node) else None
 
 
 def _counts(op: Op, out: Any) -> bool:
@@ -81,8 +110,8 @@ class _Part:
 
     def _tensor(self, value: Value) -> torch.Tensor:
         at = value.at[self.reading.sizes.of_part[self.k]]
-        shape = (n if a is None else self.cuts.part_size(a, self.k) for n, a in zip(at.shape, value.axes))
-        return torch.empty(*shape, dtype=at.dtype, device="meta")
+        shape = self.cuts.part_shape(value.axes, at.shape, self.k)
+        return torch.empty(shape, dtype=at.dtype, device="meta")
 
     def _is_size(self, node: fx.Node, carried: list[fx.Node]) -> bool:
         """Whether the operation takes the numbers `carried` as sizes: with those of the global network in the place of

@@ -118,7 +118,7 @@ class _Reader:
         self.sizes = Sizes(gm, input_size, domain.views(spatial(input_size)))
         self.notes = Notes(divisor, self.sizes, tensors, alias)
         self.reading = Reading(gm, domain, tuple(input_size), output, self.notes, [], [])
-        self.env: dict[fx.Node, Any] = {}
+        self.env, self.stored = self.notes.env, gm.state_dict().keys()
         self.dtype = float_type(gm)
 
     def visit(self, node: fx.Node) -> None:
@@ -150,8 +150,9 @@ class _Reader:
         if op.divisor == 1 and not self.sizes.boxed:
             return _uncut(op.out, op)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n])
-        if not any(isinstance(v, Value) for v in flat((args, tuple(kwargs.values())))):
-            return op.result([None] * op.out.ndim, _same_in_all)  # made from nothing: arange, zeros
+        of_tensors = any(isinstance(v, Value) for v in flat((args, tuple(kwargs.values()))))
+        if not of_tensors and node.target not in RULES:
+            return op.result([None] * op.out.ndim, _same_in_all)  # made from nothing: arange, linspace
         found = module_rule(op.module) if op.module is not None else RULES.get(node.target)
         if (found is None or not fits(found, op, args, kwargs)) and _is_of_no_channels(op, args, kwargs):
             return op.result([None] * op.out.ndim, pointwise, *flat((args, tuple(kwargs.values()))))
@@ -193,11 +194,13 @@ class _Reader:
         name, params = self.notes.alias.get(op.node.target, op.node.target), self.notes.params
         if name not in params:
             params[name] = Param(tuple(Axis.of(Width(n, active=False) if n > 1 else 1) for n in op.out.shape))
-        trained, axes = self.notes.is_trained(name), params[name].axes
+        trained, axes, merged = self.notes.is_trained(name), params[name].axes, name in self.stored
 
         def law(context: Context) -> Relation:
             if any(context.is_cut(a) for a in axes):
-                return Relation(Kind.SHARD)
+                return Relation(
+                    Kind.SHARD, blocks=context.cut_dims(axes) if merged and params[name].outside == "zero" else 0
+                )
             return Relation(Kind.REPLICATED, frozenset([name])) if trained else COPY
 
         return op.result(axes, law)

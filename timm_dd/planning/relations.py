@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..algebra.axes import FrozenAxis
@@ -27,9 +28,18 @@ class Cuts:
     def part_size(self, axis: Axis, k: int) -> int:
         return self.frozen(axis).part_size(k, self.divisor)
 
+    def part_shape(self, axes: Sequence[Axis | None], shape: Sequence[int], k: int) -> tuple[int, ...]:
+        """A tensor's in part k, whose global network has `shape` at the part's view."""
+        return tuple(n if a is None or self.frozen(a).is_whole else self.part_size(a, k) for n, a in zip(shape, axes))
+
     def is_cut(self, axis: Axis | None) -> bool:
         """Whether the parts have different channels of the axis."""
         return axis is not None and self.divisor > 1 and self.frozen(axis).is_cut
+
+    def cut_dims(self, axes: Sequence[Axis | None]) -> int:
+        """Along how many dims the parts have different channels; a product of two is two."""
+        terms = (self.frozen(a).terms for a in axes if self.is_cut(a))
+        return sum(max(sum(not isinstance(atom, int) for atom in t) for t in of_axis) for of_axis in terms)
 
     def partly_sharded(self, axis: Axis) -> bool:
         """Whether some channels of the axis are cut and others are whole in every part."""
@@ -69,6 +79,9 @@ class ValueContext:
 
     def is_cut(self, axis: Axis | None) -> bool:
         return self.found.cuts.is_cut(axis)
+
+    def cut_dims(self, axes: Sequence[Axis | None] | None = None) -> int:
+        return self.found.cuts.cut_dims(self.value.axes if axes is None else axes)
 
     def partly_sharded(self, axis: Axis) -> bool:
         return self.found.cuts.partly_sharded(axis)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import operator
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +26,17 @@ from torch.utils import checkpoint
 from ..compat import WeightNorm, let_einops_take, register_pytree_node, tree_knows
 from ..errors import SplitError, headline
 from . import modes
-from .graphs import STAYS_IN_EVAL, Graph, ancestors, evaluate_node, float_type, graph_module, module_path, skeleton
+from .graphs import (
+    MAKERS,
+    STAYS_IN_EVAL,
+    Graph,
+    ancestors,
+    evaluate_node,
+    float_type,
+    graph_module,
+    module_path,
+    skeleton,
+)
 from .inputs import Inputs, Like, bind, leaves, signature_of
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -55,6 +66,9 @@ class Known(fx.Proxy):
 
     def __float__(self) -> float:
         return self.tracer.decide(self.node, float)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", assign_, (self, index, value), {})
 
 
 class KnownAttribute(fx.proxy.Attribute, Known):
@@ -226,10 +240,9 @@ class Tracer(fx.Tracer):
             try:
                 training = super().trace(other, concrete_args)
             except Exception as e:
-                line = modes.line_of(reversed(list(traceback.walk_tb(e.__traceback__))))
                 raise SplitError(
                     f"torch.fx cannot trace {type(root).__name__} in training mode: {type(e).__name__}: {headline(e)}; "
-                    f"{line}; {modes.REMEDY}"
+                    f"{_raised_at(e)}{modes.REMEDY}"
                 ) from e
             if drawn():
                 raise SplitError(
@@ -296,6 +309,7 @@ def trace(
     tracer, graph = _traced(model, is_leaf, inputs, batch)
     _check_batches(model, is_leaf, inputs, batch, tracer, graph)
     _drop_assertions(graph)
+    _inputs_first(graph, model)
     _chain_in_place(graph, model)
     _chunk_as_pieces(graph)
     _dropout_as_modules(graph, model)
@@ -332,15 +346,23 @@ def _traced(
     let_einops_take(Known, KnownAttribute)
     tracer = Tracer(is_leaf, inputs, example)
     try:
-        with torch.enable_grad(), _without_checkpoints():
+        with torch.enable_grad(), _without_checkpoints(), _makers_recorded():
             return tracer, tracer.trace(model)
     except SplitError:
         raise
     except Exception as e:  # any code of the model runs here and may fail in its own way
+        branches = isinstance(e, fx.proxy.TraceError)
+        remedy = "its forward must not branch on the values of tensors"
+        other = "while it is traced, a tensor or a size computed from one is a symbol, which not all code takes"
         raise SplitError(
             f"torch.fx cannot trace {type(model).__name__}: {type(e).__name__}: {headline(e)}; "
-            "its forward must not branch on the values of tensors"
+            f"{_raised_at(e)}{remedy if branches else other}"
         ) from e
+
+
+def _raised_at(error: Exception) -> str:
+    line = modes.line_of(reversed(list(traceback.walk_tb(error.__traceback__))))
+    return f"{line}; " if line else ""
 
 
 def _check_batches(
@@ -397,6 +419,30 @@ def _without_checkpoints() -> Iterator[None]:
         checkpoint.CheckpointFunction = original  # type: ignore[misc]
 
 
+@contextlib.contextmanager
+def _makers_recorded() -> Iterator[None]:
+    """Functions that make tensors of sizes are recorded where one of the sizes is a symbol: several of them in a row
+    they do not take."""
+
+    def recorded(maker: Callable) -> Callable:
+        @functools.wraps(maker)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            symbols = [a for a in leaves((args, kwargs)) if isinstance(a, fx.Proxy)]
+            if not symbols:
+                return maker(*args, **kwargs)
+            return symbols[0].tracer.create_proxy("call_function", maker, args, kwargs)
+
+        return make
+
+    for maker in MAKERS:
+        setattr(torch, maker.__name__, recorded(maker))
+    try:
+        yield
+    finally:
+        for maker in MAKERS:
+            setattr(torch, maker.__name__, maker)
+
+
 def _drop_assertions(graph: fx.Graph) -> None:
     """Assertions hold global sizes."""
     for node in reversed(list(graph.nodes)):
@@ -411,6 +457,26 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     for n in inputs:
         if not n.users and n.op in ("call_function", "call_method"):
             _erase(graph, n)
+
+
+def _inputs_first(graph: fx.Graph, model: nn.Module) -> None:
+    """What a call names stands where it would without its name, so that a rule has no need of the names."""
+    for node in graph.nodes:
+        if node.op == "call_module" and node.kwargs:
+            forward = inspect.signature(model.get_submodule(node.target).forward)
+            bound = forward.bind(*node.args, **node.kwargs)
+            node.args, node.kwargs = bound.args, bound.kwargs
+        elif node.op == "call_function" and not node.args:
+            named = dict(node.kwargs)
+            first = next((named.pop(name) for name in ("input", "tensors") if name in named), None)
+            if first is not None:
+                node.args, node.kwargs = (first,), named
+
+
+def assign_(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    """``x[index] = value``, as an operation that gives `x`."""
+    x[index] = value
+    return x
 
 
 def _chain_in_place(graph: fx.Graph, model: nn.Module) -> None:

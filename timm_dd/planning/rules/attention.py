@@ -20,7 +20,7 @@ from torch import nn
 from ...algebra.widths import Axis
 from . import laws
 from .op import Op, Value, rule
-from .pointwise import ACTIVATIONS, FUNCTIONS
+from .pointwise import ACTIVATIONS, FUNCTIONS, broadcast
 
 
 @rule(operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__")
@@ -39,6 +39,27 @@ def einsum(op: Op, equation: str, *operands) -> Value:
     if not arrow or "." in equation:
         raise op.refuse(f"write {equation!r} with all its letters and an arrow")
     return _einsum(op, list(zip(tensors, inputs.split(","))), output)
+
+
+@rule(torch.tensordot)
+def tensordot(op: Op, a: Value, b: Value, dims=2, out=None) -> Value:
+    """Sums over pairs of dims: as many of the last and the first, or those that two lists name."""
+    n = len(a.shape)
+    lists = (range(n - dims, n), range(dims)) if isinstance(dims, int) else dims
+    pairs = [(i % n, j % len(b.shape)) for i, j in zip(*lists)]
+    left, right = ([f"{side}{d}" for d in range(len(v.shape))] for side, v in (("a", a), ("b", b)))
+    for i, j in pairs:
+        right[j] = left[i]
+    summed = {left[i] for i, _ in pairs}
+    return _einsum(op, [(a, left), (b, right)], [name for name in left + right if name not in summed])
+
+
+@rule(torch.addmm, "addmm", torch.baddbmm, "baddbmm")
+def addmm(op: Op, x: Value, a: Value, b: Value, *, beta=1, alpha=1) -> Value:
+    """x + a · b"""
+    product = matmul(op, a, b)
+    product.at = [op.out]
+    return op.result(broadcast(op, x, product), laws.linear, x, product)
 
 
 def _einsum(op: Op, operands: Sequence[tuple[Value, Sequence[str]]], output: Sequence[str]) -> Value:

@@ -132,13 +132,29 @@ def _layer(op: Op, x: Value, weight_axes: Callable[[ConvAxes], tuple[Axis, Axis]
 def functional_conv(op: Op, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Value:
     """A convolution whose weight is a tensor of the graph: a fixed filter, or a parameter of the module around."""
     axes = _axes(op, op.axis(x, 1), groups, weight.shape[0])
-    out_axis = op.unify(axes.out_axis, op.axis(weight, 0))
-    op.unify(axes.group_in, op.axis(weight, 1))
+    return _functional(op, x, weight, bias, axes, (axes.out_axis, axes.group_in))
+
+
+@rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def functional_conv_transpose(
+    op: Op, x, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+) -> Value:
+    axes = _axes(op, op.axis(x, 1), groups, weight.shape[1] * groups)
+    return _functional(op, x, weight, bias, axes, (axes.in_axis, axes.group_out))
+
+
+def _functional(op: Op, x: Value, weight: Value, bias: Value | None, axes: ConvAxes, of_weight) -> Value:
+    """A convolution with a weight of the axes `of_weight`, whose kernel is whole."""
+    for dim, axis in enumerate(of_weight):
+        op.unify(axis, op.axis(weight, dim))
+    for axis in weight.axes[2:]:
+        op.unify(axis, None)
+    out_axis, in_axis = axes.out_axis.resolve(), axes.in_axis.resolve()
     if bias is not None:
         op.unify(out_axis, op.axis(bias, 0))
-    if groups > 1:
+    if axes.groups.size > 1:
         op.arg(*op.argument(6, "groups"), value=axes.groups)
-    positions, law = slide(op, x, contract(out_axis, axes.in_axis, op.trained(weight), op.trained(bias)))
+    positions, law = slide(op, x, contract(out_axis, in_axis, op.trained(weight), op.trained(bias), weight.axes))
     return op.result((x.axes[0], out_axis, *positions), law, x, weight, bias)
 
 

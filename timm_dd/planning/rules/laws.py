@@ -18,7 +18,7 @@ it is known which axes are cut.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
@@ -32,10 +32,12 @@ class Kind(Enum):
 @dataclass(frozen=True)
 class Relation:
     """`params`: for PARTIAL the weights and biases whose scaling scales the sum (`UNSCALABLE` among them where
-    something else makes part of it), for REPLICATED the parameters."""
+    something else makes part of it), for REPLICATED the parameters. `blocks`: for SHARD, along how many cut dims the
+    global tensor is zero wherever it belongs to no part, as a weight between the channels of two parts, (2.12)."""
 
     kind: Kind
     params: frozenset[str] = field(default=frozenset())
+    blocks: int = 0
 
 
 SHARD, COPY = Relation(Kind.SHARD), Relation(Kind.COPY)
@@ -47,6 +49,9 @@ class Context(Protocol):
 
     def is_cut(self, axis: Axis | None) -> bool:
         """Whether the parts have different channels of the axis."""
+
+    def cut_dims(self, axes: Sequence[Axis | None] | None = None) -> int:
+        """Along how many dims the parts have different channels, of axes or of the tensor itself."""
 
     def partly_sharded(self, axis: Axis) -> bool:
         """Whether some channels of the axis are cut and others are whole in every part."""
@@ -85,7 +90,9 @@ def linear(context: Context, *inputs: Relation) -> Relation:
         return context.approximate("adds a tensor that every part has to a sum over the parts")
     if Kind.REPLICATED in kinds and len(inputs) > 1:
         return _replicated(context)
-    return _union(inputs, Kind.REPLICATED) if Kind.REPLICATED in kinds else SHARD if Kind.SHARD in kinds else COPY
+    if Kind.REPLICATED in kinds:
+        return _union(inputs, Kind.REPLICATED)
+    return Relation(Kind.SHARD, blocks=min(r.blocks for r in inputs)) if Kind.SHARD in kinds else COPY
 
 
 def product(context: Context, *inputs: Relation) -> Relation:
@@ -97,7 +104,13 @@ def product(context: Context, *inputs: Relation) -> Relation:
         if kinds.count(Kind.PARTIAL) == 1 and kinds.count(Kind.COPY) == len(kinds) - 1:
             return _union(inputs, Kind.PARTIAL)
         return context.approximate("multiplies a sum over the parts of which each part has only its own term")
-    return SHARD if Kind.SHARD in kinds else COPY
+    return Relation(Kind.SHARD, blocks=max(r.blocks for r in inputs)) if Kind.SHARD in kinds else COPY
+
+
+def quotient(context: Context, a: Relation, b: Relation) -> Relation:
+    """Of two tensors."""
+    relation = pointwise(context, a, b)
+    return replace(relation, blocks=a.blocks) if relation.kind is Kind.SHARD else relation
 
 
 def pointwise(context: Context, *inputs: Relation) -> Relation:
@@ -108,6 +121,16 @@ def pointwise(context: Context, *inputs: Relation) -> Relation:
     if Kind.REPLICATED in kinds:
         return _replicated(context)
     return SHARD if Kind.SHARD in kinds else COPY
+
+
+def keeping_zero(gives_zero: Callable[[], bool]) -> Law:
+    """`pointwise`, and zero where all inputs are, if the operation `gives_zero` there."""
+
+    def law(context: Context, *inputs: Relation) -> Relation:
+        relation, blocks = pointwise(context, *inputs), min((r.blocks for r in inputs), default=0)
+        return replace(relation, blocks=blocks) if relation.kind is Kind.SHARD and blocks and gives_zero() else relation
+
+    return law
 
 
 def per_channel(axis: Axis, *params: str | None) -> Law:
@@ -122,12 +145,14 @@ def per_channel(axis: Axis, *params: str | None) -> Law:
     return law
 
 
-def contract(out_axis: Axis, in_axis: Axis, weight: str | None, bias: str | None) -> Law:
+def contract(
+    out_axis: Axis, in_axis: Axis, weight: str | None, bias: str | None, of_weight: Sequence[Axis | None] = ()
+) -> Law:
     """A weight (out, in): block-diagonal (2.12) where both axes are cut, (2.11) where only `out_axis` is, and (2.14), a
     sum over the parts, where only `in_axis` is.
 
-    `weight` and `bias` name trained parameters. Where they are tensors of the graph, their relations follow that of
-    the input.
+    `weight` and `bias` name trained parameters. Where they are tensors of the graph, the weight with the axes
+    `of_weight`, their relations follow that of the input.
     """
     names = frozenset(n for n in (weight if weight is not None else UNSCALABLE, bias) if n is not None)
 
@@ -137,6 +162,8 @@ def contract(out_axis: Axis, in_axis: Axis, weight: str | None, bias: str | None
             return context.approximate("reads a sum over the parts of which each part has only its own term")
         if x.kind is Kind.REPLICATED:
             return _replicated(context)
+        if w is not None and context.cut_dims(of_weight) > max(1, w.blocks):
+            return context.approximate("computes a weight that is not zero between the channels of different parts")
         if context.is_cut(out_axis):
             return _replicated(context) if context.partly_sharded(out_axis) else SHARD
         if not context.is_cut(in_axis):
@@ -155,11 +182,16 @@ def contract(out_axis: Axis, in_axis: Axis, weight: str | None, bias: str | None
 
 
 def summed(axis: Axis | None, otherwise: Law, params: frozenset[str] = frozenset([UNSCALABLE])) -> Law:
-    """A sum along `axis`: over channels that are cut it is a sum over the parts. `params` as in `Relation`."""
+    """A sum along `axis`: over channels that are cut it is a sum over the parts, or, of a tensor that is zero between
+    the channels of different parts, a part's own. `params` as in `Relation`."""
 
     def law(context: Context, *inputs: Relation) -> Relation:
         if not context.is_cut(axis):
             return otherwise(context, *inputs)
+        dims = context.cut_dims()
+        if dims:
+            own = any(x.blocks > dims for x in inputs)
+            return otherwise(context, *inputs) if own else context.approximate("sums the channels of all parts")
         if all(x.kind is Kind.SHARD for x in inputs) and not context.partly_sharded(axis):
             return Relation(Kind.PARTIAL, params)
         return context.approximate("sums channels that every part has once for each part")

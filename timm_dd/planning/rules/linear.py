@@ -33,7 +33,7 @@ def functional_linear(op: Op, x: Value, weight: Value, bias: Value | None = None
     if bias is not None:
         out_axis = op.unify(out_axis, op.axis(bias, 0))
     op.resize = lambda t, w, b=None: t.new_empty(*t.shape[:-1], w.shape[0])
-    law = contract(out_axis, in_axis, op.trained(weight), op.trained(bias))
+    law = contract(out_axis, in_axis, op.trained(weight), op.trained(bias), weight.axes)
     return op.result((*x.axes[:-1], out_axis), law, x, weight, bias)
 
 

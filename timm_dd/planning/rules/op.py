@@ -31,7 +31,7 @@ from ...algebra.widths import Axis, Width, freeze, make_whole, unify
 from ...errors import SplitError
 from ..modes import TrainingOnly, is_training_only
 from ..shapes import Sizes
-from .laws import Law, normed
+from .laws import Law, linear, normed
 
 RULES: dict[Any, Callable] = {}
 NORMS_OF_ROWS = ".original0"
@@ -83,6 +83,10 @@ class Value:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.at[0].shape)
 
+    @property
+    def numel(self) -> int:
+        return self.at[0].numel()
+
 
 @dataclass(frozen=True)
 class Param:
@@ -113,6 +117,7 @@ class Notes:
         sizes: the shapes of the nodes visited so far.
         tensors: the model's parameters and buffers.
         alias: of each name in `tensors` the first name of the same tensor (tied parameters).
+        env: what the rules gave for the nodes visited so far: a `Value`, a tuple of them, or no tensor.
         values: the operations' results, in the order of the graph.
         image: the first of them that a part sees its view of.
         params: the axes of parameters and buffers, by first name.
@@ -126,6 +131,7 @@ class Notes:
     sizes: Sizes
     tensors: dict[str, torch.Tensor]
     alias: dict[str, str]
+    env: dict[fx.Node, Any] = field(default_factory=dict)
     values: list[Value] = field(default_factory=list)
     image: Value | None = None
     params: dict[str, Param] = field(default_factory=dict)
@@ -264,7 +270,15 @@ class Op:
         self._rows.append(axes)
 
     def trained(self, value: Value | None) -> str | None:
-        """The name of a parameter that is read from the graph, None for anything computed or fixed."""
+        """The name of a parameter that is read from the graph, however its dims are arranged; None for anything
+        computed or fixed."""
+        while (
+            value is not None
+            and value.law is linear
+            and len(value.inputs) == 1
+            and value.numel == value.inputs[0].numel
+        ):
+            (value,) = value.inputs
         if value is None or value.op.node.op != "get_attr":
             return None
         name = self._notes.alias.get(value.op.node.target)
@@ -298,8 +312,38 @@ class Op:
         """The argument at `where` as the graph has it: a number, or the node that computes it."""
         at = getattr(self.node, where[0])
         for step in where[1:]:
-            at = at[step]
+            at = getattr(at, step) if isinstance(at, slice) else at[step]
         return at
+
+    def shaped_as(self, where: Sequence[str | int]) -> Value | None:
+        """The tensor whose whole shape the argument at `where` is: ``x.shape`` or ``x.size()``."""
+        given = self.given(where)
+        if isinstance(given, fx.Node) and (given.target, *given.args[1:]) in ((getattr, "shape"), ("size",)):
+            tensor = self._notes.env[given.args[0]]
+            return tensor if isinstance(tensor, Value) else None
+        return None
+
+    def gives_zero(self) -> bool:
+        """Whether the operation gives zero where all of its tensors are zero."""
+        args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), self._zero)
+        try:
+            with torch.no_grad():
+                if self.module is not None:
+                    return not self.module(*args, **kwargs).any()
+                if self.node.op == "call_method":
+                    return not getattr(args[0], self.node.target)(*args[1:], **kwargs).any()
+                return not self.node.target(*args, **kwargs).any()
+        except Exception:  # any operation may refuse a single number in its own way
+            return False
+
+    def _zero(self, node: fx.Node) -> Any:
+        value = self._notes.sizes.envs[0][node]
+        return torch.zeros((), dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+
+    def field(self, name: str) -> int:
+        """The place of a named tuple's entry in it, where the operation reads it from its first argument."""
+        of = self._notes.sizes.envs[0][self.node.args[0]]
+        return next(i for i, entry in enumerate(of) if entry is getattr(of, name))
 
     def listed(self, given: Sequence, position: int = 1, keyword: str = "") -> list[tuple[Any, tuple | None]]:
         """Sizes or dims (see `unpacked`), each with its place in the call; the place is None where they are another

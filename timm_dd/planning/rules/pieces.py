@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import nn
 from ...algebra.journal import transaction
 from ...algebra.widths import Axis, Width, make_whole, split_axis, unify
 from ...errors import WidthError
-from ..trace import chunk_or_split
+from ..trace import assign_, chunk_or_split
 from . import laws
 from .op import Op, Value, rule
 
@@ -30,6 +30,20 @@ def cat(op: Op, tensors, dim: int = 0, *, axis: int | None = None) -> Value:
     return op.result(axes, laws.linear, *tensors)
 
 
+@rule(torch.hstack, torch.column_stack)
+def hstack(op: Op, tensors) -> Value:
+    if any(len(t.shape) < 2 for t in tensors):
+        raise op.refuse("joins vectors; use torch.cat")
+    return cat(op, tensors, 1)
+
+
+@rule(torch.vstack)
+def vstack(op: Op, tensors) -> Value:
+    if any(len(t.shape) < 2 for t in tensors):
+        raise op.refuse("joins vectors; use torch.stack")
+    return cat(op, tensors, 0)
+
+
 @rule(chunk_or_split)
 def chunk(op: Op, x: Value, sizes: int, dim: int) -> tuple[Value, ...]:
     return _by_sizes(op, x, dim, ("args", 1))
@@ -39,6 +53,36 @@ def chunk(op: Op, x: Value, sizes: int, dim: int) -> tuple[Value, ...]:
 def split(op: Op, x: Value, split_size_or_sections, dim: int = 0) -> tuple[Value, ...]:
     keyword = "split_size_or_sections" if op.node.op == "call_function" else "split_size"
     return _by_sizes(op, x, dim, op.argument(1, keyword))
+
+
+@rule(torch.tensor_split, "tensor_split")
+def tensor_split(op: Op, x: Value, indices_or_sections, dim: int = 0) -> tuple[Value, ...]:
+    """By a count, or by where pieces begin."""
+
+    def begins(sizes: list[int]) -> list[int]:
+        return [*itertools.accumulate(sizes[:-1])]
+
+    return _by_sizes(op, x, dim, op.argument(1, "indices_or_sections"), begins)
+
+
+@rule(torch.narrow, "narrow")
+def narrow(op: Op, x: Value, dim: int, start: int, length: int) -> Value:
+    axes = list(x.axes)
+    if axes[dim] is not None:
+        bounds = [0, start % x.shape[dim], start % x.shape[dim] + length, x.shape[dim]]
+        sizes = [b - a for a, b in itertools.pairwise(bounds)]
+        pieces = iter(split_into(axes[dim], [n for n in sizes if n]))
+        before, axes[dim] = (next(pieces) if n else None for n in sizes[:2])
+        op.arg(*op.argument(2, "start"), value=before if before is not None else lambda k: 0)
+        op.arg(*op.argument(3, "length"), value=axes[dim])
+    return op.result(axes, laws.linear, x)
+
+
+@rule(torch.select, "select")
+def select(op: Op, x: Value, dim: int, index: int) -> Value:
+    if x.axes[dim] is not None:
+        make_whole(x.axes[dim])
+    return op.result([a for d, a in enumerate(x.axes) if d != dim % len(x.axes)], laws.linear, x)
 
 
 @rule(F.glu)
@@ -63,8 +107,8 @@ def unbind(op: Op, x: Value, dim: int = 0) -> tuple[Value, ...]:
     return tuple(op.result(axes, laws.linear, x) for _ in op.out)
 
 
-def _by_sizes(op: Op, x: Value, dim: int, where: tuple) -> tuple[Value, ...]:
-    """Pieces along a dim, whose sizes in a part stand at `where`."""
+def _by_sizes(op: Op, x: Value, dim: int, where: tuple, told: Callable = list) -> tuple[Value, ...]:
+    """Pieces along a dim, whose sizes in a part stand at `where`, as they are `told` there."""
     axis, sizes, law = x.axes[dim], [piece.shape[dim] for piece in op.out], laws.linear
     if axis is None:
         return tuple(op.result(x.axes, law, x) for _ in sizes)
@@ -72,7 +116,7 @@ def _by_sizes(op: Op, x: Value, dim: int, where: tuple) -> tuple[Value, ...]:
     if cuts is None:
         cuts = _cut_inner(axis, len(sizes))
         law = laws.cross_channel([axis], "cuts through channels that belong together: each part cuts its own", law)
-    op.arg(*where, value=lambda k: [op.part_size(cut, k) for cut in cuts])
+    op.arg(*where, value=lambda k: told([op.part_size(cut, k) for cut in cuts]))
     dim %= len(x.axes)
     return tuple(op.result((*x.axes[:dim], cut, *x.axes[dim + 1 :]), law, x) for cut in cuts)
 
@@ -115,6 +159,28 @@ def _cut_inner(axis: Axis, n: int) -> list[Axis]:
 def getitem(op: Op, x, index) -> Value:
     if not isinstance(x, Value):
         return x[index]
+    return op.result(_indexed(op, x, index), laws.linear, x)
+
+
+@rule(assign_)
+def assigned(op: Op, x: Value, index, value) -> Value:
+    """``x[index] = value``; what is assigned has the channels of the place where it goes. By a mask one number is."""
+    if isinstance(index, Value):
+        if isinstance(value, Value) and value.shape:
+            raise op.refuse("assigns as many numbers as a mask has; use torch.where")
+        place = [op.unify(a, b) for a, b in zip(x.axes, index.axes)]
+        return op.result((*place, *x.axes[len(place) :]), laws.pointwise, x, index, value)
+    place = _indexed(op, x, index)
+    if isinstance(value, Value):
+        for axis, given, n in zip(place[::-1], value.axes[::-1], value.shape[::-1]):
+            if n > 1:
+                op.unify(axis, given)
+    is_linear = isinstance(value, Value) or value == 0
+    return op.result(x.axes, laws.linear if is_linear else laws.pointwise, x, value)
+
+
+def _indexed(op: Op, x: Value, index) -> list[Axis | None]:
+    """The axes of ``x[index]``, whose index is the second argument."""
     items = list(index) if isinstance(index, tuple) else [index]
     places = [("args", 1, i) for i in range(len(items))] if isinstance(index, tuple) else [("args", 1)]
     if Ellipsis in items:
@@ -142,7 +208,7 @@ def getitem(op: Op, x, index) -> Value:
             raise op.refuse(f"indexes with {type(item).__name__}, which is not known")
         elif axis is not None:
             make_whole(axis)
-    return op.result(axes + list(x.axes[dim:]), laws.linear, x)
+    return axes + list(x.axes[dim:])
 
 
 def _are_indices(item: list) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import activations as ta
 from torch import nn
 
-from ...algebra.widths import Axis
+from ...algebra.widths import Axis, Width
 from ..modes import detached
 from . import laws
 from .op import Op, Value, rule
@@ -21,16 +21,24 @@ ACTIVATIONS = (
     nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, ta.Swish, ta.Mish, ta.Sigmoid, ta.Tanh, ta.HardSwish, ta.HardSigmoid,
     ta.HardMish, ta.GELU, ta.GELUTanh, ta.QuickGELU,
 )  # fmt: skip
+NAMES = (
+    "abs", "absolute", "acos", "acosh", "arctan2", "asin", "asinh", "atan", "atan2", "atanh", "bitwise_and",
+    "bitwise_not", "bitwise_or", "bitwise_xor", "ceil", "clamp", "clamp_max", "clamp_min", "clip", "copysign", "cos",
+    "cosh", "deg2rad", "digamma", "eq", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "fix", "float_power", "floor",
+    "floor_divide", "fmod", "frac", "ge", "greater", "greater_equal", "gt", "heaviside", "hypot", "isfinite", "isinf",
+    "isnan", "ldexp", "le", "less", "less_equal", "lgamma", "log", "log10", "log1p", "log2", "logaddexp", "logaddexp2",
+    "logical_and", "logical_not", "logical_or", "logical_xor", "logit", "lt", "masked_fill", "maximum", "minimum",
+    "nan_to_num", "ne", "not_equal", "pow", "rad2deg", "reciprocal", "relu", "remainder", "round", "rsqrt", "sgn",
+    "sigmoid", "sign", "signbit", "sin", "sinc", "sinh", "sqrt", "square", "tan", "tanh", "trunc", "xlogy",
+)  # fmt: skip
 FUNCTIONS = (
     F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus, F.softsign, F.hardswish,
     F.hardsigmoid, F.hardtanh, F.logsigmoid, F.sigmoid, F.tanh, F.rrelu, F.threshold, F.tanhshrink, F.hardshrink,
-    F.softshrink, torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.log, torch.sqrt, torch.rsqrt, torch.square,
-    torch.abs, torch.clamp, operator.pow, torch.pow, "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "log",
-    "sqrt", "rsqrt", "square", "abs", "clamp", "clamp_", "pow", operator.gt, operator.ge, operator.lt, operator.le,
-    operator.eq, operator.ne, torch.gt, torch.ge, torch.lt, torch.le, "gt", "ge", "lt", "le", "sqrt_", torch.relu_,
-    F.leaky_relu_, F.elu_, F.selu_, F.celu_, F.rrelu_, F.hardtanh_, F.threshold_, torch.sigmoid_, torch.tanh_, "tanh_",
-    torch.clamp_, operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not", operator.and_,
-    operator.or_, operator.xor, torch.logical_and, torch.logical_or, "logical_and", "logical_or",
+    F.softshrink, F.leaky_relu_, F.elu_, F.selu_, F.celu_, F.rrelu_, F.hardtanh_, F.threshold_, operator.pow,
+    operator.mod, operator.floordiv, operator.abs, operator.gt, operator.ge, operator.lt, operator.le, operator.eq,
+    operator.ne, operator.invert, operator.and_, operator.or_, operator.xor, operator.ipow,
+    *(getattr(torch, name) for name in NAMES), *NAMES, *(f"{name}_" for name in NAMES),
+    *(getattr(torch, f"{name}_") for name in NAMES if hasattr(torch, f"{name}_")),
 )  # fmt: skip
 SUMS = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub", "sub_")
 PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
@@ -41,7 +49,7 @@ QUOTIENTS = (operator.truediv, operator.itruediv, torch.div, "div", "div_")
 def activation(op: Op, *args, **kwargs) -> Value:
     """Of one tensor; a power's exponent or a clamp's bound may be another."""
     values = (*args, *kwargs.values())
-    return op.result(broadcast(op, *values), laws.pointwise, *values)
+    return op.result(broadcast(op, *values), laws.keeping_zero(op.gives_zero), *values)
 
 
 @rule(nn.PReLU, tl.PReLU)
@@ -96,12 +104,8 @@ def mul(op: Op, a, b) -> Value:
 @rule(*QUOTIENTS)
 def div(op: Op, a, b) -> Value:
     """Linear in the numerator alone."""
-    return op.result(broadcast(op, a, b), laws.pointwise if isinstance(b, Value) else laws.product, a, b)
-
-
-@rule(torch.maximum, torch.minimum)
-def extremum(op: Op, a: Value, b: Value) -> Value:
-    return op.result(broadcast(op, a, b), laws.pointwise, a, b)
+    law = laws.product if not isinstance(b, Value) else laws.quotient if isinstance(a, Value) else laws.pointwise
+    return op.result(broadcast(op, a, b), law, a, b)
 
 
 @rule(torch.addcmul, "addcmul")
@@ -116,13 +120,56 @@ def addcmul(op: Op, a, b, c, *, value=1) -> Value:
 def choice(op: Op, *args, **kwargs) -> Value:
     """Element by element of three tensors."""
     values = (*args, *kwargs.values())
-    return op.result(broadcast(op, *values), laws.pointwise, *values)
+    return op.result(broadcast(op, *values), laws.keeping_zero(op.gives_zero), *values)
 
 
-@rule(torch.zeros_like, torch.ones_like, torch.full_like)
+@rule("zero_")
+def emptied(op: Op, x: Value) -> Value:
+    return op.result(x.axes, laws.linear, x)
+
+
+@rule("fill_")
+def refilled(op: Op, x: Value, value) -> Value:
+    return op.result(x.axes, laws.pointwise, x, value)
+
+
+@rule("copy_")
+def overwritten(op: Op, x: Value, src: Value, non_blocking: bool = False) -> Value:
+    return op.result(broadcast(op, x, src), laws.linear, x, src)
+
+
+@rule(torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like)
 def filled(op: Op, x: Value, *args, **kwargs) -> Value:
     """One number everywhere."""
-    return op.result(x.axes, lambda context: laws.SHARD if any(map(context.is_cut, x.axes)) else laws.COPY)
+    return _constant(op, x.axes)
+
+
+@rule(torch.zeros, torch.ones, torch.empty, torch.full)
+def made(op: Op, *given, size=None, **kwargs) -> Value:
+    """One number everywhere; a dim may stand for channels, as in `expand`: that shows once it meets them."""
+    return _made(op, given or (size,), 0)
+
+
+@rule("new_zeros", "new_ones", "new_empty", "new_full")
+def made_for(op: Op, x: Value, *given, size=None, **kwargs) -> Value:
+    return _made(op, given or (size,), 1)
+
+
+def _made(op: Op, given, position: int) -> Value:
+    """Of the sizes `given` from an argument's `position` on, or by keyword."""
+    like = op.shaped_as(op.argument(position, "size"))
+    if like is not None:
+        return _constant(op, like.axes)
+    axes = [None] * len(op.out.shape)
+    for dim, (n, place) in enumerate(op.listed(given, position, "size")):
+        if place is not None and dim and n > 1:
+            axes[dim] = Axis.of(Width(n, active=False))
+            op.arg(*place, value=axes[dim])
+    return _constant(op, axes)
+
+
+def _constant(op: Op, axes) -> Value:
+    return op.result(axes, lambda context: laws.SHARD if any(map(context.is_cut, axes)) else laws.COPY)
 
 
 def _shifted(context, *inputs):

@@ -25,6 +25,8 @@ MAXIMUM = (
     MaxPool2dSame, F.max_pool1d, F.max_pool2d, F.max_pool3d,
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, torch.max_pool2d,
     F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
+    F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices,
+    F.lp_pool1d, F.lp_pool2d, nn.LPPool1d, nn.LPPool2d,
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from ...algebra.widths import Axis
 from .laws import Context, Relation, contract, pointwise
 from .op import Op, Value, rule, unpacked
 
+CELLS = {nn.RNNCell: 1, nn.LSTMCell: 4, nn.GRUCell: 3}
 GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 3}
 
 
@@ -24,8 +25,7 @@ def recurrent(op: Op, x: Value, hx=None):
     states = (out, hidden) if m.mode == "LSTM" else (out,)
     given = () if hx is None else unpacked([hx])
     for state, axis in zip(given, states):
-        if not _made_for(state, axis):
-            op.unify(state.axes[-1], axis)
+        op.unify(state.axes[-1], axis)
     directions = 2 if m.bidirectional else 1
     both = Axis.of(directions, *out.terms[0])
     gates = Axis.of(GATES[m.mode], *hidden.terms[0])
@@ -57,17 +57,26 @@ def recurrent(op: Op, x: Value, hx=None):
     return value, ends if m.mode == "LSTM" else ends[0]
 
 
-def _made_for(state: Value, axis: Axis) -> bool:
-    """Whether `state` are zeros that the forward makes, ``torch.zeros(layers, batch, hidden)``: a part makes as many as
-    it needs."""
-    maker = state
-    while maker.op.node.target in ("to", "float", "double", "type_as", "contiguous"):
-        maker = maker.inputs[0]
-    node = maker.op.node
-    if maker.inputs or node.target not in (torch.zeros, torch.ones) or not node.args:
-        return False
-    size, where = maker.op.listed(node.args, position=0)[-1]
-    if size != axis.size:
-        return False
-    maker.op.arg(*where, value=axis)
-    return True
+@rule(*CELLS)
+def cell(op: Op, x: Value, hx=None):
+    """One step: weight_ih (gates · hidden, in), weight_hh (gates · hidden, hidden)."""
+    m = op.module
+    in_axis, hidden = op.axis(x, -1), op.channels(m.hidden_size)
+    given = () if hx is None else unpacked([hx])
+    for state in given:
+        op.unify(state.axes[-1], hidden)
+    gates = Axis.of(CELLS[type(m)], *hidden.terms[0])
+    op.param("weight_ih", gates, in_axis, fans=([in_axis], [hidden]))
+    op.param("weight_hh", gates, hidden, fans=([hidden], [hidden]))
+    op.param("bias_ih", gates)
+    op.param("bias_hh", gates)
+    op.set("input_size", in_axis)
+    op.set("hidden_size", hidden)
+    linear = contract(hidden, in_axis, *op.names("weight_ih", "bias_ih"))
+
+    def law(context: Context, x: Relation, *states: Relation) -> Relation:
+        return pointwise(context, linear(context, x), *states)
+
+    if isinstance(op.out, torch.Tensor):
+        return op.result((*x.axes[:-1], hidden), law, x, *given)
+    return tuple(op.result((*x.axes[:-1], hidden), law, x, *given) for _ in op.out)

@@ -11,7 +11,7 @@ from torch import nn
 from ...algebra.widths import make_whole
 from . import laws
 from .op import Op, Value, rule, unpacked
-from .pointwise import extremum
+from .pointwise import activation
 
 
 @rule("mean", torch.mean)
@@ -27,8 +27,13 @@ def sum_(op: Op, x: Value, dim=None, keepdim: bool = False, *, dtype=None) -> Va
     )
 
 
-@rule("amax", torch.amax, "amin", torch.amin)
-def amax(op: Op, x: Value, dim=None, keepdim: bool = False) -> Value:
+@rule("amax", torch.amax, "amin", torch.amin, "prod", torch.prod, "all", torch.all, "any", torch.any)
+def amax(op: Op, x: Value, dim=None, keepdim: bool = False, *, dtype=None) -> Value:
+    return _reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise))
+
+
+@rule("nansum", torch.nansum, "nanmean", torch.nanmean)
+def nansum(op: Op, x: Value, dim=None, keepdim: bool = False, *, dtype=None) -> Value:
     return _reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise))
 
 
@@ -37,9 +42,32 @@ def var(op: Op, x: Value, dim=None, unbiased: bool = True, keepdim: bool = False
     return _reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise))
 
 
-@rule("norm", torch.norm)
-def norm(op: Op, x: Value, p="fro", dim=None, keepdim: bool = False, dtype=None) -> Value:
+@rule(torch.var_mean, torch.std_mean)
+def var_mean(op: Op, x: Value, dim=None, unbiased: bool = True, keepdim: bool = False, *, correction=1):
+    """(variances, means)"""
+    return tuple(_reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise)) for _ in op.out)
+
+
+@rule("norm", torch.norm, torch.linalg.norm, torch.linalg.vector_norm)
+def norm(op: Op, x: Value, p="fro", dim=None, keepdim: bool = False, dtype=None, *, ord=2) -> Value:
     return _reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise))
+
+
+@rule(torch.quantile, "quantile", torch.nanquantile, "nanquantile")
+def quantile(op: Op, x: Value, q, dim=None, keepdim: bool = False, *, interpolation="linear") -> Value:
+    value = _reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise))
+    return value if len(value.axes) == len(op.out.shape) else op.result((None, *value.axes), laws.linear, value)
+
+
+@rule(torch.kthvalue, "kthvalue")
+def kthvalue(op: Op, x: Value, k: int, dim: int = -1, keepdim: bool = False):
+    """(values, indices)"""
+    return tuple(_reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise)) for _ in op.out)
+
+
+@rule(torch.aminmax, "aminmax")
+def aminmax(op: Op, x: Value, *, dim=None, keepdim: bool = False):
+    return tuple(_reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise)) for _ in op.out)
 
 
 @rule(torch.logsumexp, "logsumexp", torch.argmax, "argmax", torch.argmin, "argmin")
@@ -65,14 +93,15 @@ def topk(op: Op, x: Value, k: int, dim: int = -1, *args, **kwargs):
     return tuple(op.result(axes, laws.pointwise, x) for _ in op.out)
 
 
-@rule(torch.max, torch.min, "max", "min")
+@rule(torch.max, torch.min, "max", "min", torch.median, "median", torch.nanmedian, "nanmedian", torch.mode, "mode")
 def max_(op: Op, x: Value, dim=None, keepdim: bool = False):
     """Of two tensors, of all numbers, or (values, indices) along a dim."""
     if isinstance(dim, Value):
-        return extremum(op, x, dim)
+        return activation(op, x, dim)
     law = _cross_channel(op, laws.pointwise)
-    if dim is None:
+    if isinstance(op.out, torch.Tensor):
         return _reduce(op, x, None, keepdim, law)
+    dim = -1 if dim is None else dim  # of mode
     return tuple(_reduce(op, x, dim, keepdim, law) for _ in op.out)
 
 

@@ -85,6 +85,9 @@ def reshape(op: Op, x: Value, *shape, **kwargs) -> Value:
     if len(op.node.all_input_nodes) > 2:  # the graph computes more than the batch: right at any image size
         op.resize = lambda t, *sizes, **named: t.reshape(*sizes, **named)
     given = [kwargs["shape"]] if "shape" in kwargs else shape
+    like = op.shaped_as(op.argument(1, "shape"))
+    if like is not None:
+        _match_sizes(op, value, like)
     for dim, (size, where) in enumerate(op.listed(given, keyword="shape")):
         if where is None or size == -1 or dim == 0 and value.axes[0] is None:
             continue
@@ -93,6 +96,14 @@ def reshape(op: Op, x: Value, *shape, **kwargs) -> Value:
         elif not isinstance(op.given(where), fx.Node):
             op.arg(*where, value=op.extent(value, dim))
     return value
+
+
+def _match_sizes(op: Op, value: Value, like: Value) -> None:
+    """Dims that take their sizes from another tensor have as many channels as that in every part. Shuffled ones do, and
+    are not to be those of the other."""
+    for axis, other in zip(value.axes, like.axes):
+        if axis is None or other is None or {*axis.widths()} != {*other.widths()}:
+            op.unify(axis, other)
 
 
 @rule("unflatten", torch.unflatten)
@@ -230,6 +241,17 @@ def transpose(op: Op, x: Value, dim0: int, dim1: int) -> Value:
 @rule("t", torch.t)
 def t(op: Op, x: Value) -> Value:
     return op.result(x.axes[::-1], laws.linear, x)
+
+
+@rule(getattr)
+def attribute(op: Op, x, name: str) -> Value:
+    """``x.T`` and the like of a tensor; of a named tuple, as operations with several results give it, an entry."""
+    if not isinstance(x, Value):
+        return x[op.field(name)]
+    if name not in ("T", "mT", "H", "mH", "data", "real"):
+        raise op.refuse(f"reads .{name} of a tensor, of which nothing is known")
+    swapped = x.axes if name in ("data", "real") else (*x.axes[:-2], x.axes[-1], x.axes[-2])
+    return op.result(x.axes[::-1] if name == "T" else swapped, laws.linear, x)
 
 
 @rule(nn.PixelShuffle)
