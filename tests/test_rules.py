@@ -560,6 +560,16 @@ def two_sequences(x, first, second):
     return second(x, first(x)[1])[0].mean(1)
 
 
+def shear(x):
+    return torch.tensor([[1.0, 0.2, 0.1], [0.0, 0.9, 0.0]]).to(x).expand(x.shape[0], 2, 3)
+
+
+def located(x, where, conv):
+    """A map of the image, turned as a convolution over it says."""
+    grid = F.affine_grid(where(x).mean((2, 3)).view(-1, 2, 3), x.shape, align_corners=False)
+    return conv(F.grid_sample(x, grid, align_corners=False)).mean((2, 3))
+
+
 def two_steps(x, cell):
     first, second = x.flatten(1, 2).transpose(1, 2)[:, :2].unbind(1)
     state = cell(second, cell(first))
@@ -852,6 +862,16 @@ ROWS |= {
     "hstack and vstack": row(lambda: net(fn(lambda x: torch.hstack(torch.vstack([x, x.tanh()]).chunk(2))), out=24)),
     "GRUCell": row(lambda: nn.Sequential(fn(two_steps, nn.GRUCell(27, 12)), nn.Linear(12, 5))),
     "LSTMCell": row(lambda: nn.Sequential(fn(two_steps, nn.LSTMCell(27, 12)), nn.Linear(12, 5))),
+    "sampled at places of the image": row(
+        lambda: nn.Sequential(fn(located, conv(3, 6, 1), conv(3, 12, 3)), nn.Linear(12, 5)), N
+    ),
+    "sampled at given places": row(
+        lambda: net(fn(lambda x: F.grid_sample(x, F.affine_grid(shear(x), x.shape, False), align_corners=False)))
+    ),
+    "gather of positions": row(lambda: net(fn(lambda x: x * x.gather(2, x.argsort(2))))),
+    "gather of channels": row(
+        lambda: net(fn(lambda x, c: x * c(x).gather(1, c(x).argmax(1, True)), conv(12, 5, 1))), S
+    ),
     "named inputs": row(
         lambda: net(
             fn(lambda x, c: torch.cat(tensors=[c(input=x), torch.tanh(input=x)], dim=1), conv(12, 8, 1)), out=20

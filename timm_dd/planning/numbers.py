@@ -93,7 +93,7 @@ class _Part:
             if not _counts(op, out):
                 self.of_part[node] = self._tensors(out)
                 carried = [n for n in node.all_input_nodes if n in self.differ]
-                if carried and not self._is_size(node, carried):
+                if carried and not (op.takes_sizes or self._is_size(node, carried)):
                     raise _refusal(op, carried[0])
                 continue
             value, ours = self.of_global[node], evaluate_node(self.reading.gm, node, self.of_part)

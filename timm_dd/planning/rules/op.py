@@ -161,11 +161,13 @@ class Op:
         node, module, path: the node, its module if it calls one, and the path of that or of the module around.
         out: the result at the global size, on the meta device.
         resize: set by a rule, stands in for an operation that cannot run at a part's sizes with the global parameters.
+        takes_sizes: set by a rule, if the numbers that it is given are sizes, though not all show in its result.
     """
 
     def __init__(self, notes: Notes, node: fx.Node, module: nn.Module | None, path: str, out: Any):
         self._notes, self.node, self.module, self.path, self.out = notes, node, module, path, out
         self.resize: Callable | None = None
+        self.takes_sizes = False
         self._rows: list[Sequence[Axis | None]] = []  # the axes of weights whose rows are normalised
 
     @property

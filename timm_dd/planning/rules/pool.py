@@ -52,6 +52,38 @@ def max_unpool(op: Op, x: Value, indices: Value, *args, **kwargs) -> Value:
     return op.result((x.axes[0], channels, *axes), law, x, indices)
 
 
+@rule(F.affine_grid)
+def affine_grid(op: Op, theta: Value, size, align_corners=None) -> Value:
+    """(B, 2, 3) to the places (B, H, W, 2) from which a map is read."""
+    for axis in filter(None, theta.axes):
+        make_whole(axis)
+    op.takes_sizes = True  # the channels among them say nothing
+    return op.result([None] * len(op.out.shape), laws.linear, theta)
+
+
+@rule(F.grid_sample)
+def grid_sample(op: Op, x: Value, grid: Value, *args, **kwargs) -> Value:
+    """Each channel at the places of `grid`."""
+    for axis in filter(None, (*x.axes[2:], *grid.axes)):
+        make_whole(axis)
+    return op.result((*x.axes[:2], *(None,) * (len(op.out.shape) - 2)), _at_places, x, grid)
+
+
+@rule(torch.gather, "gather")
+def gather(op: Op, x: Value, dim: int, index: Value, *, sparse_grad: bool = False) -> Value:
+    """Of each channel what `index` names among the positions; the channels among which it chooses are whole."""
+    dim %= len(x.axes)
+    if x.axes[dim] is not None:
+        make_whole(x.axes[dim])
+    axes = [None if d == dim else op.unify(a, b) for d, (a, b) in enumerate(zip(x.axes, index.axes))]
+    return op.result(axes, _at_places, x, index)
+
+
+def _at_places(context: laws.Context, x: laws.Relation, places: laws.Relation) -> laws.Relation:
+    """Linear in `x`."""
+    return laws.product(context, x, laws.pointwise(context, places))
+
+
 def slide(op: Op, x: Value, law: laws.Law) -> tuple[list[Axis | None], laws.Law]:
     """The axes of the positions after a window slid over them, and the law: where they carry channels (a convolution
     along channels), those of different parts are mixed."""
