@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import get_notrace_functions
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import checkpoint
@@ -72,8 +71,8 @@ class Decision:
 
 
 class Tracer(fx.Tracer):
-    """fx tracing with the modules that have a rule as leaves. timm marks modules as leaves too, those that branch on
-    sizes and those that work in place: these are traced through, at the sizes that the image gives. What is computed
+    """fx tracing with the modules that have a rule as leaves. timm marks modules and functions as leaves too, those that
+    branch on sizes and those that work in place: these are traced through, at the sizes that the image gives. What is computed
     from a buffer is part of the graph, as it is from a parameter.
 
     Args:
@@ -87,7 +86,7 @@ class Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, is_leaf: Callable[[nn.Module], bool], inputs: Inputs, example: Callable):
-        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        super().__init__()
         self._is_leaf, self._inputs, self._example = is_leaf, inputs, example
         self._env: dict[fx.Node, Any] = {}
         self._evaluating = False
@@ -217,9 +216,10 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph in eval mode, which does in training what the model does."""
-        other = skeleton(root).train()
-        graph = super().trace(root.eval(), concrete_args)
+        first, other = skeleton(root).train().eval(), skeleton(root).train()  # `train` clears what a forward keeps
+        graph = super().trace(first, concrete_args)
         modes.detach(graph)
+        modes.mark_alike(first, root.eval())
         modes.mark_alike(root, other)
         self._env = {}
         with modes.watched_draws() as drawn:

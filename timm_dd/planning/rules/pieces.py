@@ -122,6 +122,8 @@ def getitem(op: Op, x, index) -> Value:
         missing = len(x.axes) - sum(i is not None and i is not Ellipsis for i in items)
         items[at : at + 1] = [slice(None)] * missing
         places[at : at + 1] = [None] * missing
+    if any(isinstance(item, Value) for item in items):
+        return _looked_up(op, x, items)
     axes, dim, lists = [], 0, sum(isinstance(item, list) for item in items)
     for item, where in zip(items, places):
         if item is None:
@@ -136,13 +138,44 @@ def getitem(op: Op, x, index) -> Value:
             if axis is None and not isinstance(op.window(x, dim - 1), int):
                 raise op.refuse(OF_THE_WHOLE)
             axes.append(axis if axis is None else _select(op, axis, [i % size for i in item], where))
-        elif isinstance(item, Value):
-            raise op.refuse("indexes with a tensor; use index_select")
         elif not isinstance(item, int):
             raise op.refuse(f"indexes with {type(item).__name__}, which is not known")
         elif axis is not None:
             make_whole(axis)
     return op.result(axes + list(x.axes[dim:]), laws.linear, x)
+
+
+def _looked_up(op: Op, x: Value, items: list) -> Value:
+    """A table read at the places that tensors name, as a position bias for each head is: the dims at which it is read
+    are whole in every part, and in their place come those of the tensors."""
+    axes, dim, read, first = [], 0, [], None
+    for item in items:
+        if item is None:
+            axes.append(None)
+            continue
+        axis, dim = x.axes[dim], dim + 1
+        if isinstance(item, slice) and item == slice(None):
+            axes.append(axis)
+        elif isinstance(item, (int, Value)):
+            if isinstance(item, Value) and item.at[0].dtype in (torch.bool, torch.uint8):
+                raise op.refuse("selects by a mask, as many as its values say; use torch.where")
+            if axis is None and not isinstance(op.window(x, dim - 1), int):
+                raise op.refuse(OF_THE_WHOLE)
+            read.append(axis)
+            if first is not None and len(axes) > first:
+                first = 0  # apart from one another: their dims come first
+            first = len(axes) if first is None else first
+        else:
+            raise op.refuse("indexes with a tensor and something else; index with one after another")
+    indices = [item for item in items if isinstance(item, Value)]
+    for axis in filter(None, (*read, *(a for index in indices for a in index.axes))):
+        make_whole(axis)
+    axes[first:first] = [None] * max(len(index.shape) for index in indices)
+
+    def law(context: laws.Context, x: laws.Relation, *given: laws.Relation) -> laws.Relation:
+        return laws.product(context, x, laws.pointwise(context, *given))
+
+    return op.result((*axes, *x.axes[dim:]), law, x, *indices)
 
 
 def _are_indices(item: list) -> bool:

@@ -78,6 +78,15 @@ def flatten(op: Op, x: Value, *args, **kwargs) -> Value:
     return _view(op, x)
 
 
+@rule("reshape_as", "view_as")
+def reshape_as(op: Op, x: Value, other: Value) -> Value:
+    """Its sizes are another tensor's, in a part the part's."""
+    value = _view(op, x)
+    axes = [a if a is None or b is None else op.unify(a, b) for a, b in zip(value.axes, other.axes)]
+    op.resize = None
+    return op.result(axes, laws.linear, x)
+
+
 @rule("view", "reshape", torch.reshape)
 def reshape(op: Op, x: Value, *shape, **kwargs) -> Value:
     """Sizes that count channels or positions become the part's; -1 and the batch stay."""
@@ -328,9 +337,11 @@ def repeat(op: Op, x: Value, *repeats) -> Value:
     sizes = (1,) * (len(op.out.shape) - len(x.axes)) + x.shape
     axes = [None] * (len(op.out.shape) - len(x.axes)) + list(x.axes)
     for dim, (n, where) in enumerate(counts, start=missing):
-        if sizes[dim] == 1 < n and dim and where is not None and isinstance(op.given(where), int):
-            axes[dim] = Axis.of(Width(n, active=False))
-            op.arg(*where, value=axes[dim])
+        if sizes[dim] == 1 < n:
+            axes[dim] = None
+            if dim and where is not None and isinstance(op.given(where), int):
+                axes[dim] = Axis.of(Width(n, active=False))
+                op.arg(*where, value=axes[dim])
         elif axes[dim] is not None and n != 1:
             axes[dim] = Axis(*(axes[dim].resolve().terms * n))
     return op.result(axes, laws.linear, x)
@@ -375,8 +386,9 @@ def expand(op: Op, x: Value, *sizes) -> Value:
     new = len(op.out.shape) - len(x.axes)
     axes = [None] * new + list(x.axes)
     for dim, (old, size, (_, where)) in enumerate(zip((1,) * new + x.shape, op.out.shape, op.listed(sizes))):
-        if old == 1 < size and dim and (where is None or isinstance(op.given(where), int)):
-            axes[dim] = Axis.of(Width(size, active=False))
+        if old == 1 < size:
+            counts = dim and (where is None or isinstance(op.given(where), int))
+            axes[dim] = Axis.of(Width(size, active=False)) if counts else None
         if where is not None and axes[dim] is not None and axes[dim].size == size and op.given(where) != -1:
             op.arg(*where, value=axes[dim])
     return op.result(axes, laws.linear, x)
