@@ -82,7 +82,7 @@ class _Part:
     def _tensor(self, value: Value) -> torch.Tensor:
         at = value.at[self.reading.sizes.of_part[self.k]]
         shape = (n if a is None else self.cuts.part_size(a, self.k) for n, a in zip(at.shape, value.axes))
-        return torch.empty(*shape, dtype=at.dtype, device="meta")
+        return torch.empty(tuple(shape), dtype=at.dtype, device="meta")
 
     def _is_size(self, node: fx.Node, carried: list[fx.Node]) -> bool:
         """Whether the operation takes the numbers `carried` as sizes: with those of the global network in the place of

@@ -55,6 +55,9 @@ class Known(fx.Proxy):
     def __float__(self) -> float:
         return self.tracer.decide(self.node, float)
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", assign_, (self, index, value), {})
+
 
 class KnownAttribute(fx.proxy.Attribute, Known):
     """An attribute of `Known`, which becomes a node where it is not called."""
@@ -217,14 +220,16 @@ class Tracer(fx.Tracer):
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph in eval mode, which does in training what the model does."""
         first, other = skeleton(root).train().eval(), skeleton(root).train()  # `train` clears what a forward keeps
-        graph = super().trace(first, concrete_args)
-        modes.detach(graph)
+        graph = self._of_one_mode(first, concrete_args)
         modes.mark_alike(first, root.eval())
+        for node in graph.find_nodes(op="get_attr"):  # a tensor that the forward makes
+            if not hasattr(root, node.target.split(".")[0]):
+                setattr(root, node.target, getattr(first, node.target))
         modes.mark_alike(root, other)
         self._env = {}
         with modes.watched_draws() as drawn:
             try:
-                training = super().trace(other, concrete_args)
+                training = self._of_one_mode(other, concrete_args)
             except Exception as e:
                 line = modes.line_of(reversed(list(traceback.walk_tb(e.__traceback__))))
                 raise SplitError(
@@ -236,8 +241,18 @@ class Tracer(fx.Tracer):
                     f"{type(root).__name__} draws random numbers in training, outside of tensors, and so would do in "
                     f"all its parts what it did once; {modes.REMEDY}"
                 )
-        modes.detach(training)
         modes.keep_training(root, graph, other, training)
+        return graph
+
+    def _of_one_mode(self, root: nn.Module, concrete_args: dict[str, Any] | None) -> fx.Graph:
+        """The graph in the mode that `root` is in, without attributes that were read for nothing."""
+        with _buffers_may_be_computed():
+            graph = super().trace(root, concrete_args)
+        modes.detach(graph)
+        asked = {decision.node for decision in self.decisions}
+        for node in graph.find_nodes(op="call_function", target=getattr):
+            if not node.users and node not in asked:
+                graph.erase_node(node)
         return graph
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
@@ -381,6 +396,23 @@ def _normalises_rows(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
+def _buffers_may_be_computed() -> Iterator[None]:
+    """A forward that makes its buffer anew, for positions of another size, gives what it made a name of its own."""
+    original = nn.Module.__setattr__
+
+    def assign(module: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, fx.Proxy) and name in module._buffers:
+            del module._buffers[name]
+        original(module, name, value)
+
+    nn.Module.__setattr__ = assign  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def _without_checkpoints() -> Iterator[None]:
     """A reentrant checkpoint takes tensors alone; here it is the function that it recomputes."""
 
@@ -433,6 +465,12 @@ def _in_place(node: fx.Node, model: nn.Module) -> bool:
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name.endswith("_") and not name.endswith("__")
+
+
+def assign_(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    """``x[index] = value``"""
+    x[index] = value
+    return x
 
 
 def chunk_or_split(x: torch.Tensor, sizes: int | list[int], dim: int) -> tuple[torch.Tensor, ...]:

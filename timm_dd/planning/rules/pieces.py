@@ -13,7 +13,7 @@ from torch import nn
 from ...algebra.journal import transaction
 from ...algebra.widths import Axis, Width, make_whole, split_axis, unify
 from ...errors import WidthError
-from ..trace import chunk_or_split
+from ..trace import assign_, chunk_or_split
 from . import laws
 from .op import Op, Value, rule
 
@@ -178,6 +178,20 @@ def _looked_up(op: Op, x: Value, items: list) -> Value:
     return op.result((*axes, *x.axes[dim:]), law, x, *indices)
 
 
+@rule(assign_)
+def assign(op: Op, x: Value, index, value) -> Value:
+    """Entries of some positions are others."""
+    piece = getitem(op, x, index)
+    if isinstance(value, Value):
+        axes = [None] * (len(piece.axes) - len(value.axes)) + list(value.axes)
+        sizes = [1] * (len(piece.axes) - len(value.axes)) + list(value.shape)
+        for a, b, n in zip(piece.axes, axes, sizes):
+            if n > 1:
+                op.unify(a, b)
+    law = laws.linear if isinstance(value, Value) else laws.pointwise
+    return op.result(x.axes, law, x, value)
+
+
 def _are_indices(item: list) -> bool:
     return all(isinstance(i, int) and not isinstance(i, bool) for i in item)
 
@@ -187,7 +201,12 @@ def _select(op: Op, axis: Axis, index: list[int], where: tuple) -> Axis:
     starts = [i for i, before in zip(index, [None, *index]) if before is None or i != before + 1]
     ends = [i + 1 for i, after in zip(index, [*index[1:], None]) if after != i + 1]
     bounds = sorted({0, axis.size, *starts, *ends})
-    pieces = split_into(axis, [b - a for a, b in itertools.pairwise(bounds)])
+    sizes = [b - a for a, b in itertools.pairwise(bounds)]
+    try:
+        pieces = split_into(axis, sizes)
+    except WidthError:  # of a product: whole in every part
+        make_whole(axis)
+        pieces = split_into(axis, sizes)
     chosen = [bounds.index(i) for i in index if i in bounds]
 
     def part(k: int) -> list[int]:
@@ -219,6 +238,8 @@ def index_select(op: Op, x: Value, dim: int, index: Value) -> Value:
 
 def _slice(op: Op, axis: Axis, item: slice, size: int, where: tuple) -> Axis:
     start, stop, step = item.indices(size)
+    if stop <= start:
+        return Axis()  # nothing
     if step == 1:
         before, rest = split_axis(axis, start) if start else (None, axis)
         kept, _ = split_axis(rest, stop - start) if stop < size else (rest, None)

@@ -191,8 +191,20 @@ def _join(op: Op, x: Value, dims: list[int]) -> Axis | None:
         elif len(axis.resolve().terms) == 1:
             joined = joined.times(*axis.terms[0])
         else:
-            raise op.refuse("joins a dim with a concatenation of channels behind another dim")
+            joined = _times_sum(op, joined, axis)
     return joined
+
+
+def _times_sum(op: Op, outer: Axis, inner: Axis) -> Axis:
+    """outer · (a + b): one of the two is whole, the inner one if the outer has an entry for each part (heads, of which
+    rotations join halves)."""
+    op.threshold(outer.size)
+    cut = [any(w.active for w in axis.widths()) for axis in (outer, inner)]
+    if not cut[1] or (cut[0] and outer.size >= op.divisor):
+        make_whole(inner)
+        return outer.times(inner.size)
+    make_whole(outer)
+    return Axis(*(inner.resolve().terms * outer.size))
 
 
 def _separate(op: Op, axis: Axis, sizes: list[int]) -> list[Axis]:
