@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import get_notrace_functions
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import checkpoint
@@ -74,8 +75,8 @@ class Decision:
 
 
 class Tracer(fx.Tracer):
-    """fx tracing with the modules that have a rule as leaves. timm marks modules and functions as leaves too, those that
-    branch on sizes and those that work in place: these are traced through, at the sizes that the image gives. What is computed
+    """fx tracing with the modules and timm's functions that have a rule as leaves. timm marks others as leaves too, those
+    that branch on sizes and those that work in place: these are traced through, at the sizes that the image gives. What is computed
     from a buffer is part of the graph, as it is from a parameter.
 
     Args:
@@ -88,8 +89,8 @@ class Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, is_leaf: Callable[[nn.Module], bool], inputs: Inputs, example: Callable):
-        super().__init__()
+    def __init__(self, is_leaf: Callable[[Any], bool], inputs: Inputs, example: Callable):
+        super().__init__(autowrap_functions=tuple(filter(is_leaf, get_notrace_functions())))
         self._is_leaf, self._inputs, self._example = is_leaf, inputs, example
         self._env: dict[fx.Node, Any] = {}
         self._evaluating = False
@@ -295,7 +296,7 @@ def _line() -> str:
 
 def trace(
     model: nn.Module,
-    is_leaf: Callable[[nn.Module], bool],
+    is_leaf: Callable[[Any], bool],
     size: Sequence[int],
     batch: int = 2,
     inputs: Inputs | None = None,
@@ -337,7 +338,7 @@ def _check_plain(model: nn.Module) -> None:
 
 
 def _traced(
-    model: nn.Module, is_leaf: Callable[[nn.Module], bool], inputs: Inputs, batch: int
+    model: nn.Module, is_leaf: Callable[[Any], bool], inputs: Inputs, batch: int
 ) -> tuple[Tracer, fx.Graph]:
     named, dtype = inputs.named(signature_of(model)), float_type(model)
 
@@ -360,7 +361,7 @@ def _traced(
 
 def _check_batches(
     model: nn.Module,
-    is_leaf: Callable[[nn.Module], bool],
+    is_leaf: Callable[[Any], bool],
     inputs: Inputs,
     batch: int,
     tracer: Tracer,
