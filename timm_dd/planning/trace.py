@@ -22,10 +22,20 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import checkpoint
 
-from ..compat import WeightNorm, let_einops_take, register_pytree_node, tree_knows
+from ..compat import WeightNorm, let_einops_take, register_pytree_node, tree_knows, tree_leaves
 from ..errors import SplitError, headline
 from . import modes
-from .graphs import STAYS_IN_EVAL, Graph, ancestors, evaluate_node, float_type, graph_module, module_path, skeleton
+from .graphs import (
+    MAKERS,
+    STAYS_IN_EVAL,
+    Graph,
+    ancestors,
+    evaluate_node,
+    float_type,
+    graph_module,
+    module_path,
+    skeleton,
+)
 from .inputs import Inputs, Like, bind, leaves, signature_of
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -247,7 +257,7 @@ class Tracer(fx.Tracer):
 
     def _of_one_mode(self, root: nn.Module, concrete_args: dict[str, Any] | None) -> fx.Graph:
         """The graph in the mode that `root` is in, without attributes that were read for nothing."""
-        with _buffers_may_be_computed():
+        with _buffers_may_be_computed(), _sizes_may_be_computed():
             graph = super().trace(root, concrete_args)
         modes.detach(graph)
         asked = {decision.node for decision in self.decisions}
@@ -337,9 +347,7 @@ def _check_plain(model: nn.Module) -> None:
             )
 
 
-def _traced(
-    model: nn.Module, is_leaf: Callable[[Any], bool], inputs: Inputs, batch: int
-) -> tuple[Tracer, fx.Graph]:
+def _traced(model: nn.Module, is_leaf: Callable[[Any], bool], inputs: Inputs, batch: int) -> tuple[Tracer, fx.Graph]:
     named, dtype = inputs.named(signature_of(model)), float_type(model)
 
     def example(name: str, other: int | None) -> Any:
@@ -411,6 +419,30 @@ def _buffers_may_be_computed() -> Iterator[None]:
         yield
     finally:
         nn.Module.__setattr__ = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _sizes_may_be_computed() -> Iterator[None]:
+    """``torch.zeros(n, …)`` is a node where the graph computes n, of which torch says that it is no number."""
+
+    def recording(maker: Callable) -> Callable:
+        @functools.wraps(maker)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            proxies = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy))
+            proxy = next(proxies, None)
+            if proxy is None:
+                return maker(*args, **kwargs)
+            return proxy.tracer.create_proxy("call_function", maker, args, kwargs)
+
+        return make
+
+    for maker in MAKERS:
+        setattr(torch, maker.__name__, recording(maker))
+    try:
+        yield
+    finally:
+        for maker in MAKERS:
+            setattr(torch, maker.__name__, maker)
 
 
 @contextlib.contextmanager

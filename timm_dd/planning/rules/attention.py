@@ -6,7 +6,6 @@ head, its scores are a sum over the parts, and the softmax of those is approxima
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Sequence
 
@@ -55,11 +54,25 @@ def _einsum(op: Op, operands: Sequence[tuple[Value, Sequence[str]]], output: Seq
             if weight and name in output and axis is not None:
                 op.activate(axis)
             axes[name] = op.unify(axes[name], axis) if axes.get(name) is not None else axis
-    summed = [axes[name] for name in axes if name not in output and axes[name] is not None]
-    op.reduces_over(*summed)
-    params = frozenset(filter(None, trained)) or frozenset([laws.UNSCALABLE])
-    law = functools.reduce(lambda inner, axis: laws.summed(axis, inner, params), summed, laws.product)
+    summed = [name for name in axes if name not in output and axes[name] is not None]
+    op.reduces_over(*(axes[name] for name in summed))
+    params, law = frozenset(filter(None, trained)) or frozenset([laws.UNSCALABLE]), laws.product
+    for name in summed:
+        weights = [names for (_, names), weight in zip(operands, trained) if weight and name in names]
+        rows = [axes[n] for names in weights for n in names if n in output]
+        law = _summed(axes[name], rows, law, params)
     return op.result([axes[name] for name in output], law, *(value for value, _ in operands))
+
+
+def _summed(axis: Axis | None, rows: Sequence[Axis | None], otherwise: laws.Law, params: frozenset[str]) -> laws.Law:
+    """`laws.summed`, unless a weight with that axis is block-diagonal, (2.12): of its `rows`, too, parts have their own."""
+    total = laws.summed(axis, otherwise, params)
+
+    def law(context: laws.Context, *inputs: laws.Relation) -> laws.Relation:
+        own = any(context.is_cut(r) and not context.partly_sharded(r) for r in rows if r is not None)
+        return (otherwise if own else total)(context, *inputs)
+
+    return law
 
 
 @rule(F.scaled_dot_product_attention)
@@ -76,8 +89,8 @@ def scaled_dot_product_attention(
 ) -> Value:
     """softmax(Q·Kᵀ)·V of (…, heads, positions, channels of a head); one head of keys may serve all queries. A mask has
     its own numbers for each head, or the same for all."""
-    if enable_gqa and key.shape[-3] != query.shape[-3]:
-        raise op.refuse("one head of keys serves several of queries; repeat_interleave the keys and values")
+    if enable_gqa:
+        key, value = (_for_heads(op, query, x) for x in (key, value))
     batch = [f"batch{i}" for i in range(len(query.shape) - 2)]
     scores = _einsum(op, [(query, [*batch, "l", "d"]), (key, [*batch, "s", "d"])], [*batch, "l", "s"])
     axes = list(scores.axes)
@@ -88,6 +101,16 @@ def scaled_dot_product_attention(
     weights = op.result(axes, laws.pointwise, scores, attn_mask)
     weights.at = [query.at[0] @ key.at[0].transpose(-2, -1)]
     return _einsum(op, [(weights, [*batch, "l", "s"]), (value, [*batch, "s", "v"])], [*batch, "l", "v"])
+
+
+def _for_heads(op: Op, query: Value, x: Value) -> Value:
+    """Keys or values of fewer heads than the queries have, each for several in a row."""
+    several = query.shape[-3] // x.shape[-3]
+    axes = list(x.axes)
+    axes[-3] = op.unify(query.axes[-3], None if axes[-3] is None else axes[-3].times(several))
+    repeated = op.result(axes, laws.linear, x)
+    repeated.at = [t.repeat_interleave(several, -3) for t in x.at]
+    return repeated
 
 
 @rule(maybe_add_mask)

@@ -253,6 +253,18 @@ def t(op: Op, x: Value) -> Value:
     return op.result(x.axes[::-1], laws.linear, x)
 
 
+@rule(getattr)
+def attribute(op: Op, x: Value, name: str) -> Value:
+    """A tensor's transpose, or its data."""
+    if name == "T":
+        return t(op, x)
+    if name == "mT":
+        return transpose(op, x, -2, -1)
+    if name == "data":
+        return op.result(x.axes, laws.linear, x)
+    raise op.refuse(f"reads {name} of a tensor, of whose channels nothing is known; write it as a function")
+
+
 @rule(nn.PixelShuffle)
 def pixel_shuffle_module(op: Op, x: Value) -> Value:
     return pixel_shuffle(op, x, op.module.upscale_factor)
