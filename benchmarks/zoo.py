@@ -1,6 +1,7 @@
-"""Every CNN of timm: split into K parts, compose, and hold the plan's claim to numbers.
+"""Every CNN of timm: split into K parts, compose, and hold the plan's claim to numbers. Every model of timm: planned.
 
     python benchmarks/zoo.py --parts 4               # all of zoo/names.txt, into zoo/k4.csv
+    python benchmarks/zoo.py --parts 4 --all         # zoo/all_names.txt, planned, into zoo/all_k4.csv
     python benchmarks/zoo.py --parts 8 resnet50      # some, on the terminal alone
 
 In float64 with random weights and statistics, every part seeing the whole image: an exact plan has
@@ -10,6 +11,9 @@ Some very deep random networks lose ten digits, whatever computes them: where te
 What is narrower than K is kept whole ("replicated" in the table). Models over --max-params are split on the meta
 device, and the shapes of their parts' tensors and outputs are checked. A table that was begun is continued,
 and what failed is tried again.
+
+With --all no tensor is made: each model is planned on the meta device, where each different part runs once. What cannot
+be split is "refused", with the reason; the times are those of the CPU, of timm's `create_model` and of `plan`.
 """
 
 import argparse
@@ -30,6 +34,7 @@ from timm_dd.errors import headline
 
 FOLDER = Path(__file__).parent / "zoo"
 FIELDS = ["model", "parts", "verdict", "replicated", "params", "part_params", "error", "rounding", "seconds", "reason"]
+PLANNED = ["model", "parts", "verdict", "params", "part_params", "create_s", "plan_s", "reason"]
 EPSILON = torch.finfo(torch.float64).eps
 
 
@@ -67,6 +72,21 @@ def take_statistics(parts, x: torch.Tensor) -> None:
                 m.momentum = 1.0
         part.train()(x)
         part.eval()
+
+
+def planned(name: str, parts: int) -> dict:
+    start = time.process_time()
+    with torch.device("meta"):
+        timm.create_model(name)
+    row, begun = {"create_s": f"{time.process_time() - start:.2f}"}, time.process_time()
+    try:
+        plan = timm_dd.plan(name, parts, domain=Domain.full(parts))
+        row |= {"params": plan.params(), "part_params": plan.params(0)}
+        row["reason"] = "; ".join(sorted({reason for *_, reason in plan.approximations}))
+        row["verdict"] = "exact" if plan.exact else "approximate"
+    except timm_dd.SplitError as e:
+        row |= {"verdict": "refused", "reason": headline(e).replace(f"{Path(timm.__file__).parents[1]}/", "")}
+    return {**row, "plan_s": f"{time.process_time() - begun:.2f}"}
 
 
 def check(name: str, parts: int, max_params: float) -> dict:
@@ -130,23 +150,27 @@ def main() -> int:
     p.add_argument("names", nargs="*")
     p.add_argument("--parts", type=int, default=4)
     p.add_argument("--max-params", type=float, default=200e6)
+    p.add_argument("--all", action="store_true", help="every model of timm, planned alone")
     args = p.parse_args()
     warnings.filterwarnings("ignore")
-    origin, table, done = provenance(), FOLDER / f"k{args.parts}.csv", {}
+    kind, fields = ("all_", PLANNED) if args.all else ("", FIELDS)
+    origin, table, done = provenance(), FOLDER / f"{kind}k{args.parts}.csv", {}
     if not args.names and table.exists():
         done = {row["model"]: row for row in csv.DictReader(table.open()) if row["verdict"] != "FAILED"}
-    names = args.names or (FOLDER / "names.txt").read_text().split()
+    names = args.names or (FOLDER / f"{kind}names.txt").read_text().split()
     rows = [done[n] for n in names if n in done]
     for name in tqdm([n for n in names if n not in done], disable=None):
         start = time.time()
         try:
-            row = check(name, args.parts, args.max_params)
+            row = planned(name, args.parts) if args.all else check(name, args.parts, args.max_params)
         except Exception as e:  # a model that fails is a row of the table
             row = {"verdict": "FAILED", "reason": f"{type(e).__name__}: {headline(e)}"}
-        rows.append({"model": name, "parts": args.parts, **row, "seconds": f"{time.time() - start:.1f}", **origin})
-        tqdm.write(" ".join(f"{rows[-1].get(f, '')}" for f in FIELDS))
+        rows.append({"model": name, "parts": args.parts, **row, **origin})
+        if not args.all:
+            rows[-1]["seconds"] = f"{time.time() - start:.1f}"
+        tqdm.write(" ".join(f"{rows[-1].get(f, '')}" for f in fields))
         if not args.names:
-            write_table(table, sorted(rows, key=lambda r: r["model"]), [*FIELDS, *origin])
+            write_table(table, sorted(rows, key=lambda r: r["model"]), [*fields, *origin])
     verdicts = [r["verdict"] for r in rows]
     print(f"K={args.parts}:", ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts))))
     return int("FAILED" in verdicts)

@@ -161,7 +161,7 @@ def in_place(x):
     return x + y
 
 
-def assigned(x):
+def into_slices(x):
     y = torch.zeros_like(x)
     y[:, :4] = x[:, 8:]
     y[:, 4:, 1:] = x[:, 4:, :-1].tanh()
@@ -212,6 +212,164 @@ class Heads(nn.Module):
         else:
             x = torch.softmax(q @ k.transpose(-2, -1), -1) @ v
         return x.transpose(1, 2).reshape(b, h, w, -1).permute(0, 3, 1, 2)
+
+
+class Tokens(nn.Module):
+    """Attention of tokens, to which class tokens are joined; `scores` works on (q, k, v) of heads."""
+
+    def __init__(self, scores, heads=6, dim=24, kv_heads=None, tokens=2, **parameters):
+        super().__init__()
+        self.scores, self.heads, self.kv_heads, self.dim = scores, heads, kv_heads or heads, dim // heads
+        self.q, self.kv = nn.Linear(12, dim), nn.Linear(12, 2 * self.kv_heads * self.dim)
+        self.tokens, self.proj = nn.Parameter(torch.rand(1, tokens, 12)), nn.Linear(dim, 12)
+        self.position = nn.Parameter(torch.rand(1, 9 + tokens, 12))
+        for name, shape in parameters.items():
+            self.register_parameter(name, nn.Parameter(torch.rand(shape)))
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.cat([self.tokens.expand(x.shape[0], -1, -1), x], 1) + self.position
+        b, n, _ = x.shape
+        q = self.q(x).reshape(b, n, self.heads, self.dim).transpose(1, 2)
+        k, v = self.kv(x).reshape(b, n, 2, self.kv_heads, self.dim).permute(2, 0, 3, 1, 4).unbind(0)
+        y = self.proj(self.scores(self, q, k, v).transpose(1, 2).reshape(b, n, -1))
+        return torch.cat([y[:, 2:] * y[:, :1], y[:, 1:2].expand(-1, 1, -1)], 1).transpose(1, 2).reshape(b, -1, 5, 2)
+
+
+def plain(m, q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def rotated(x):
+    a, b = x.chunk(2, -1)
+    angle = torch.arange(11).to(x)[:, None] * torch.linspace(0.1, 0.2, a.shape[-1]).to(x)
+    sin, cos = (torch.cat([t, t], -1) for t in (angle.sin(), angle.cos()))
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def rotary(m, q, k, v):
+    """The class tokens are not rotated; there are none before them."""
+    q, k = (torch.cat([t[:, :, :0], rotated(t)], 2) for t in (q, k))
+    return (q.flatten(2).unflatten(2, (11, -1)) @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def interleaved(m, q, k, v):
+    def turned(x):
+        return torch.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
+
+    return (turned(q) @ turned(k).transpose(-2, -1)).softmax(-1) @ v
+
+
+def talking(m, q, k, v):
+    weights = torch.einsum("bhij,gh->bgij", q @ k.transpose(-2, -1), m.mix).softmax(-1)
+    return (weights.permute(0, 2, 3, 1) @ m.mixed).permute(0, 3, 1, 2) @ v
+
+
+def differential(m, q, k, v):
+    q, k = (t.unflatten(1, (-1, 2)) for t in (q, k))
+    first, second = (q @ k.transpose(-2, -1)).softmax(-1).unbind(2)
+    return (
+        ((first - m.lam * second) @ v.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3))
+        .repeat(1, 1, 1, 1)
+        .unflatten(3, (2, -1))
+        .transpose(2, 3)
+        .flatten(1, 2)
+    )
+
+
+def grouped_query(m, q, k, v):
+    k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def grouped_query_by_flag(m, q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def of_channels(m, q, k, v):
+    """Cross-covariance attention."""
+    q, k, v = (t.transpose(-2, -1) for t in (q, k, v))
+    weights = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * m.temperature).softmax(-1)
+    return (weights @ v).transpose(-2, -1)
+
+
+def linear_attention(m, q, k, v):
+    q, k = q.relu(), k.relu()
+    return q @ (k.transpose(-2, -1) @ v) / (q @ k.sum(-2, keepdim=True).transpose(-2, -1) + 1)
+
+
+class Biased(nn.Module):
+    """A bias of scores for each head, read from a table at the places that a buffer names."""
+
+    def __init__(self, read, *shape, fused=False, heads=6):
+        super().__init__()
+        self.attention, self.read, self.table = Heads(heads), read, nn.Parameter(torch.rand(shape))
+        self.fused = fused
+        self.register_buffer("index", torch.arange(81).view(9, 9) % 7, persistent=fused)
+
+    def forward(self, x):
+        a, (b, _, h, w) = self.attention, x.shape
+        q, k, v = a.qkv(x).flatten(2).transpose(1, 2).reshape(b, 9, 3, a.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.read(self.table, self.index)
+        if self.fused:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            x = tl.attention.maybe_add_mask(q @ k.transpose(-2, -1), bias).softmax(-1) @ v
+        return x.transpose(1, 2).reshape(b, h, w, -1).permute(0, 3, 1, 2)
+
+
+class Cached(Biased):
+    """Of each mode what timm keeps: in eval mode the bias is read once."""
+
+    def __init__(self):
+        super().__init__(lambda table, index: table[:, index], 6, 7)
+        self.cache, read = {}, self.read
+        self.read = lambda table, index: (
+            read(table, index) if self.training else self.cache.setdefault(str(table.device), read(table, index))
+        )
+
+    def train(self, mode=True):
+        if mode:
+            self.cache = {}
+        return super().train(mode)
+
+
+class Distances(nn.Module):
+    """A buffer that a forward makes anew where it is of another size; its entries are assigned."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 12)
+        self.register_buffer("places", torch.zeros(1, 1, 2), persistent=False)
+
+    def forward(self, x):
+        n = x.shape[2]
+        if self.places.shape[0] != n:
+            places = torch.zeros(n, x.shape[3], 2)
+            places[:, :, 0] = torch.arange(int(float(n)))[:, None]
+            places[:, :, 1] = 1.0
+            self.places = places.to(x)
+        return x * self.fc(self.places).permute(2, 0, 1)
+
+
+def assigned(x, c):
+    y = x * 2
+    y[:, :, 1:] = c(x)[:, :, 1:]
+    y[:, :, 0, 0] = 0
+    return y
+
+
+def windows(x, c):
+    """Convolutions within windows of 3 by 3, shifted."""
+    b, ch, h, w = x.shape
+    y = x.roll((-1, -1), (2, 3)).view(b, ch, h // 3, 3, w // 3, 3).permute(0, 2, 4, 3, 5, 1).reshape(-1, 3, 3, ch)
+    y = c(y).view(-1, h // 3, w // 3, 3, 3, ch).permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, h, w, ch)
+    return y.permute(0, 3, 1, 2).roll((1, 1), (2, 3))
+
+
+def by_hand(x, attention):
+    attention.fused_attn = False
+    return tokens(x, lambda t: attention(t, is_causal=True))
 
 
 def by_row(table):
@@ -619,6 +777,50 @@ ROWS |= {
     "attention, heads >= K": row(lambda: net(Heads(6), out=24)),
     "attention, heads >= K, not fused": row(lambda: net(Heads(6, fused=False), out=24)),
     "attention of one head": row(lambda: net(Heads(1), out=24), S),
+    "class tokens": row(lambda: net(Tokens(plain)), size=(3, 3)),
+    "class tokens, heads < K": row(lambda: net(Tokens(plain, heads=1)), S, size=(3, 3)),
+    "rotary, by halves": row(lambda: net(Tokens(rotary)), size=(3, 3)),
+    "rotary, by halves, heads < K": row(lambda: net(Tokens(rotary, heads=1)), "a sum over the parts", size=(3, 3)),
+    "rotary, interleaved": row(lambda: net(Tokens(interleaved)), size=(3, 3)),
+    "talking heads": row(lambda: net(Tokens(talking, mix=(6, 6), mixed=(6, 6))), size=(3, 3)),
+    "differential attention": row(lambda: net(Tokens(differential, heads=12, lam=(6, 1, 1))), size=(3, 3)),
+    "grouped-query attention": row(lambda: net(Tokens(grouped_query, heads=12, kv_heads=6)), size=(3, 3)),
+    "grouped-query attention by a flag": row(
+        lambda: net(Tokens(grouped_query_by_flag, heads=12, kv_heads=6)), size=(3, 3)
+    ),
+    "attention of channels": row(lambda: net(Tokens(of_channels, temperature=(6, 1, 1))), size=(3, 3)),
+    "attention of channels, heads < K": row(
+        lambda: net(Tokens(of_channels, heads=1, temperature=(1, 1, 1))), "softmax over channels", size=(3, 3)
+    ),
+    "linear attention": row(lambda: net(Tokens(linear_attention)), size=(3, 3)),
+    "linear attention, heads < K": row(lambda: net(Tokens(linear_attention, heads=1)), "a sum", size=(3, 3)),
+    "position bias of heads": row(
+        lambda: net(Biased(lambda t, i: t[i.view(-1)].view(9, 9, -1).permute(2, 0, 1)[None], 7, 6), out=24), size=(3, 3)
+    ),
+    "position bias of heads, fused": row(
+        lambda: net(Biased(lambda t, i: t[:, i], 6, 7, fused=True), out=24), size=(3, 3)
+    ),
+    "position bias at two places": row(lambda: net(Biased(lambda t, i: t[:, i, 6 - i], 6, 7, 7), out=24), size=(3, 3)),
+    "position bias at places apart": row(
+        lambda: net(Biased(lambda t, i: t[i, :, 0].permute(2, 0, 1), 7, 6, 1), out=24), size=(3, 3)
+    ),
+    "position bias, cached": row(lambda: net(Cached(), out=24), size=(3, 3)),
+    "no position bias": row(lambda: net(Biased(lambda t, i: None, 1), out=24), size=(3, 3)),
+    "timm's attention by hand": row(lambda: net(fn(by_hand, tl.Attention(12, 6))), size=(3, 3)),
+    "windows": row(lambda: net(fn(windows, nn.Linear(12, 12))), size=(6, 6)),
+    "a buffer made anew": row(lambda: net(Distances()), size=(3, 3)),
+    "assigned": row(lambda: net(fn(assigned, conv(12, 12, 1)))),
+    "reshape_as": row(lambda: net(fn(lambda x: x.flatten(2).reshape_as(x) * x.flatten(1).view_as(x)))),
+    "waves": row(lambda: net(fn(lambda x: torch.sin(x) + x.cos().masked_fill(x > 1, 0.5)))),
+    "a fixed transform": row(
+        lambda: net(
+            Parameter(lambda x, p: F.linear(F.linear(x, p).mT.data, p).flatten(2)[:, :, [0, 9, 1]], 9, 9, buffer=True),
+            tail=(fn(lambda x: x.mean(2)), nn.Linear(12, 5)),
+        )
+    ),
+    "matrix product in the middle": row(
+        lambda: net(Parameter(lambda x, p: (x.mT @ p).mT, 12, 8), out=8, dims=1), size=(9,)
+    ),
     "attention pooling": row(lambda: net(tail=(tl.AttentionPool2d(12, 5, 5, embed_dim=24, num_heads=6),)), size=(5, 5)),
     "einsum": row(lambda: net(fn(lambda x: torch.einsum("bchw,bcvw->bchv", x, x)))),
     "einsum over channels": row(
@@ -823,7 +1025,7 @@ ROWS |= {
             tail=(fn(lambda x: x.mean((2, 3))), Parameter(lambda x, p: torch.addmm(x, x, p), 12, 12), nn.Linear(12, 5))
         )
     ),
-    "assigned to a slice": row(lambda: net(fn(assigned))),
+    "assigned to a slice": row(lambda: net(fn(into_slices))),
     "assigned by a mask": row(lambda: net(fn(masked))),
     "zeros and numbers into slices": row(lambda: net(fn(overwritten))),
     "a number into a sum": row(
@@ -921,6 +1123,7 @@ NOT_ON_BOXES = {
     "pixel shuffles": "does not work on a part's box of 9×7",  # in blocks of 3
     "view as another": "does not work on a part's box of 9×7",  # a view whose sizes are one tuple is not read again
     "value head of one channel": "cannot tell which pixels",  # flattened positions of a single channel
+    "windows": "does not work on a part's box of 6×5",  # of 3×3 positions
     "bilinear attention": "does not work on a part's box of 8×6",  # asserts squares
     "bilinear attention of one group": "does not work on a part's box of 8×6",
 }
@@ -928,6 +1131,8 @@ NOT_ON_BOXES = {
 
 # Their code names the sizes of a 9×9 image, so that there is no network for smaller ones to compare with.
 OF_ONE_SIZE = {"sizes and dims as one tuple", "sizes by keyword"}
+# Their tables have places for 3×3 positions.
+TOO_SMALL = [name for name, (_, _, size) in ROWS.items() if size == (3, 3)]
 
 
 def split_on_boxes(name):
@@ -950,7 +1155,7 @@ def output_shapes(network, x):
     return {path: shape for path, shape in shapes.items() if path}
 
 
-@pytest.mark.parametrize("name", [n for n in ROWS if n not in NOT_ON_BOXES and n not in POSITIONS])
+@pytest.mark.parametrize("name", [n for n in ROWS if n not in (*NOT_ON_BOXES, *POSITIONS, *TOO_SMALL)])
 def test_rule_on_boxes(name):
     """A part on its box is that of a network for images as large as the box, which knows of no box; its features have
     the shapes of the plan."""
@@ -982,6 +1187,7 @@ def test_rule_that_boxes_do_not_allow(name):
 # Parameters that the global network does not train either.
 WITHOUT_GRADIENT = {
     "activation modules": {"0.weight", "0.bias"},  # so many in a row saturate
+    "no position bias": {"2.table"},
     "non-local": {f"2.{m}.{p}" for m in "tpgz" for p in ("weight", "bias")},  # behind a norm that starts at zero
 }
 

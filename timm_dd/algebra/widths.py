@@ -231,6 +231,9 @@ def _split_term(term: Term, at: int) -> tuple[Axis, Axis]:
 def _unify_products(s: Term, t: Term) -> None:
     """Align two products of one size from the innermost atom outwards, factoring where sizes differ."""
     while s != t:
+        for a, b in ((s, t), (t, s)):
+            if len(a) == 1 and isinstance(a[0], Width):  # all that is left: it takes the other's factors
+                return _bind(a[0], Axis(b))
         x, y = s[-1], t[-1]
         common = math.gcd(atom_size(x), atom_size(y))
         if common == 1 and atom_size(x) != atom_size(y):

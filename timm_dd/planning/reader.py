@@ -155,7 +155,9 @@ class _Reader:
             return op.result([None] * op.out.ndim, _same_in_all)  # made from nothing: arange, linspace
         found = module_rule(op.module) if op.module is not None else RULES.get(node.target)
         if (found is None or not fits(found, op, args, kwargs)) and _is_of_no_channels(op, args, kwargs):
-            return op.result([None] * op.out.ndim, pointwise, *flat((args, tuple(kwargs.values()))))
+            values = flat((args, tuple(kwargs.values())))
+            made = [op.result([None] * t.ndim, pointwise, *values) for t in flat(op.out)]
+            return made[0] if isinstance(op.out, torch.Tensor) else tuple(made)
         if found is None:
             raise SplitError(
                 f"{op.where()} has no rule, so nothing is known of its channels; "
@@ -248,10 +250,11 @@ def flat(value: Any) -> list:
 
 
 def _is_of_no_channels(op: Op, args: tuple, kwargs: dict) -> bool:
-    """Whether a function makes a tensor of tensors without channels to cut, so that nothing has to be known of it."""
+    """Whether a function makes tensors of tensors without channels to cut, so that nothing has to be known of it."""
     values = [v for v in flat((args, tuple(kwargs.values()))) if isinstance(v, Value)]
     carried = any(a is not None and any(True for _ in a.widths()) for v in values for a in v.axes)
-    return op.module is None and isinstance(op.out, torch.Tensor) and not carried
+    made = op.out if isinstance(op.out, (tuple, list)) else [op.out]
+    return op.module is None and all(isinstance(t, torch.Tensor) for t in made) and not carried
 
 
 def _same_in_all(context: Context, *inputs: Relation) -> Relation:

@@ -23,7 +23,7 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import checkpoint
 
-from ..compat import WeightNorm, let_einops_take, register_pytree_node, tree_knows
+from ..compat import WeightNorm, let_einops_take, register_pytree_node, tree_knows, tree_leaves
 from ..errors import SplitError, headline
 from . import modes
 from .graphs import (
@@ -86,9 +86,9 @@ class Decision:
 
 
 class Tracer(fx.Tracer):
-    """fx tracing with the modules that have a rule as leaves. timm marks modules as leaves too, those that branch on
-    sizes and those that work in place: these are traced through, at the sizes that the image gives. What is computed
-    from a buffer is part of the graph, as it is from a parameter.
+    """fx tracing with the modules and timm's functions that have a rule as leaves. timm marks others as leaves too,
+    those that branch on sizes and those that work in place: these are traced through, at the sizes that the image
+    gives. What is computed from a buffer is part of the graph, as it is from a parameter.
 
     Args:
         inputs: what the model takes.
@@ -100,8 +100,8 @@ class Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, is_leaf: Callable[[nn.Module], bool], inputs: Inputs, example: Callable):
-        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+    def __init__(self, is_leaf: Callable[[Any], bool], inputs: Inputs, example: Callable):
+        super().__init__(autowrap_functions=tuple(filter(is_leaf, get_notrace_functions())))
         self._is_leaf, self._inputs, self._example = is_leaf, inputs, example
         self._env: dict[fx.Node, Any] = {}
         self._evaluating = False
@@ -231,14 +231,17 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph in eval mode, which does in training what the model does."""
-        other = skeleton(root).train()
-        graph = super().trace(root.eval(), concrete_args)
-        modes.detach(graph)
+        first, other = skeleton(root).train().eval(), skeleton(root).train()  # `train` clears what a forward keeps
+        graph = self._of_one_mode(first, concrete_args)
+        modes.mark_alike(first, root.eval())
+        for node in graph.find_nodes(op="get_attr"):  # a tensor that the forward makes
+            if not hasattr(root, node.target.split(".")[0]):
+                setattr(root, node.target, getattr(first, node.target))
         modes.mark_alike(root, other)
         self._env = {}
         with modes.watched_draws() as drawn:
             try:
-                training = super().trace(other, concrete_args)
+                training = self._of_one_mode(other, concrete_args)
             except Exception as e:
                 raise SplitError(
                     f"torch.fx cannot trace {type(root).__name__} in training mode: {type(e).__name__}: {headline(e)}; "
@@ -249,8 +252,18 @@ class Tracer(fx.Tracer):
                     f"{type(root).__name__} draws random numbers in training, outside of tensors, and so would do in "
                     f"all its parts what it did once; {modes.REMEDY}"
                 )
-        modes.detach(training)
         modes.keep_training(root, graph, other, training)
+        return graph
+
+    def _of_one_mode(self, root: nn.Module, concrete_args: dict[str, Any] | None) -> fx.Graph:
+        """The graph in the mode that `root` is in, without attributes that were read for nothing."""
+        with _buffers_may_be_computed(), _sizes_may_be_computed():
+            graph = super().trace(root, concrete_args)
+        modes.detach(graph)
+        asked = {decision.node for decision in self.decisions}
+        for node in graph.find_nodes(op="call_function", target=getattr):
+            if not node.users and node not in asked:
+                graph.erase_node(node)
         return graph
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
@@ -293,7 +306,7 @@ def _line() -> str:
 
 def trace(
     model: nn.Module,
-    is_leaf: Callable[[nn.Module], bool],
+    is_leaf: Callable[[Any], bool],
     size: Sequence[int],
     batch: int = 2,
     inputs: Inputs | None = None,
@@ -335,9 +348,7 @@ def _check_plain(model: nn.Module) -> None:
             )
 
 
-def _traced(
-    model: nn.Module, is_leaf: Callable[[nn.Module], bool], inputs: Inputs, batch: int
-) -> tuple[Tracer, fx.Graph]:
+def _traced(model: nn.Module, is_leaf: Callable[[Any], bool], inputs: Inputs, batch: int) -> tuple[Tracer, fx.Graph]:
     named, dtype = inputs.named(signature_of(model)), float_type(model)
 
     def example(name: str, other: int | None) -> Any:
@@ -346,7 +357,7 @@ def _traced(
     let_einops_take(Known, KnownAttribute)
     tracer = Tracer(is_leaf, inputs, example)
     try:
-        with torch.enable_grad(), _without_checkpoints(), _makers_recorded():
+        with torch.enable_grad(), _without_checkpoints():
             return tracer, tracer.trace(model)
     except SplitError:
         raise
@@ -367,7 +378,7 @@ def _raised_at(error: Exception) -> str:
 
 def _check_batches(
     model: nn.Module,
-    is_leaf: Callable[[nn.Module], bool],
+    is_leaf: Callable[[Any], bool],
     inputs: Inputs,
     batch: int,
     tracer: Tracer,
@@ -403,6 +414,47 @@ def _normalises_rows(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
+def _buffers_may_be_computed() -> Iterator[None]:
+    """A forward that makes its buffer anew, for positions of another size, gives what it made a name of its own."""
+    original = nn.Module.__setattr__
+
+    def assign(module: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, fx.Proxy) and name in module._buffers:
+            del module._buffers[name]
+        original(module, name, value)
+
+    nn.Module.__setattr__ = assign  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _sizes_may_be_computed() -> Iterator[None]:
+    """``torch.zeros(n, …)`` is a node where the graph computes n, of which torch says that it is no number."""
+
+    def recording(maker: Callable) -> Callable:
+        @functools.wraps(maker)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            proxies = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy))
+            proxy = next(proxies, None)
+            if proxy is None:
+                return maker(*args, **kwargs)
+            return proxy.tracer.create_proxy("call_function", maker, args, kwargs)
+
+        return make
+
+    for maker in MAKERS:
+        setattr(torch, maker.__name__, recording(maker))
+    try:
+        yield
+    finally:
+        for maker in MAKERS:
+            setattr(torch, maker.__name__, maker)
+
+
+@contextlib.contextmanager
 def _without_checkpoints() -> Iterator[None]:
     """A reentrant checkpoint takes tensors alone; here it is the function that it recomputes."""
 
@@ -417,30 +469,6 @@ def _without_checkpoints() -> Iterator[None]:
         yield
     finally:
         checkpoint.CheckpointFunction = original  # type: ignore[misc]
-
-
-@contextlib.contextmanager
-def _makers_recorded() -> Iterator[None]:
-    """Functions that make tensors of sizes are recorded where one of the sizes is a symbol: several of them in a row
-    they do not take."""
-
-    def recorded(maker: Callable) -> Callable:
-        @functools.wraps(maker)
-        def make(*args: Any, **kwargs: Any) -> Any:
-            symbols = [a for a in leaves((args, kwargs)) if isinstance(a, fx.Proxy)]
-            if not symbols:
-                return maker(*args, **kwargs)
-            return symbols[0].tracer.create_proxy("call_function", maker, args, kwargs)
-
-        return make
-
-    for maker in MAKERS:
-        setattr(torch, maker.__name__, recorded(maker))
-    try:
-        yield
-    finally:
-        for maker in MAKERS:
-            setattr(torch, maker.__name__, maker)
 
 
 def _drop_assertions(graph: fx.Graph) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers import CecaModule, EcaModule
+from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from timm.layers.non_local_attn import BilinearAttnTransform
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import nn
@@ -20,7 +21,7 @@ from torch import nn
 from ...algebra.widths import Axis
 from . import laws
 from .op import Op, Value, rule
-from .pointwise import ACTIVATIONS, FUNCTIONS, broadcast
+from .pointwise import ACTIVATIONS, FUNCTIONS, add, broadcast, same
 
 
 @rule(operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__")
@@ -84,14 +85,54 @@ def _einsum(op: Op, operands: Sequence[tuple[Value, Sequence[str]]], output: Seq
 
 @rule(F.scaled_dot_product_attention)
 def scaled_dot_product_attention(
-    op: Op, query: Value, key: Value, value: Value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None
+    op: Op,
+    query: Value,
+    key: Value,
+    value: Value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
 ) -> Value:
-    """softmax(Q·Kᵀ)·V of (…, heads, positions, channels of a head); one head of keys may serve all queries."""
+    """softmax(Q·Kᵀ)·V of (…, heads, positions, channels of a head); one head of keys may serve all queries. A mask has
+    its own numbers for each head, or the same for all."""
+    if enable_gqa:
+        key, value = (_for_heads(op, query, x) for x in (key, value))
     batch = [f"batch{i}" for i in range(len(query.shape) - 2)]
     scores = _einsum(op, [(query, [*batch, "l", "d"]), (key, [*batch, "s", "d"])], [*batch, "l", "s"])
-    weights = op.result(scores.axes, laws.pointwise, scores, attn_mask)
+    axes = list(scores.axes)
+    if isinstance(attn_mask, Value):
+        for dim in range(-len(attn_mask.axes), 0):
+            if attn_mask.shape[dim] != 1:
+                axes[dim] = op.unify(axes[dim], attn_mask.axes[dim])
+    weights = op.result(axes, laws.pointwise, scores, attn_mask)
     weights.at = [query.at[0] @ key.at[0].transpose(-2, -1)]
     return _einsum(op, [(weights, [*batch, "l", "s"]), (value, [*batch, "s", "v"])], [*batch, "l", "v"])
+
+
+def _for_heads(op: Op, query: Value, x: Value) -> Value:
+    """Keys or values of fewer heads than the queries have, each for several in a row."""
+    several = query.shape[-3] // x.shape[-3]
+    axes = list(x.axes)
+    axes[-3] = op.unify(query.axes[-3], None if axes[-3] is None else axes[-3].times(several))
+    repeated = op.result(axes, laws.linear, x)
+    repeated.at = [t.repeat_interleave(several, -3) for t in x.at]
+    return repeated
+
+
+@rule(maybe_add_mask)
+def add_mask(op: Op, scores: Value, attn_mask: Value | None = None) -> Value:
+    """timm's sum of scores and a mask, if there is one."""
+    return same(op, scores) if attn_mask is None else add(op, scores, attn_mask)
+
+
+@rule(resolve_self_attn_mask)
+def self_attention_mask(op: Op, seq_len, attn: Value, attn_mask: Value | None = None, is_causal: bool = False) -> Value:
+    """timm's mask as numbers to be added, or that of the order of the positions."""
+    if attn_mask is None:
+        return op.result([None] * op.out.ndim, lambda context: laws.COPY)
+    return op.result(attn_mask.axes, laws.pointwise, attn_mask)
 
 
 @rule(nn.MultiheadAttention)

@@ -29,7 +29,8 @@ def functional_linear(op: Op, x: Value, weight: Value, bias: Value | None = None
     """The same with tensors of the graph: timm's other Linear classes, hand-written heads."""
     in_axis = op.unify(op.axis(x, -1), op.axis(weight, 1))
     out_axis = op.axis(weight, 0)
-    op.activate(out_axis)
+    if op.trained(weight) or weight.op.node.op != "get_attr":  # a fixed one makes no channels
+        op.activate(out_axis)
     if bias is not None:
         out_axis = op.unify(out_axis, op.axis(bias, 0))
     op.resize = lambda t, w, b=None: t.new_empty(*t.shape[:-1], w.shape[0])

@@ -59,8 +59,9 @@ def module_rule(module: nn.Module) -> Callable | None:
     return None
 
 
-def has_rule(module: nn.Module) -> bool:
-    return module_rule(module) is not None
+def has_rule(target: Any) -> bool:
+    """Whether a module or a function has one."""
+    return module_rule(target) is not None if isinstance(target, nn.Module) else target in RULES
 
 
 @dataclass(eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -159,28 +160,35 @@ def _cut_inner(axis: Axis, n: int) -> list[Axis]:
 def getitem(op: Op, x, index) -> Value:
     if not isinstance(x, Value):
         return x[index]
-    return op.result(_indexed(op, x, index), laws.linear, x)
+    items = _items(x, index)
+    indices = [item for item, _ in items if isinstance(item, Value)]
+    return op.result(_indexed(op, x, items), _read_at if indices else laws.linear, x, *indices)
+
+
+def _read_at(context: laws.Context, x: laws.Relation, *places: laws.Relation) -> laws.Relation:
+    return laws.product(context, x, laws.pointwise(context, *places))
 
 
 @rule(assign_)
 def assigned(op: Op, x: Value, index, value) -> Value:
     """``x[index] = value``; what is assigned has the channels of the place where it goes. By a mask one number is."""
-    if isinstance(index, Value):
+    if isinstance(index, Value) and index.at[0].dtype == torch.bool:
         if isinstance(value, Value) and value.shape:
             raise op.refuse("assigns as many numbers as a mask has; use torch.where")
         place = [op.unify(a, b) for a, b in zip(x.axes, index.axes)]
         return op.result((*place, *x.axes[len(place) :]), laws.pointwise, x, index, value)
-    place = _indexed(op, x, index)
+    items = _items(x, index)
+    place, indices = _indexed(op, x, items), [item for item, _ in items if isinstance(item, Value)]
     if isinstance(value, Value):
         for axis, given, n in zip(place[::-1], value.axes[::-1], value.shape[::-1]):
             if n > 1:
                 op.unify(axis, given)
-    is_linear = isinstance(value, Value) or value == 0
-    return op.result(x.axes, laws.linear if is_linear else laws.pointwise, x, value)
+    is_linear = not indices and (isinstance(value, Value) or value == 0)
+    return op.result(x.axes, laws.linear if is_linear else laws.pointwise, x, value, *indices)
 
 
-def _indexed(op: Op, x: Value, index) -> list[Axis | None]:
-    """The axes of ``x[index]``, whose index is the second argument."""
+def _items(x: Value, index) -> list[tuple[Any, tuple | None]]:
+    """What an index, the second argument of the call, says of each dim, and where that stands."""
     items = list(index) if isinstance(index, tuple) else [index]
     places = [("args", 1, i) for i in range(len(items))] if isinstance(index, tuple) else [("args", 1)]
     if Ellipsis in items:
@@ -188,8 +196,15 @@ def _indexed(op: Op, x: Value, index) -> list[Axis | None]:
         missing = len(x.axes) - sum(i is not None and i is not Ellipsis for i in items)
         items[at : at + 1] = [slice(None)] * missing
         places[at : at + 1] = [None] * missing
-    axes, dim, lists = [], 0, sum(isinstance(item, list) for item in items)
-    for item, where in zip(items, places):
+    return list(zip(items, places))
+
+
+def _indexed(op: Op, x: Value, items: Sequence[tuple[Any, tuple | None]]) -> list[Axis | None]:
+    """The axes of ``x[index]``, whose index says `items`."""
+    if any(isinstance(item, Value) for item, _ in items):
+        return _looked_up(op, x, [item for item, _ in items])
+    axes, dim, lists = [], 0, sum(isinstance(item, list) for item, _ in items)
+    for item, where in items:
         if item is None:
             axes.append(None)
             continue
@@ -202,13 +217,40 @@ def _indexed(op: Op, x: Value, index) -> list[Axis | None]:
             if axis is None and not isinstance(op.window(x, dim - 1), int):
                 raise op.refuse(OF_THE_WHOLE)
             axes.append(axis if axis is None else _select(op, axis, [i % size for i in item], where))
-        elif isinstance(item, Value):
-            raise op.refuse("indexes with a tensor; use index_select")
         elif not isinstance(item, int):
             raise op.refuse(f"indexes with {type(item).__name__}, which is not known")
         elif axis is not None:
             make_whole(axis)
     return axes + list(x.axes[dim:])
+
+
+def _looked_up(op: Op, x: Value, items: list) -> list[Axis | None]:
+    """Of a table that is read at the places that tensors name, as a position bias for each head is: the dims at which
+    it is read are whole in every part, and in their place come those of the tensors."""
+    axes, dim, read, first = [], 0, [], None
+    for item in items:
+        if item is None:
+            axes.append(None)
+            continue
+        axis, dim = x.axes[dim], dim + 1
+        if isinstance(item, slice) and item == slice(None):
+            axes.append(axis)
+        elif isinstance(item, (int, Value)):
+            if isinstance(item, Value) and item.at[0].dtype in (torch.bool, torch.uint8):
+                raise op.refuse("selects by a mask, as many as its values say; use torch.where")
+            if axis is None and not isinstance(op.window(x, dim - 1), int):
+                raise op.refuse(OF_THE_WHOLE)
+            read.append(axis)
+            if first is not None and len(axes) > first:
+                first = 0  # apart from one another: their dims come first
+            first = len(axes) if first is None else first
+        else:
+            raise op.refuse("indexes with a tensor and something else; index with one after another")
+    indices = [item for item in items if isinstance(item, Value)]
+    for axis in filter(None, (*read, *(a for index in indices for a in index.axes))):
+        make_whole(axis)
+    axes[first:first] = [None] * max(len(index.shape) for index in indices)
+    return [*axes, *x.axes[dim:]]
 
 
 def _are_indices(item: list) -> bool:
@@ -220,7 +262,12 @@ def _select(op: Op, axis: Axis, index: list[int], where: tuple) -> Axis:
     starts = [i for i, before in zip(index, [None, *index]) if before is None or i != before + 1]
     ends = [i + 1 for i, after in zip(index, [*index[1:], None]) if after != i + 1]
     bounds = sorted({0, axis.size, *starts, *ends})
-    pieces = split_into(axis, [b - a for a, b in itertools.pairwise(bounds)])
+    sizes = [b - a for a, b in itertools.pairwise(bounds)]
+    try:
+        pieces = split_into(axis, sizes)
+    except WidthError:  # of a product: whole in every part
+        make_whole(axis)
+        pieces = split_into(axis, sizes)
     chosen = [bounds.index(i) for i in index if i in bounds]
 
     def part(k: int) -> list[int]:
@@ -252,6 +299,8 @@ def index_select(op: Op, x: Value, dim: int, index: Value) -> Value:
 
 def _slice(op: Op, axis: Axis, item: slice, size: int, where: tuple) -> Axis:
     start, stop, step = item.indices(size)
+    if stop <= start:
+        return Axis()  # nothing
     if step == 1:
         before, rest = split_axis(axis, start) if start else (None, axis)
         kept, _ = split_axis(rest, stop - start) if stop < size else (rest, None)

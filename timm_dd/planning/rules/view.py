@@ -78,6 +78,15 @@ def flatten(op: Op, x: Value, *args, **kwargs) -> Value:
     return _view(op, x)
 
 
+@rule("reshape_as", "view_as")
+def reshape_as(op: Op, x: Value, other: Value) -> Value:
+    """Its sizes are another tensor's, in a part the part's."""
+    value = _view(op, x)
+    _match_sizes(op, value, other)
+    op.resize = None
+    return value
+
+
 @rule("view", "reshape", torch.reshape)
 def reshape(op: Op, x: Value, *shape, **kwargs) -> Value:
     """Sizes that count channels or positions become the part's; -1 and the batch stay."""
@@ -193,8 +202,20 @@ def _join(op: Op, x: Value, dims: list[int]) -> Axis | None:
         elif len(axis.resolve().terms) == 1:
             joined = joined.times(*axis.terms[0])
         else:
-            raise op.refuse("joins a dim with a concatenation of channels behind another dim")
+            joined = _times_sum(op, joined, axis)
     return joined
+
+
+def _times_sum(op: Op, outer: Axis, inner: Axis) -> Axis:
+    """outer · (a + b): one of the two is whole, the inner one if the outer has an entry for each part (heads, of which
+    rotations join halves)."""
+    op.threshold(outer.size)
+    cut = [any(w.active for w in axis.widths()) for axis in (outer, inner)]
+    if not cut[1] or (cut[0] and outer.size >= op.divisor):
+        make_whole(inner)
+        return outer.times(inner.size)
+    make_whole(outer)
+    return Axis(*(inner.resolve().terms * outer.size))
 
 
 def _separate(op: Op, axis: Axis, sizes: list[int]) -> list[Axis]:
@@ -245,13 +266,16 @@ def t(op: Op, x: Value) -> Value:
 
 @rule(getattr)
 def attribute(op: Op, x, name: str) -> Value:
-    """``x.T`` and the like of a tensor; of a named tuple, as operations with several results give it, an entry."""
+    """A tensor's transpose, or its data; of a named tuple, as operations with several results give it, an entry."""
     if not isinstance(x, Value):
         return x[op.field(name)]
-    if name not in ("T", "mT", "H", "mH", "data", "real"):
-        raise op.refuse(f"reads .{name} of a tensor, of which nothing is known")
-    swapped = x.axes if name in ("data", "real") else (*x.axes[:-2], x.axes[-1], x.axes[-2])
-    return op.result(x.axes[::-1] if name == "T" else swapped, laws.linear, x)
+    if name == "T":
+        return t(op, x)
+    if name in ("mT", "mH"):
+        return transpose(op, x, -2, -1)
+    if name in ("data", "real"):
+        return op.result(x.axes, laws.linear, x)
+    raise op.refuse(f"reads {name} of a tensor, of whose channels nothing is known; write it as a function")
 
 
 @rule(nn.PixelShuffle)
@@ -350,9 +374,11 @@ def repeat(op: Op, x: Value, *repeats) -> Value:
     sizes = (1,) * (len(op.out.shape) - len(x.axes)) + x.shape
     axes = [None] * (len(op.out.shape) - len(x.axes)) + list(x.axes)
     for dim, (n, where) in enumerate(counts, start=missing):
-        if sizes[dim] == 1 < n and dim and where is not None and isinstance(op.given(where), int):
-            axes[dim] = Axis.of(Width(n, active=False))
-            op.arg(*where, value=axes[dim])
+        if sizes[dim] == 1 < n:
+            axes[dim] = None
+            if dim and where is not None and isinstance(op.given(where), int):
+                axes[dim] = Axis.of(Width(n, active=False))
+                op.arg(*where, value=axes[dim])
         elif axes[dim] is not None and n != 1:
             axes[dim] = Axis(*(axes[dim].resolve().terms * n))
     return op.result(axes, laws.linear, x)
@@ -397,8 +423,9 @@ def expand(op: Op, x: Value, *sizes) -> Value:
     new = len(op.out.shape) - len(x.axes)
     axes = [None] * new + list(x.axes)
     for dim, (old, size, (_, where)) in enumerate(zip((1,) * new + x.shape, op.out.shape, op.listed(sizes))):
-        if old == 1 < size and dim and (where is None or isinstance(op.given(where), int)):
-            axes[dim] = Axis.of(Width(size, active=False))
+        if old == 1 < size:
+            counts = dim and (where is None or isinstance(op.given(where), int))
+            axes[dim] = Axis.of(Width(size, active=False)) if counts else None
         if where is not None and axes[dim] is not None and axes[dim].size == size and op.given(where) != -1:
             op.arg(*where, value=axes[dim])
     return op.result(axes, laws.linear, x)
