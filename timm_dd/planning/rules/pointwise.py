@@ -169,7 +169,11 @@ def _made(op: Op, given, position: int) -> Value:
 
 
 def _constant(op: Op, axes) -> Value:
-    return op.result(axes, lambda context: laws.SHARD if any(map(context.is_cut, axes)) else laws.COPY)
+    def law(context: laws.Context) -> laws.Relation:
+        dims = context.cut_dims(axes)
+        return laws.Relation(laws.Kind.SHARD, blocks=dims if op.gives_zero() else 0) if dims else laws.COPY
+
+    return op.result(axes, law)
 
 
 def _shifted(context, *inputs):
