@@ -2,7 +2,6 @@
 is done to the composed model before it is fine-tuned."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -23,7 +22,6 @@ from timm_dd import Domain
 from timm_dd.cli import main
 from timm_dd.errors import TrainError
 from timm_dd.train import composed, data, flags, options
-from timm_dd.train.folder import Ranks
 from timm_dd.train.learner import Learner
 from timm_dd.train.trackers import Trackers
 
@@ -182,16 +180,6 @@ def test_a_tracker_that_fails_stops_nothing(tmp_path, capsys):
     for epoch in (1, 2):
         trackers.log("part 0", epoch, {"loss": 1.0})
     assert capsys.readouterr().out == "no more figures to trackers: No space left on device\n"
-
-
-@pytest.mark.parametrize(
-    "run_id, world, local, expected",
-    [(None, 1, 1, None), ("abc", 4, 2, "abc"), ("none", 4, 2, None), ("none", 2, 2, f"pid{os.getppid()}")],
-)
-def test_what_the_ranks_of_a_launch_have_in_common(run_id, world, local, expected, monkeypatch):
-    if run_id is not None:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
-    assert Ranks(0, 0, world, local).launch == expected
 
 
 def test_tensorboard(tmp_path):

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-import torch
 import yaml
 from torch.utils.data import Dataset
 
@@ -25,44 +24,8 @@ from ..storage import files
 from ..storage.atomic import output_folder, remove_temporaries, replace_json
 from ..text import json_text
 from . import checkpoints, data, options
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where this process stands among those that torchrun started."""
-
-    rank: int
-    local_rank: int
-    world: int
-    local_world: int
-
-    @classmethod
-    def from_environment(cls) -> Ranks:
-        names = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
-        return cls(*(int(os.environ.get(name, default)) for name, default in names))
-
-    @property
-    def primary(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def launch(self) -> str | None:
-        """What all ranks of one torchrun have in common, and its restarts: its run id, or if it was given none its
-        process on this node; None for ranks on several nodes, or without torchrun."""
-        given = os.environ.get("TORCHELASTIC_RUN_ID")
-        if given == "none":
-            return f"pid{os.getppid()}" if self.world == self.local_world else None
-        return given
-
-    def device(self, name: str | None) -> torch.device:
-        if name is not None and torch.device(name).type == "cuda" and not torch.cuda.is_available():
-            raise TrainError(f"--device {name}: torch finds no GPU here; use --device cpu")
-        if not torch.cuda.is_available() or (name is not None and torch.device(name).type == "cpu"):
-            return torch.device("cpu")
-        index = self.local_rank % max(torch.cuda.device_count(), 1)
-        torch.cuda.set_device(index)
-        torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True  # as timm trains
-        return torch.device("cuda", index)
+from .meeting import Meeting
+from .ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -130,7 +93,7 @@ class RunFolder:
     Attributes:
         root: of the whole run.
         path: of this cycle; of the first one it is the root.
-        resuming: whether the run goes on with what lies there.
+        goes_on: whether the first rank has said that the run goes on with what lies there.
     """
 
     root: Path
@@ -138,18 +101,23 @@ class RunFolder:
     cycle: int
     args: argparse.Namespace
     ranks: Ranks
-    resuming: bool
+    meeting: Meeting
+    goes_on: bool = False
 
     @classmethod
-    def of_run(cls, args: argparse.Namespace, ranks: Ranks) -> RunFolder:
+    def of_run(cls, args: argparse.Namespace, meeting: Meeting) -> RunFolder:
         """The first cycle's folder, which need not be there.
 
         Raises:
-            TrainError: there is nothing to resume, or the ranks would not find the same name.
+            TrainError: there is nothing to resume.
         """
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        root = _choose(args, ranks)
-        return cls(root, root, 1, args, ranks, args.resume is not None or restarted)
+        root = _choose(args, meeting)
+        return cls(root, root, 1, args, meeting.ranks, meeting)
+
+    @property
+    def resuming(self) -> bool:
+        """Whether the run goes on with what lies there."""
+        return self.args.resume is not None or self.goes_on or self.meeting.restarted
 
     def next_cycle(self) -> RunFolder:
         return replace(self, path=self.root / f"cycle-{self.cycle + 1}", cycle=self.cycle + 1)
@@ -241,7 +209,7 @@ class RunFolder:
     @property
     def threads(self) -> int | None:
         """Of an operation of a part in the run that this one goes on with: on them its last bits depend."""
-        if not (self.resuming and self.begun):
+        if not (self.begun and self.resuming):
             return None
         return (yaml.safe_load((self.path / "args.yaml").read_text()) or {}).get("part_threads")
 
@@ -289,7 +257,7 @@ class RunFolder:
 
     def _check_run(self, plan: Plan) -> None:
         signature = (self.path / "args.yaml").read_text().split("\n", 1)[0]
-        restarted = self.resuming and self.ranks.launch is not None and signature == self._signature
+        restarted = self.resuming and signature == self._signature
         if self.args.resume is None and not restarted:
             raise TrainError(f"{self.path} holds a run already; go on with --resume, or choose another --experiment")
         if files.PartsFolder(self.path).digest != plan.digest():
@@ -298,7 +266,7 @@ class RunFolder:
     @property
     def _signature(self) -> str:
         """The first line of args.yaml: by it torchrun's second start knows the run of its first."""
-        return f"# torchrun {self.ranks.launch}"
+        return f"# run {self.meeting.run}"
 
     def digest(self, plan: Plan) -> str:
         """Names the run in its models and in its summary: of the plan, the cycle, and all options on which the models'
@@ -316,9 +284,9 @@ class RunFolder:
         return self.summary.exists()
 
 
-def _choose(args: argparse.Namespace, ranks: Ranks) -> Path:
-    """``--experiment`` in ``--output``; by default a new name, which all ranks find without communication, or the last
-    run that is not done if one is to go on."""
+def _choose(args: argparse.Namespace, meeting: Meeting) -> Path:
+    """``--experiment`` in ``--output``; by default a new name, or the last run that is not done if one is to go on, on
+    which the ranks agree."""
     base, name = Path(args.output), f"{args.model}-{args.parts}"
     if args.resume not in (None, "auto"):
         if not (Path(args.resume) / "args.yaml").exists():
@@ -326,14 +294,18 @@ def _choose(args: argparse.Namespace, ranks: Ranks) -> Path:
         return Path(args.resume)
     if args.experiment:
         return base / args.experiment
-    if args.resume is not None:
-        begun = [p.parent for pattern in (name, f"{name}-*") for p in base.glob(f"{pattern}/args.yaml")]
-        last = "." if args.cycles == 1 else f"cycle-{args.cycles}"
-        begun = [p for p in begun if not (p / last / "summary.json").exists()]
-        if begun:
-            return max(begun, key=lambda p: p.stat().st_mtime)
-    if ranks.launch is not None:
-        return base / f"{name}-{ranks.launch[:8]}"
-    if ranks.world > 1:
-        raise TrainError("ranks on several nodes need one name for the run: --experiment, or torchrun --rdzv-id")
-    return next(p for i in itertools.count() if not (p := base / (f"{name}-{i}" if i else name)).exists())
+    return base / meeting.agree_for_good("folder", lambda: _last(args, base, name) or _new(base, name))
+
+
+def _last(args: argparse.Namespace, base: Path, name: str) -> str | None:
+    """The last run that is not done, if one is to go on."""
+    if args.resume is None:
+        return None
+    begun = [p.parent for pattern in (name, f"{name}-*") for p in base.glob(f"{pattern}/args.yaml")]
+    last = "." if args.cycles == 1 else f"cycle-{args.cycles}"
+    begun = [p for p in begun if not (p / last / "summary.json").exists()]
+    return max(begun, key=lambda p: p.stat().st_mtime).name if begun else None
+
+
+def _new(base: Path, name: str) -> str:
+    return next(n for i in itertools.count() if not (base / (n := f"{name}-{i}" if i else name)).exists())

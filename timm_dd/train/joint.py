@@ -8,7 +8,6 @@ a batch's logits: within a process as they are, between ranks by one all-reduce 
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from . import data, options
-from .checkpoints import CheckpointTimer, restore_together
+from .checkpoints import SharedTimer, restore_together
 from .engines import Engine, cores_of_rank, engine
 from .learner import Learner, within_memory
 from .loop import TrainingLoop
@@ -72,25 +71,6 @@ class Joint(Engine):
         self.by.__exit__(*error)
 
 
-class SharedTimer(CheckpointTimer):
-    """A `CheckpointTimer` of ranks that save together, since each has parts of its own: when one of them is due or is
-    asked to stop, all are. They ask in step."""
-
-    def __init__(self, timer: CheckpointTimer, group: dist.ProcessGroup, device: torch.device):
-        self.timer, self.group, self.device = timer, group, device
-
-    @property
-    def due(self) -> bool:
-        asked = torch.tensor([self.timer.due, self.timer.signal or 0], dtype=torch.int32, device=self.device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
-        due, number = asked.tolist()
-        self.timer.signal = signal.Signals(number) if number else None
-        return bool(due)
-
-    def keep(self, learners: list[Learner]) -> None:
-        self.timer.keep(learners)
-
-
 def train_joint(run: Context) -> tuple[float, float]:
     """Train the parts together, each rank those it has trained before; returns the accuracy of their sum on whole
     images, and seconds.
@@ -107,8 +87,7 @@ def train_joint(run: Context) -> tuple[float, float]:
         mine = range(ranks.rank, run.args.parts, ranks.world)
         if mine:
             _train(run, list(mine), group)
-        if ranks.world > 1:
-            dist.barrier()
+        run.meeting.gate(run.stop_if_asked)
     done = stage.summaries()
     return done[0]["top1"], max(part["seconds"] for part in done)
 
@@ -123,7 +102,7 @@ def _train(run: Context, mine: list[int], group: dist.ProcessGroup | None) -> No
     learners = [_learner(run, k, len(loaders[0])) for k in mine]
     if run.folder.resuming:
         restore_together(learners, partial(_common, group=group))
-    timer = run.timer if group is None else SharedTimer(run.timer, group, run.device)
+    timer = run.timer if group is None else SharedTimer(run.timer, group)
     with engine(
         args.engine, learners, run.device, cores_of_rank(run.ranks.local_world), partial(Joint, group=group)
     ) as by:

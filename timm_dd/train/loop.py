@@ -63,8 +63,7 @@ class TrainingLoop:
                 return
             for learner in due:
                 _share_averages(learner)
-            timer = self.timer if self.primary else None
-            accuracies = evaluate(due, self.loaders[1], self.engine, timer=timer, shared=self.shared)
+            accuracies = evaluate(due, self.loaders[1], self.engine, timer=self.timer, shared=self.shared)
             seconds = time.perf_counter() - start
             for learner, accuracy in zip(due, accuracies):
                 learner.guard(partial(learner.end_epoch, accuracy, seconds), self.isolate_failures)
@@ -111,7 +110,7 @@ class TrainingLoop:
             due = [n for n in _alive(learners) if n.updates == first + i]
             if due:
                 self.engine.step(due, x, y, self.isolate_failures)
-            if self.timer.due and self.primary:
+            if self.timer.due:
                 for learner in _alive(learners):
                     learner.guard(learner.check_finite, self.isolate_failures)
                 self.timer.keep(_alive(learners))

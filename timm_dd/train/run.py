@@ -31,9 +31,11 @@ from .checkpoints import CheckpointTimer
 from .composed import reassign
 from .decoded import decoded
 from .engines import cores, part_threads
-from .folder import Ranks, RunFolder
+from .folder import RunFolder
 from .images import left_out
 from .joint import train_joint
+from .meeting import Meeting
+from .ranks import Ranks
 from .rehearsal import rehearse
 from .stages import Context, meet, train_baseline, train_parts, tune
 from .summary import multiply_adds, summary_table
@@ -45,7 +47,12 @@ CHECK_SECONDS = 10  # for the plan's claim by value, before hours of training ar
 
 def train(args: argparse.Namespace) -> dict:
     """A run; its summary."""
-    summary = Run(args).go()
+    run = Run(args)
+    try:
+        summary = run.go()
+    except BaseException:
+        run.meeting.leave()
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
     return summary
@@ -60,6 +67,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, before: Run | None = None):
         self.args, self.ranks, self.begun = args, Ranks.from_environment(), time.time()
+        self.meeting = Meeting(self.ranks) if before is None else before.meeting
         self.last = None if before is None else before.place.tuned / "last"
         self.device = self.ranks.device(args.device)
         args.workers = min(4, cores()) if args.workers is None else args.workers
@@ -70,7 +78,7 @@ class Run:
         empty = models.create_empty(args.model, **self.model_args)
         self.data_config = data.data_config(args, empty)
         self.timer = CheckpointTimer(args.checkpoint_every)
-        self.place = RunFolder.of_run(args, self.ranks) if before is None else before.place.next_cycle()
+        self.place = RunFolder.of_run(args, self.meeting) if before is None else before.place.next_cycle()
         threads = args.engine, args.parts, self.ranks.local_world
         args.part_threads = args.part_threads or self.place.threads or part_threads(*threads)
         config = models.config(empty, self.data_config)
@@ -80,8 +88,6 @@ class Run:
         if before is None:
             size = views.loader_size(options.stage_options(args, "part"), self.parts.plan)
             rehearse(args, self.data_config, (self.train_set, self.val_set), size)
-            if self.ranks.primary and not self.place.resuming:
-                check_claim(self.parts, CHECK_SECONDS)
 
     @property
     def folder(self) -> Path:
@@ -150,6 +156,8 @@ class Run:
         Raises:
             FileError: another process trains in the run's folder.
         """
+        if self.ranks.primary and not self.place.resuming:
+            check_claim(self.parts, CHECK_SECONDS)
         with self.place.held() if self.ranks.primary else nullcontext():
             run, summary = self, self._go()
             while run.cycle < self.args.cycles:
@@ -159,8 +167,7 @@ class Run:
 
     def _go(self) -> dict:
         """Both stages, and the baseline if asked for; writes and prints the summary on the first rank."""
-        if self.ranks.primary:
-            self.place.check(self.parts.plan, self.train_set)
+        self._agree()
         done = self.place.resuming and self.cycle < self.args.cycles and self.place.done
         with _explained(self.timer, self.folder):
             sets = [] if done else self._decoded()
@@ -176,11 +183,20 @@ class Run:
             replace_json(self.place.summary, summary)
             where = f"{self.folder}: composed/ before fine-tuning, global/best after"
             print(f"\n{summary_table(summary, self.args)}\n\n{where}", flush=True)
-        if self.ranks.world > 1:
-            dist.barrier()  # the next cycle reads what the first rank wrote
+        self.meeting.gate()  # the next cycle reads what the first rank wrote
         if self.ranks.primary and self.cycle == self.args.cycles:
             shutil.rmtree(self.place.decoded, ignore_errors=True)
         return summary
+
+    def _agree(self) -> None:
+        """Whether the run may begin or go on here, as the first rank says."""
+
+        def found() -> dict:
+            self.place.check(self.parts.plan, self.train_set)
+            return {"goes_on": self.place.resuming, "threads": self.args.part_threads}
+
+        told = self.meeting.agree(f"cycle-{self.cycle}", found)
+        self.place, self.args.part_threads = replace(self.place, goes_on=told["goes_on"]), told["threads"]
 
     def _decoded(self) -> list[Dataset]:
         """(train, validation), decoded if they fit; what a run that does not begin has made of them is removed."""
@@ -198,6 +214,7 @@ class Run:
         context = Context(
             args=self.args,
             ranks=self.ranks,
+            meeting=self.meeting,
             device=self.device,
             folder=self.place,
             seed=self.args.seed + self.cycle - 1,
@@ -220,6 +237,7 @@ class Run:
         second = {}
         if self.args.aggregate and self.ranks.primary:
             second, seconds["two_level"] = coarse.decide_together(context)
+        self.meeting.gate(context.stop_if_asked)
         for how, parts in fresh.items():
             second[how], seconds[how] = train_together(context, how, parts)
         if self.place.start is not None and self.ranks.primary:

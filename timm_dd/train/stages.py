@@ -9,7 +9,6 @@ one's weights.
 from __future__ import annotations
 
 import argparse
-import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,17 +30,17 @@ from ..storage import files
 from ..storage.merge_files import write_merged
 from ..surgery.parts import Parts
 from . import data, options, resident, views
-from .checkpoints import CheckpointTimer, restore
+from .checkpoints import CheckpointTimer, SharedTimer, restore
 from .composed import add_noise, between, calibrate, rate_between, refit_head, some
 from .distill import distilled
 from .engines import Engine, cores_of_rank, engine, engine_of_one, share_cores
-from .folder import PartsStage, Ranks, RunFolder
+from .folder import PartsStage, RunFolder
 from .learner import Learner
 from .loop import TrainingLoop, evaluate
+from .meeting import Meeting
 from .momenta import carry
+from .ranks import Ranks
 from .trackers import Trackers
-
-WAIT = datetime.timedelta(days=7)  # the first rank to finish its parts waits for the last
 
 
 @dataclass
@@ -60,6 +59,7 @@ class Context:
 
     args: argparse.Namespace
     ranks: Ranks
+    meeting: Meeting
     device: torch.device
     folder: RunFolder
     seed: int
@@ -84,6 +84,10 @@ class Context:
         sets = (self.sets[0] if images is None else images, self.sets[1])
         train, val = data.loaders(args, config, *sets, device, distributed, train_size)
         return resident.training(train, args, config, device), resident.validation(val, config, device)
+
+    def stop_if_asked(self) -> None:
+        """Raise TrainError if this process was asked to stop while nothing of it is to be saved."""
+        self.timer.check("all is saved")
 
     def about(self, stage: str) -> dict[str, str]:
         """What a model's metadata say of where it comes from; `stage` is its name in the run's summary."""
@@ -111,13 +115,20 @@ def train_parts(run: Context) -> None:
             run.folder.parts.forget_failure(k)
             learner.guard(partial(restore, learner), isolate_failures=True)
     with engine(args.engine, learners, run.device, cores_of_rank(run.ranks.local_world)) as by:
-        shared = (run.seed, run.timer, by, run.trackers)
+        shared = (run.seed, run.timer, by, run.trackers, partial(_tell, run, learners, args.epochs))
+        shared[-1]()
         TrainingLoop("parts", loaders, args.epochs, *shared, shared=False, isolate_failures=True).fit(learners)
     for k, learner in zip(due, learners):
         if learner.failure is not None:
             run.folder.parts.fail(k, learner.failure)
         else:
             finish_part(run, run.folder.parts, run.parts.plan, k, learner, accuracy(learner, loaders, shared=False))
+
+
+def _tell(run: Context, learners: Sequence[Learner], epochs: int) -> None:
+    """Say how far this rank is, for those who wait for its parts."""
+    names, ended = ", ".join(n.name for n in learners), max(len(n.history) for n in learners)
+    run.meeting.tell(f"{names} of rank {run.ranks.rank}: epoch {ended} of {epochs}")
 
 
 def finish_part(run: Context, stage: PartsStage, plan: Plan, k: int, learner: Learner, top1: float) -> None:
@@ -155,11 +166,9 @@ def meet(run: Context) -> None:
     Raises:
         TrainError: some failed.
     """
-    if run.ranks.world > 1:
-        with run.timer.away():
-            if not dist.is_initialized():
-                dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo", timeout=WAIT)
-            dist.barrier()
+    if run.ranks.world > 1 and not dist.is_initialized():
+        run.meeting.join(run.device, run.stop_if_asked)
+    run.meeting.gate(run.stop_if_asked)
     failed = run.folder.parts.missing()
     if failed and not run.ranks.primary:
         raise SystemExit(1)  # the first rank says why
@@ -181,8 +190,7 @@ def tune(run: Context) -> dict[str, float]:
     if run.ranks.primary:
         trained, start = run.folder.trained.path, run.folder.start
         write_merged(trained, run.folder.composed, "sum", run.about("composed"), start)
-    if run.ranks.world > 1:
-        dist.barrier()
+    run.meeting.gate(run.stop_if_asked)
     plan, args = run.parts.plan, options.stage_options(run.args, None)
     loaders = shared_loaders(run, args)
     load_trained(run.folder.parts, run.parts)
@@ -269,7 +277,8 @@ def fit(
     if run.folder.resuming:
         restore(learner)
     with engine_of_one(run.args.engine, run.device) as by:
-        shared = (run.seed, run.timer, by, run.trackers, keep, run.ranks.primary, run.ranks.primary)
+        timer = run.timer if run.ranks.world == 1 else SharedTimer(run.timer, writes=run.ranks.primary)
+        shared = (run.seed, timer, by, run.trackers, keep, run.ranks.primary, run.ranks.primary)
         TrainingLoop(title, loaders, epochs, *shared).fit([learner])
     if epochs == 0:
         keep()
