@@ -23,7 +23,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a whole number from 2 up": (lambda n: n >= 2, "coarse_folds"),
     "a whole number from 0 up": (
         lambda n: n >= 0,
-        "coarse_epochs decay_milestones epochs margin overlap shift warmup_epochs",
+        "coarse_epochs decay_milestones epochs margin only_parts overlap shift warmup_epochs",
     ),
     "a whole number from 0 to 1024": (lambda n: 0 <= n <= 1024, "workers"),
     "a whole number from 1 to 1024": (lambda n: 1 <= n <= 1024, "part_threads"),

@@ -338,6 +338,20 @@ def _run(g) -> None:
         help="go on with the run in DIR; auto: with that of --experiment, or the last in --output that is not done",
     )
     g.add_argument(
+        "--only-parts",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="train these parts and nothing else, on any machine, at any time; further processes train others",
+    )
+    g.add_argument(
+        "--from-parts",
+        nargs="+",
+        metavar="FOLDER",
+        help="take the trained parts from these folders, of runs or of parts, or from hf-hub:USER/REPO, and go on from "
+        "there",
+    )
+    g.add_argument(
         "--checkpoint-every", type=float, metavar="SECONDS", help="checkpoints within epochs too, not only after each"
     )
     g.add_argument(

@@ -8,12 +8,14 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import IO
 
 import yaml
 from torch.utils.data import Dataset
@@ -117,7 +119,13 @@ class RunFolder:
     @property
     def resuming(self) -> bool:
         """Whether the run goes on with what lies there."""
-        return self.args.resume is not None or self.goes_on or self.meeting.restarted
+        return self.joins or self.args.resume is not None or self.goes_on or self.meeting.restarted
+
+    @property
+    def joins(self) -> bool:
+        """Whether the run is done by several processes, each with some parts or with what follows them."""
+        args = self.args
+        return args.only_parts is not None or str(self.root) in map(os.path.normpath, args.from_parts or ())
 
     def next_cycle(self) -> RunFolder:
         return replace(self, path=self.root / f"cycle-{self.cycle + 1}", cycle=self.cycle + 1)
@@ -170,35 +178,32 @@ class RunFolder:
     def decoded(self) -> Path:
         return self.root / "decoded"
 
+    def remove_decoded(self) -> None:
+        shutil.rmtree(self.decoded, ignore_errors=True)
+
     # ---- a run begins, or goes on
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """While the block runs no other process trains here. Who was killed holds nothing.
+        """While the block runs no other process trains here; with ``--only-parts`` none that trains these parts, or
+        more than parts. Who was killed holds nothing.
 
         Raises:
             FileError: another does.
         """
-        made = [path for path in (self.root, *self.root.parents) if not path.exists()]
-        with output_folder(self.root):  # made, if it is not there, and writable
-            pass
-        path = self.root / "lock"
-        with open(path, "a+", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                lock.seek(0)
-                raise FileError(f"another process trains here: {lock.read()}; {self.root}") from e
-            except OSError:  # a file system without locks
-                pass
-            lock.truncate(0)
-            lock.write(f"{socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%F %T')}")
-            lock.flush()
+        mine, made = self.args.only_parts, []
+        with contextlib.ExitStack() as stack:
+            for folder in (self.root, *(self.parts.part(k) for k in mine or ())):
+                made += [path for path in (folder, *folder.parents) if not path.exists()]
+                with output_folder(folder, wait=True):  # made, if it is not there, and writable
+                    pass
+                shared = mine is not None and folder == self.root
+                stack.enter_context(_held(folder / "lock", not shared, self.remove_decoded if shared else None))
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
-                for folder in made:  # those of a run that was refused are empty
+                stack.close()
+                for folder in sorted(made, reverse=True):  # those of a run that was refused are empty
                     with contextlib.suppress(OSError):
                         folder.rmdir()
 
@@ -225,12 +230,16 @@ class RunFolder:
 
     def open(self, plan: Plan, begun: float) -> None:
         """Write ``plan.json`` and ``args.yaml``, and remove what processes that were killed before `begun` left."""
-        given = yaml.safe_dump(vars(self.args), default_flow_style=None)
-        self.write_plan(self.parts, plan)
-        with output_folder(self.path) as aside:
-            aside(files.PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
-            aside("args.yaml").write_text(f"{self._signature}\n{given}")  # the last to land: with it there is a run
-        remove_temporaries(self.path, begun)
+        mine = self.args.only_parts
+        if mine is None or not self.begun:
+            of_all = {**vars(self.args), "only_parts": None, "from_parts": None}
+            given = yaml.safe_dump(of_all, default_flow_style=None)
+            self.write_plan(self.parts, plan)
+            with output_folder(self.path, wait=mine is not None) as aside:
+                aside(files.PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
+                aside("args.yaml").write_text(f"{self._signature}\n{given}")  # the last to land: with it there is a run
+        for folder in [self.path] if mine is None else map(self.parts.part, mine):
+            remove_temporaries(folder, begun)
 
     def _check_options(self, train: Dataset) -> None:
         """Raise TrainError if a part that is done, or a network that has a checkpoint, was trained with other options,
@@ -252,13 +261,13 @@ class RunFolder:
 
     def write_plan(self, stage: PartsStage, plan: Plan) -> None:
         """Make a stage's folder, with the plan of its parts."""
-        with output_folder(stage.path) as aside:
+        with output_folder(stage.path, wait=self.args.only_parts is not None) as aside:
             aside(files.PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
 
     def _check_run(self, plan: Plan) -> None:
         signature = (self.path / "args.yaml").read_text().split("\n", 1)[0]
         restarted = self.resuming and signature == self._signature
-        if self.args.resume is None and not restarted:
+        if self.args.resume is None and not restarted and not self.joins:
             raise TrainError(f"{self.path} holds a run already; go on with --resume, or choose another --experiment")
         if files.PartsFolder(self.path).digest != plan.digest():
             raise TrainError(f"{self.path} holds a run of another model or split; choose another --experiment")
@@ -282,6 +291,50 @@ class RunFolder:
     @property
     def done(self) -> bool:
         return self.summary.exists()
+
+
+@contextlib.contextmanager
+def _held(path: Path, alone: bool, last: Callable[[], None] | None) -> Iterator[None]:
+    """Hold the file `path`, which says by whom and is removed by the last to go; `alone`, or with others who are not.
+
+    Args:
+        last: done by that one, unless it failed.
+
+    Raises:
+        FileError: others hold it.
+    """
+    with contextlib.ExitStack() as stack:
+        while True:
+            lock = stack.enter_context(open(path, "a+", encoding="utf-8"))
+            try:
+                fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                lock.seek(0)
+                raise FileError(f"another process trains here: {lock.read()}; {path.parent}") from e
+            except OSError:  # a file system without locks
+                break
+            if _is_open_as(lock, path):  # and was not removed by its last holder just before
+                break
+        lock.truncate(0)
+        lock.write(f"{socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%F %T')}")
+        lock.flush()
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            with contextlib.suppress(OSError):  # others hold it too
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if done and last is not None:
+                    last()
+                path.unlink()
+
+
+def _is_open_as(file: IO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _choose(args: argparse.Namespace, meeting: Meeting) -> Path:

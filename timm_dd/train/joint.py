@@ -84,15 +84,14 @@ def train_joint(run: Context) -> tuple[float, float]:
             stage.check(k)
     else:
         group = dist.new_group(list(range(min(ranks.world, run.args.parts)))) if ranks.world > 1 else None
-        mine = range(ranks.rank, run.args.parts, ranks.world)
-        if mine:
-            _train(run, list(mine), group)
+        if run.mine:
+            _train(run, run.mine, group)
         run.meeting.gate(run.stop_if_asked)
     done = stage.summaries()
     return done[0]["top1"], max(part["seconds"] for part in done)
 
 
-def _train(run: Context, mine: list[int], group: dist.ProcessGroup | None) -> None:
+def _train(run: Context, mine: Sequence[int], group: dist.ProcessGroup | None) -> None:
     args, stage = options.stage_options(run.args, "joint"), run.folder.joint
     if run.ranks.primary:
         run.folder.write_plan(stage, run.whole.plan)

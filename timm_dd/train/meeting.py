@@ -147,6 +147,13 @@ class Meeting:
         self._set(f"{name}/{self.ranks.rank}", True)
         self._all(name, check, None)
 
+    def end(self) -> None:
+        """Come to the end of the run; the first rank, who may be the one that keeps the store, is the last to go."""
+        if self.group is not None:
+            self._set(f"{self.group}/end/{self.ranks.rank}", True)
+            if self.ranks.primary:
+                self._all(f"{self.group}/end", lambda: None, ANSWER)
+
     def leave(self) -> None:
         """Tell those who wait that this rank will not come."""
         if self.group is not None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,8 +28,10 @@ from ..surgery.claim import check_claim
 from ..surgery.parts import Parts
 from ..surgery.split import split
 from . import checkpoints, coarse, data, options, views
+from .arrived import Arrived
 from .checkpoints import CheckpointTimer
 from .composed import reassign
+from .dealing import parts_of
 from .decoded import decoded
 from .engines import cores, part_threads
 from .folder import RunFolder
@@ -37,7 +40,7 @@ from .joint import train_joint
 from .meeting import Meeting
 from .ranks import Ranks
 from .rehearsal import rehearse
-from .stages import Context, meet, train_baseline, train_parts, tune
+from .stages import Context, meet, take_arrived, train_baseline, train_parts, tune
 from .summary import multiply_adds, summary_table
 from .together import train_together
 from .trackers import Trackers
@@ -55,6 +58,7 @@ def train(args: argparse.Namespace) -> dict:
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
+    run.meeting.end()
     return summary
 
 
@@ -84,7 +88,11 @@ class Run:
         config = models.config(empty, self.data_config)
         self.parts = self._as_seen(config)
         self.whole = self._whole(config)
+        self.mine = parts_of(self.ranks.rank, self.ranks.world, self.parts, args.only_parts or range(args.parts))
         views.check(args, self.parts)
+        self.arrived = None
+        if args.from_parts is not None and before is None:
+            self.arrived = Arrived(args.from_parts, self.parts.plan, self.place.parts, args.seed)
         if before is None:
             size = views.loader_size(options.stage_options(args, "part"), self.parts.plan)
             rehearse(args, self.data_config, (self.train_set, self.val_set), size)
@@ -160,7 +168,7 @@ class Run:
             check_claim(self.parts, CHECK_SECONDS)
         with self.place.held() if self.ranks.primary else nullcontext():
             run, summary = self, self._go()
-            while run.cycle < self.args.cycles:
+            while run.cycle < self.args.cycles and self.args.only_parts is None:
                 run = Run(self.args, run)
                 summary = run._go()
             return summary
@@ -179,6 +187,8 @@ class Run:
         rank, explained = self.ranks.rank, _explained(self.timer, self.folder)
         with self.timer, Trackers(self.args, self.folder, rank) as tracked, explained:
             summary = self._carry_out(tracked, sets)
+        if self.args.only_parts is not None:
+            return summary
         if self.ranks.primary:
             replace_json(self.place.summary, summary)
             where = f"{self.folder}: composed/ before fine-tuning, global/best after"
@@ -193,6 +203,8 @@ class Run:
 
         def found() -> dict:
             self.place.check(self.parts.plan, self.train_set)
+            if self.arrived is not None:
+                self.arrived.check_complete()
             return {"goes_on": self.place.resuming, "threads": self.args.part_threads}
 
         told = self.meeting.agree(f"cycle-{self.cycle}", found)
@@ -218,6 +230,7 @@ class Run:
             device=self.device,
             folder=self.place,
             seed=self.args.seed + self.cycle - 1,
+            mine=self.mine,
             parts=self.parts,
             whole=self.whole,
             model_args=self.model_args,
@@ -227,9 +240,13 @@ class Run:
             timer=self.timer,
             trackers=tracked,
         )
+        if self.arrived is not None:
+            self.meeting.agree("arrived", partial(take_arrived, context, self.arrived), context.stop_if_asked)
         fresh = {how: copy.deepcopy(self.parts) for how in self.args.together}
         train_parts(context)
         meet(context)
+        if self.args.only_parts is not None:
+            return {}
         trained = self.place.parts.summaries()
         seconds, joint = {"parts": max(p["seconds"] for p in trained)}, {}
         if self.args.joint_epochs:

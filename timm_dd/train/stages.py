@@ -9,6 +9,7 @@ one's weights.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from .. import models
 from ..errors import TrainError
@@ -30,7 +32,8 @@ from ..storage import files
 from ..storage.merge_files import write_merged
 from ..surgery.parts import Parts
 from . import data, options, resident, views
-from .checkpoints import CheckpointTimer, SharedTimer, restore
+from .arrived import Arrived, numbers
+from .checkpoints import CheckpointTimer, SharedTimer, read_newest, restore
 from .composed import add_noise, between, calibrate, rate_between, refit_head, some
 from .distill import distilled
 from .engines import Engine, cores_of_rank, engine, engine_of_one, share_cores
@@ -50,6 +53,7 @@ class Context:
     Attributes:
         folder: of the run.
         seed: of the order of images, and of dropout.
+        mine: the parts that this rank trains.
         parts: as they were split; later as they were trained.
         whole: the same parts as they are on whole images, for the joint stage; None if there is none.
         model_args: for `timm.create_model`.
@@ -63,6 +67,7 @@ class Context:
     device: torch.device
     folder: RunFolder
     seed: int
+    mine: Sequence[int]
     parts: Parts
     whole: Parts | None
     model_args: dict
@@ -98,10 +103,9 @@ class Context:
 
 
 def train_parts(run: Context) -> None:
-    """Train part k on rank k mod world size, those that are not done. One that fails does not stop the others."""
-    of_this_rank = range(run.ranks.rank, run.args.parts, run.ranks.world)
-    due = [k for k in of_this_rank if not run.folder.parts.is_done(k)]
-    for k in set(of_this_rank) - set(due):
+    """Train the parts of this rank that are not done. One that fails does not stop the others."""
+    due = [k for k in run.mine if not run.folder.parts.is_done(k)]
+    for k in set(run.mine) - set(due):
         run.folder.parts.check(k)
     if not due:
         return
@@ -161,24 +165,51 @@ def learner_of(run: Context, name, model, sees, args, updates, batch, stream, fo
 
 
 def meet(run: Context) -> None:
-    """Wait until every rank has trained its parts.
+    """Wait until every rank has trained its parts; then they are a process group, unless nothing else is to be done.
 
     Raises:
         TrainError: some failed.
     """
-    if run.ranks.world > 1 and not dist.is_initialized():
-        run.meeting.join(run.device, run.stop_if_asked)
+    if run.ranks.world > 1 and run.meeting.group is None:
+        if run.args.only_parts is None:
+            run.meeting.join(run.device, run.stop_if_asked)
+        else:
+            run.meeting.meet(run.stop_if_asked)
     run.meeting.gate(run.stop_if_asked)
-    failed = run.folder.parts.missing()
+    parts = run.args.only_parts or range(run.args.parts)
+    failed = [k for k in run.folder.parts.missing() if k in parts]
     if failed and not run.ranks.primary:
         raise SystemExit(1)  # the first rank says why
     if failed:
         raise TrainError(
             f"{'; '.join(f'part {k} failed ({run.folder.parts.failure(k)})' for k in failed)}; "
-            f"{run.args.parts - len(failed)} of {run.args.parts} parts are done and kept: --resume {run.folder.path} "
+            f"{len(parts) - len(failed)} of {len(parts)} parts are done and kept: --resume {run.folder.path} "
             f"goes on with what failed, from its last checkpoint, or from the start and with other options if "
             f"{run.folder.parts.path}/k is removed"
         )
+    if run.args.only_parts is not None and run.ranks.primary:
+        left = run.folder.parts.missing()
+        then = f"; parts {numbers(left)} are not there yet" if left else ", all that there are"
+        print(f"parts {numbers(parts)} of {run.args.parts} are trained, in {run.folder.parts.path}{then}", flush=True)
+
+
+def take_arrived(run: Context, arrived: Arrived) -> None:
+    """Take parts that were trained elsewhere into the run's folder; what they reach is found if nobody says it."""
+    unknown = arrived.take()
+    if run.args.keep_momenta and not run.args.joint_epochs and run.args.epochs:
+        without = [k for k in arrived.parts if read_newest(run.folder.parts.part(k)) is None]
+        if without:
+            tqdm.write(f"parts {numbers(without)} came without optimizer states: fine-tuning has none", sys.stdout)
+    if not unknown:
+        return
+    share_cores(run.ranks.local_world)
+    loaders = run.loaders(options.stage_options(run.args, "part"), distributed=False)
+    for part in unknown:
+        learner = part_learner(run, part.k, len(loaders[0]))
+        learner.net.load_state_dict(load_file(part.file))
+        told = {"epochs": part.epoch or 0, "updates": 0, "seconds": 0.0, "options": learner.options}
+        top1 = accuracy(learner, loaders, shared=False)
+        run.folder.parts.finish(part.k, {"part": part.k, "top1": top1, **told})
 
 
 # ---- stage 2: the composed model
