@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import MODULE, RUN, bytes_of_parts
@@ -12,8 +13,9 @@ from safetensors.torch import load_file
 
 import timm_dd
 from timm_dd.cli import main
+from timm_dd.errors import TrainError
 from timm_dd.storage.files import part_name
-from timm_dd.train import data, dealing
+from timm_dd.train import dealing
 
 GIVEN = [*RUN, "--parts", "4", "--joint-epochs", "0"]
 OWN = [*GIVEN, "--part-epochs", "1"]
@@ -135,11 +137,22 @@ def test_parts_of_no_run(form, whole, tmp_path, capsys):
     assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in composed)))
 
 
-def test_parts_from_the_hub(hub, whole, tmp_path):
-    assert main(["push", str(whole / "parts"), "me/parts"]) == 0
-    assert train(tmp_path, "run", "--from-parts", "hf-hub:me/parts", "--epochs", "0") == 0
+def test_parts_from_the_hub(whole, tmp_path, monkeypatch):
+    """As they are pushed: files in one folder, and no more than what is asked for."""
+    repository, asked = tmp_path / "repository", []
+    repository.mkdir()
+    for path in (whole / "parts").rglob("p*.*"):
+        shutil.copy(path, repository)
+
+    def download(repo, revision, allow_patterns):
+        asked.append((repo, revision))
+        return str(repository)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert train(tmp_path, "run", "--from-parts", "hf-hub:user/parts@v1", "--epochs", "0") == 0
     composed = (load_file(run / "composed" / "model.safetensors") for run in (tmp_path / "run", whole))
     assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in composed)))
+    assert asked == [("user/parts", "v1")]
 
 
 def test_a_part_goes_on_where_it_was_stopped(machines, tmp_path, monkeypatch, capsys):
@@ -159,21 +172,20 @@ def test_parts_of_other_options_do_not_come_into_one_folder(machines, tmp_path, 
 
 def test_a_part_has_one_process_and_the_whole_run_too(machines, tmp_path, capsys, monkeypatch):
     """Others train other parts beside it."""
-    seen = []
+    seen, begun = [], []
 
-    def within(*_):
-        monkeypatch.setattr(data, "datasets", datasets)
+    def within(_):
+        if begun:
+            raise TrainError("let in")
+        begun.append(True)
         for given in (["--only-parts", "1"], ["--only-parts", "0", "3"], ["--resume"]):
             seen.append((train(tmp_path, "run", *given), capsys.readouterr().err))
-        raise timm_dd.errors.TrainError("enough")
+        raise TrainError("enough")
 
-    datasets = data.datasets
     monkeypatch.setattr(timm_dd.train.run, "train_parts", within)
-    seen.clear()
     assert train(tmp_path, "run", "--only-parts", "0") == 1
-    statuses = [status for status, _ in seen]
-    assert statuses == [1, 1, 1]
-    assert "enough" in seen[0][1] and all("another process trains here" in error for _, error in seen[1:])
+    assert [status for status, _ in seen] == [1, 1, 1]
+    assert "let in" in seen[0][1] and all("another process trains here" in error for _, error in seen[1:])
 
 
 @pytest.mark.parametrize(
@@ -201,8 +213,8 @@ def test_the_heaviest_first_to_who_has_least():
 
 
 def test_parts_are_dealt_by_their_multiply_adds():
-    """Of boxes of several sizes: one part sees a quarter of the pixels, two an eighth, two a sixteenth."""
-    boxes = [timm_dd.Box((0, 0), (32, 32)), *[timm_dd.Box((0, 0), (16, 16))] * 3]
+    """Of boxes of several sizes: one part sees nine times the pixels of the others."""
+    boxes = [timm_dd.Box((0, 0), (48, 48)), *[timm_dd.Box((0, 0), (16, 16))] * 3]
     parts = timm_dd.split("resnet10t", 4, domain=timm_dd.Domain.custom(boxes), img_size=64, num_classes=10)
     counts = [c.multiply_adds for c in dealing.costs(parts)]
     assert counts[0] > sum(counts[1:])
