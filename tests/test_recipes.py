@@ -3,7 +3,6 @@ is done to the composed model before it is fine-tuned."""
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -203,23 +202,29 @@ def test_a_tracker_that_is_not_installed(name, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_nodes(tmp_path):
-    """Two torchruns that meet on loopback: the same parts as one process."""
-    one = run(tmp_path / "one")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+@pytest.mark.parametrize("places", ["one", "two"])
+def test_two_nodes(places, tmp_path, free_port):
+    """Two torchruns that meet on loopback, with a folder that both see or with one each: the same as one process."""
+    given = ["--joint-epochs", "1"]
+    one, port = run(tmp_path / "one", *given), free_port()
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    rest = [*MODULE, *SHORT, "--output", str(tmp_path), "--experiment", "two"]
+    outputs = [tmp_path / name for name in ("a", "b" if places == "two" else "a")]
+    rest = [*MODULE, *SHORT, *given, "--experiment", "two", "--output"]
     logs = [tmp_path / f"node-{i}.log" for i in range(2)]
-    nodes = [subprocess.Popen([*launch, "--node-rank", str(i), *rest], stderr=logs[i].open("w")) for i in range(2)]
+    commands = [[*launch, "--node-rank", str(i), *rest, str(output)] for i, output in enumerate(outputs)]
+    nodes = [subprocess.Popen(c, stdout=log.open("w"), stderr=subprocess.STDOUT) for c, log in zip(commands, logs)]
     try:
         assert [node.wait(timeout=300) for node in nodes] == [0, 0], [log.read_text() for log in logs]
     finally:
         for node in nodes:
             node.kill()
-    assert bytes_of_parts(tmp_path / "two", 2) == bytes_of_parts(one, 2)
+    for output in outputs:
+        assert bytes_of_parts(output / "two", 2) == bytes_of_parts(one, 2)
+        composed = "composed/model.safetensors"
+        assert (output / "two" / composed).read_bytes() == (one / composed).read_bytes()
+    said = "does not see the first rank's" in logs[1].read_text()
+    assert said is (places == "two") and "does not see" not in logs[0].read_text()
 
 
 # ---- the composed model before it is fine-tuned

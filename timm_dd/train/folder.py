@@ -28,6 +28,7 @@ from ..text import json_text
 from . import checkpoints, data, options
 from .meeting import Meeting
 from .ranks import Ranks
+from .sharing import LOCAL
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class RunFolder:
                 with output_folder(folder, wait=True):  # made, if it is not there, and writable
                     pass
                 shared = mine is not None and folder == self.root
-                stack.enter_context(_held(folder / "lock", not shared, self.remove_decoded if shared else None))
+                stack.enter_context(_held(folder / LOCAL, not shared, self.remove_decoded if shared else None))
             try:
                 yield
             finally:
@@ -206,6 +207,11 @@ class RunFolder:
                 for folder in sorted(made, reverse=True):  # those of a run that was refused are empty
                     with contextlib.suppress(OSError):
                         folder.rmdir()
+
+    @property
+    def holder(self) -> str:
+        """Who holds the folder, in words that nobody else has."""
+        return (self.root / LOCAL).read_text(encoding="utf-8")
 
     @property
     def begun(self) -> bool:

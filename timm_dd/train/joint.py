@@ -79,6 +79,7 @@ def train_joint(run: Context) -> tuple[float, float]:
         TrainError: the loss is not finite, or the process was asked to stop.
     """
     stage, ranks = run.folder.joint, run.ranks
+    run.sharing.share(stage.path, of_all=True)
     if stage.done:
         for k in range(run.args.parts):
             stage.check(k)
@@ -87,6 +88,7 @@ def train_joint(run: Context) -> tuple[float, float]:
         if run.mine:
             _train(run, run.mine, group)
         run.meeting.gate(run.stop_if_asked)
+        run.sharing.share(stage.path, of_all=True)
     done = stage.summaries()
     return done[0]["top1"], max(part["seconds"] for part in done)
 
@@ -99,8 +101,7 @@ def _train(run: Context, mine: Sequence[int], group: dist.ProcessGroup | None) -
     loaders = run.loaders(args, distributed=False)
     load_trained(run.folder.parts, run.whole)
     learners = [_learner(run, k, len(loaders[0])) for k in mine]
-    if run.folder.resuming:
-        restore_together(learners, partial(_common, group=group))
+    restore_together(learners, partial(_common, group=group))
     timer = run.timer if group is None else SharedTimer(run.timer, group)
     with engine(
         args.engine, learners, run.device, cores_of_rank(run.ranks.local_world), partial(Joint, group=group)

@@ -6,9 +6,10 @@ import argparse
 import copy
 import json
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,11 +41,13 @@ from .joint import train_joint
 from .meeting import Meeting
 from .ranks import Ranks
 from .rehearsal import rehearse
+from .sharing import Sharing, sees
 from .stages import Context, meet, take_arrived, train_baseline, train_parts, tune
 from .summary import multiply_adds, summary_table
 from .together import train_together
 from .trackers import Trackers
 
+SEEN = 5  # seconds in which a network's file system shows a new file
 CHECK_SECONDS = 10  # for the plan's claim by value, before hours of training are built on it
 
 
@@ -70,7 +73,7 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace, before: Run | None = None):
-        self.args, self.ranks, self.begun = args, Ranks.from_environment(), time.time()
+        self.args, self.ranks, self.begun, self.before = args, Ranks.from_environment(), time.time(), before
         self.meeting = Meeting(self.ranks) if before is None else before.meeting
         self.last = None if before is None else before.place.tuned / "last"
         self.device = self.ranks.device(args.device)
@@ -166,21 +169,23 @@ class Run:
         """
         if self.ranks.primary and not self.place.resuming:
             check_claim(self.parts, CHECK_SECONDS)
-        with self.place.held() if self.ranks.primary else nullcontext():
-            run, summary = self, self._go()
-            while run.cycle < self.args.cycles and self.args.only_parts is None:
-                run = Run(self.args, run)
+        with ExitStack() as holding:
+            run = self
+            while True:
+                run._agree(holding)
                 summary = run._go()
-            return summary
+                if run.cycle == self.args.cycles or self.args.only_parts is not None:
+                    return summary
+                run = Run(self.args, run)
 
     def _go(self) -> dict:
         """Both stages, and the baseline if asked for; writes and prints the summary on the first rank."""
-        self._agree()
         done = self.place.resuming and self.cycle < self.args.cycles and self.place.done
         with _explained(self.timer, self.folder):
             sets = [] if done else self._decoded()
-        if self.ranks.primary:
+        if self.sharing.keeps:
             self.place.open(self.parts.plan, self.begun)
+        if self.ranks.primary:
             print(_title(self), *left_out(self.train_set, self.val_set), sep="\n", flush=True)
         if done:
             return json.loads(self.place.summary.read_text())
@@ -194,21 +199,47 @@ class Run:
             where = f"{self.folder}: composed/ before fine-tuning, global/best after"
             print(f"\n{summary_table(summary, self.args)}\n\n{where}", flush=True)
         self.meeting.gate()  # the next cycle reads what the first rank wrote
-        if self.ranks.primary and self.cycle == self.args.cycles:
-            shutil.rmtree(self.place.decoded, ignore_errors=True)
+        self.sharing.share(self.place.tuned)
+        if self.sharing.keeps and self.cycle == self.args.cycles:
+            self.place.remove_decoded()
         return summary
 
-    def _agree(self) -> None:
-        """Whether the run may begin or go on here, as the first rank says."""
+    def _agree(self, holding: ExitStack) -> None:
+        """Whether the run may begin or go on here, as the first rank says; who keeps a folder holds it."""
 
         def found() -> dict:
             self.place.check(self.parts.plan, self.train_set)
             if self.arrived is not None:
                 self.arrived.check_complete()
-            return {"goes_on": self.place.resuming, "threads": self.args.part_threads}
+            done = [k for k in range(self.args.parts) if self.place.parts.is_done(k)]
+            told = {"threads": self.args.part_threads, "done": done, "holder": self.place.holder}
+            return {"goes_on": self.place.resuming, **told}
 
+        if self.ranks.primary and self.before is None:
+            holding.enter_context(self.place.held())
         told = self.meeting.agree(f"cycle-{self.cycle}", found)
         self.place, self.args.part_threads = replace(self.place, goes_on=told["goes_on"]), told["threads"]
+        self.mine = [k for k in self.mine if k not in told["done"] or self.place.parts.is_done(k)]
+        if self.before is None:
+            self.sharing = Sharing(self.folder, self.ranks.primary or self._is_apart(told["holder"]))
+        else:
+            self.sharing = self.before.sharing
+        if self.sharing.keeps and not self.ranks.primary:
+            if self.before is None:
+                holding.enter_context(self.place.held())
+            self.place.check(self.parts.plan, self.train_set)
+
+    def _is_apart(self, holder: str) -> bool:
+        """Whether this rank has to keep a folder, since its machine does not see that of the first rank."""
+        until = time.monotonic() + SEEN
+        while not (seen := sees(self.folder, holder)) and time.monotonic() < until:
+            time.sleep(0.1)
+        if not seen:
+            who = f"rank {self.ranks.rank} on {socket.gethostname()}"
+            print(
+                f"{who} does not see the first rank's {self.folder}: it sends its parts when all are done", flush=True
+            )
+        return not seen and self.ranks.local_rank == 0
 
     def _decoded(self) -> list[Dataset]:
         """(train, validation), decoded if they fit; what a run that does not begin has made of them is removed."""
@@ -227,6 +258,7 @@ class Run:
             args=self.args,
             ranks=self.ranks,
             meeting=self.meeting,
+            sharing=self.sharing,
             device=self.device,
             folder=self.place,
             seed=self.args.seed + self.cycle - 1,
@@ -255,6 +287,7 @@ class Run:
         if self.args.aggregate and self.ranks.primary:
             second, seconds["two_level"] = coarse.decide_together(context)
         self.meeting.gate(context.stop_if_asked)
+        self.sharing.share(self.place.two_level)
         for how, parts in fresh.items():
             second[how], seconds[how] = train_together(context, how, parts)
         if self.place.start is not None and self.ranks.primary:

@@ -43,6 +43,7 @@ from .loop import TrainingLoop, evaluate
 from .meeting import Meeting
 from .momenta import carry
 from .ranks import Ranks
+from .sharing import Sharing
 from .trackers import Trackers
 
 
@@ -64,6 +65,7 @@ class Context:
     args: argparse.Namespace
     ranks: Ranks
     meeting: Meeting
+    sharing: Sharing
     device: torch.device
     folder: RunFolder
     seed: int
@@ -173,12 +175,14 @@ def meet(run: Context) -> None:
     if run.ranks.world > 1 and run.meeting.group is None:
         if run.args.only_parts is None:
             run.meeting.join(run.device, run.stop_if_asked)
+            run.sharing.begin()
         else:
             run.meeting.meet(run.stop_if_asked)
     run.meeting.gate(run.stop_if_asked)
-    parts = run.args.only_parts or range(run.args.parts)
+    run.sharing.share(run.folder.parts.path, of_all=True)
+    parts = range(run.args.parts) if run.args.only_parts is None else run.mine
     failed = [k for k in run.folder.parts.missing() if k in parts]
-    if failed and not run.ranks.primary:
+    if failed and not run.ranks.primary and run.args.only_parts is None:
         raise SystemExit(1)  # the first rank says why
     if failed:
         raise TrainError(
@@ -187,7 +191,7 @@ def meet(run: Context) -> None:
             f"goes on with what failed, from its last checkpoint, or from the start and with other options if "
             f"{run.folder.parts.path}/k is removed"
         )
-    if run.args.only_parts is not None and run.ranks.primary:
+    if run.args.only_parts is not None and parts:
         left = run.folder.parts.missing()
         then = f"; parts {numbers(left)} are not there yet" if left else ", all that there are"
         print(f"parts {numbers(parts)} of {run.args.parts} are trained, in {run.folder.parts.path}{then}", flush=True)
@@ -222,6 +226,7 @@ def tune(run: Context) -> dict[str, float]:
         trained, start = run.folder.trained.path, run.folder.start
         write_merged(trained, run.folder.composed, "sum", run.about("composed"), start)
     run.meeting.gate(run.stop_if_asked)
+    run.sharing.share(run.folder.composed)
     plan, args = run.parts.plan, options.stage_options(run.args, None)
     loaders = shared_loaders(run, args)
     load_trained(run.folder.parts, run.parts)
@@ -305,8 +310,8 @@ def fit(
         for name in ["last", "best"] if last > max(before, default=-1.0) else ["last"]:
             save(name, reached)
 
-    if run.folder.resuming:
-        restore(learner)
+    run.sharing.share(learner.folder)
+    restore(learner)
     with engine_of_one(run.args.engine, run.device) as by:
         timer = run.timer if run.ranks.world == 1 else SharedTimer(run.timer, writes=run.ranks.primary)
         shared = (run.seed, timer, by, run.trackers, keep, run.ranks.primary, run.ranks.primary)
