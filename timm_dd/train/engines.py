@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..errors import SplitError, TrainError, headline
 from ..surgery.packed import check_alike, pack
-from .capture import Captured, CudaGraph
+from .capture import Captured, CudaGraph, has_graphs
 from .learner import Learner, within_memory
 
 TRIALS = 3  # updates of each engine, to choose by
@@ -161,13 +161,14 @@ class Streams(Engine):
     """Side by side on a GPU, each learner on a stream of its own."""
 
     def __init__(self, learners: int, device: torch.device):
-        self.streams = [torch.cuda.Stream(device) for _ in range(learners)]
+        self.of = torch.get_device_module(device)
+        self.streams = [self.of.Stream(device) for _ in range(learners)]
 
     def run(self, works: Sequence[Callable[[], Any]]) -> list:
-        here, results = torch.cuda.current_stream(), []
+        here, results = self.of.current_stream(), []
         for stream, work in zip(self.streams, works):
             stream.wait_stream(here)
-            with torch.cuda.stream(stream):
+            with self.of.stream(stream):
                 results.append(work())
         for stream in self.streams:
             here.wait_stream(stream)
@@ -272,8 +273,8 @@ class Auto(Engine):
         self.engines, self.seconds = [best], [[]]
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
     def __exit__(self, *_) -> None:
@@ -299,24 +300,24 @@ def engine(
         TrainError: not on this device.
     """
     threads, on_cpu = torch.get_num_threads(), device.type == "cpu"
-    if name in ("threads", "graph") and on_cpu is (name == "graph"):
-        raise TrainError(f"--engine {name} is for {'GPUs' if on_cpu else 'CPUs'}; use auto")
+    if name == "threads" and not on_cpu or name == "graph" and not has_graphs(device):
+        raise TrainError(f"--engine {name} is for {'CPUs' if name == 'threads' else 'GPUs'}; use auto")
     if name == "packed":
         return around(Packed())
     if name == "sequential":
         return around(Engine())
     candidates = [around(Engine())] if name == "auto" else []
     workers = max(1, min(len(learners), cores // threads))
-    if not on_cpu:
+    if has_graphs(device):
         candidates += _graphs(learners, device, around)
-    elif workers > 1 or name == "threads":
+    elif on_cpu and (workers > 1 or name == "threads"):
         candidates.append(around(Threads(workers)))
     return Auto(candidates, device) if len(candidates) > 1 else candidates[0]
 
 
 def engine_of_one(name: str, device: torch.device) -> Engine:
     """Of a network that is trained alone, by the parts' engine."""
-    return Graphed(Engine()) if device.type == "cuda" and name in ("auto", "graph") else Engine()
+    return Graphed(Engine()) if has_graphs(device) and name in ("auto", "graph") else Engine()
 
 
 def _graphs(learners: Sequence[Learner], device: torch.device, around: Callable[[Engine], Engine]) -> list[Engine]:

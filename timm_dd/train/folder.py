@@ -192,26 +192,12 @@ class RunFolder:
         Raises:
             FileError: another does.
         """
-        mine, made = self.args.only_parts, []
+        mine = self.args.only_parts
         with contextlib.ExitStack() as stack:
-            for folder in (self.root, *(self.parts.part(k) for k in mine or ())):
-                made += [path for path in (folder, *folder.parents) if not path.exists()]
-                with output_folder(folder, wait=True):  # made, if it is not there, and writable
-                    pass
-                shared = mine is not None and folder == self.root
-                stack.enter_context(_held(folder / LOCAL, not shared, self.remove_decoded if shared else None))
-            try:
-                yield
-            finally:
-                stack.close()
-                for folder in sorted(made, reverse=True):  # those of a run that was refused are empty
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
-
-    @property
-    def holder(self) -> str:
-        """Who holds the folder, in words that nobody else has."""
-        return (self.root / LOCAL).read_text(encoding="utf-8")
+            stack.enter_context(_held(self.root, mine is None, None if mine is None else self.remove_decoded))
+            for k in mine or ():
+                stack.enter_context(_held(self.parts.part(k), True))
+            yield
 
     @property
     def begun(self) -> bool:
@@ -300,8 +286,8 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def _held(path: Path, alone: bool, last: Callable[[], None] | None) -> Iterator[None]:
-    """Hold the file `path`, which says by whom and is removed by the last to go; `alone`, or with others who are not.
+def _held(folder: Path, alone: bool, last: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a folder, and say by whom; `alone`, or with others who are not. It is made, and removed if it stays empty.
 
     Args:
         last: done by that one, unless it failed.
@@ -309,6 +295,21 @@ def _held(path: Path, alone: bool, last: Callable[[], None] | None) -> Iterator[
     Raises:
         FileError: others hold it.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with output_folder(folder, wait=True):  # made, if it is not there, and writable
+        pass
+    try:
+        with _locked(folder / LOCAL, alone, last):
+            yield
+    finally:
+        for path in made:  # those of a run that was refused
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(path: Path, alone: bool, last: Callable[[], None] | None) -> Iterator[None]:
+    """Hold a file, which says by whom and is removed by the last to go; as `_held`."""
     with contextlib.ExitStack() as stack:
         while True:
             lock = stack.enter_context(open(path, "a+", encoding="utf-8"))

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from timm.utils import distribute_bn
 from tqdm import tqdm
 
 from ..storage.atomic import replacing
@@ -62,7 +63,7 @@ class TrainingLoop:
             if not due:
                 return
             for learner in due:
-                _share_averages(learner)
+                _share_statistics(learner)
             accuracies = evaluate(due, self.loaders[1], self.engine, timer=self.timer, shared=self.shared)
             seconds = time.perf_counter() - start
             for learner, accuracy in zip(due, accuracies):
@@ -123,9 +124,11 @@ def _alive(learners: Sequence[Learner]) -> list[Learner]:
     return [n for n in learners if n.failure is None]
 
 
-def _share_averages(learner: Learner) -> None:
-    """Under DistributedDataParallel each rank has other BatchNorm statistics; it takes those of the first for all, and
-    so do the averages."""
+def _share_statistics(learner: Learner) -> None:
+    """Under DistributedDataParallel each rank may have other BatchNorm statistics; evaluated are those of the first, of
+    averages too."""
+    if learner.distributed and learner.args.dist_bn == "broadcast":
+        distribute_bn(learner.net, dist.get_world_size())
     if learner.ema is not None and learner.distributed:
         for statistics in learner.ema.module.buffers():
             dist.broadcast(statistics, 0)

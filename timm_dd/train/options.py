@@ -26,6 +26,7 @@ SCALE, JOINT = 0.625, 6  # of the recipe: how the parts see whole images; one jo
 STAGES = ("part", "joint", *TOGETHER, "baseline")
 SECOND_LEVEL = ("aggregate", "coarse_dropout", "coarse_epochs", "coarse_folds", "coarse_views", "coarse_widths")
 TOGETHER_TOO = ("coarse_dropout", "coarse_widths")
+SHARED = ("dist_bn", "sync_bn")  # of networks that ranks share
 COMPOSED = (  # nothing to parts and baseline
     "calibrate", "distill", "keep_momenta", "off_diagonal_lr", "off_diagonal_noise", "refit_head", "tune_rate",
     "update_bn",
@@ -106,9 +107,10 @@ def stage_options(args: argparse.Namespace, name: str | None, part: int = 0) -> 
 
 def _foreign(name: str | None, taught: bool) -> set[str]:
     """The options that are nothing to a stage; the composed model may be taught by the second level."""
-    composed = (*COMPOSED, *SECOND_LEVEL) if taught else COMPOSED
-    own = {"part": ("coarse_folds",), None: composed, **dict.fromkeys(TOGETHER, TOGETHER_TOO)}
-    return {*SECOND_LEVEL, *COMPOSED} - {*own.get(name, ())}
+    composed = (*COMPOSED, *SHARED, *(SECOND_LEVEL if taught else ()))
+    together = dict.fromkeys(TOGETHER, (*TOGETHER_TOO, *SHARED))
+    own = {"part": ("coarse_folds",), None: composed, "baseline": SHARED, **together}
+    return {*SECOND_LEVEL, *COMPOSED, *SHARED} - {*own.get(name, ())}
 
 
 def training_identity(args: argparse.Namespace) -> dict:

@@ -39,9 +39,9 @@ from .folder import RunFolder
 from .images import left_out
 from .joint import train_joint
 from .meeting import Meeting
-from .ranks import Ranks
+from .ranks import Ranks, alone
 from .rehearsal import rehearse
-from .sharing import Sharing, sees
+from .sharing import Sharing, holder, sees
 from .stages import Context, meet, take_arrived, train_baseline, train_parts, tune
 from .summary import multiply_adds, summary_table
 from .together import train_together
@@ -77,6 +77,8 @@ class Run:
         self.meeting = Meeting(self.ranks) if before is None else before.meeting
         self.last = None if before is None else before.place.tuned / "last"
         self.device = self.ranks.device(args.device)
+        if args.sync_bn and self.device.type == "cpu":
+            raise TrainError("--sync-bn: torch's SyncBatchNorm runs on GPUs alone; leave it out on CPUs")
         args.workers = min(4, cores()) if args.workers is None else args.workers
         self.train_set, self.val_set, classes = data.datasets(args, self.ranks.world)
         self.model_args = options.model_arguments(args, classes)
@@ -171,6 +173,8 @@ class Run:
             check_claim(self.parts, CHECK_SECONDS)
         with ExitStack() as holding:
             run = self
+            if self.device.type != "cpu":
+                holding.enter_context(alone(self.device, self.meeting.run))
             while True:
                 run._agree(holding)
                 summary = run._go()
@@ -212,7 +216,7 @@ class Run:
             if self.arrived is not None:
                 self.arrived.check_complete()
             done = [k for k in range(self.args.parts) if self.place.parts.is_done(k)]
-            told = {"threads": self.args.part_threads, "done": done, "holder": self.place.holder}
+            told = {"threads": self.args.part_threads, "done": done, "holder": holder(self.place.root)}
             return {"goes_on": self.place.resuming, **told}
 
         if self.ranks.primary and self.before is None:

@@ -91,10 +91,15 @@ class Sharing:
         return piece
 
 
+def holder(root: Path) -> str:
+    """Who holds a run's folder, in words that nobody else has."""
+    return (root / LOCAL).read_text(encoding="utf-8")
+
+
 def sees(root: Path, text: str) -> bool:
-    """Whether the folder `root` is that of the rank who wrote `text` into its lock."""
+    """Whether the folder `root` is that of the rank whose `holder` is `text`."""
     try:
         os.listdir(root)  # a network's file system looks again
-        return (root / LOCAL).read_text(encoding="utf-8") == text
+        return holder(root) == text
     except OSError:
         return False

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
@@ -38,7 +39,7 @@ from .composed import add_noise, between, calibrate, rate_between, refit_head, s
 from .distill import distilled
 from .engines import Engine, cores_of_rank, engine, engine_of_one, share_cores
 from .folder import PartsStage, RunFolder
-from .learner import Learner
+from .learner import Learner, average_statistics
 from .loop import TrainingLoop, evaluate
 from .meeting import Meeting
 from .momenta import carry
@@ -267,7 +268,9 @@ def load_trained(stage: PartsStage, parts: Parts) -> None:
 def global_learner(run: Context, name: str, model: nn.Module, args, updates: int, folder: Path) -> Learner:
     model = model.to(run.device)
     if run.ranks.world > 1:
-        model = DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+        model = convert_sync_batchnorm(model) if args.sync_bn else model
+        devices = None if run.device.type == "cpu" else [run.device.index]
+        model = DistributedDataParallel(model, devices, broadcast_buffers=args.dist_bn != "reduce")
     batch, stream = data.images_of_an_update(args) * run.ranks.world, 999 - run.ranks.rank
     return learner_of(run, name, model, None, args, updates, batch, stream, folder)
 
@@ -283,6 +286,7 @@ def _prepare(run: Context, learner: Learner, plan: Plan, loader, args: argparse.
     re_estimate = args.update_bn and any(isinstance(m, BATCH_NORMS) for m in net.modules())
     if re_estimate:
         update_bn(some(loader), learner.model, run.device)
+        average_statistics(learner)
     if args.refit_head:
         refit_head(net, plan, loader, run.device)
     calibrate(net, plan, args.calibrate, loader, run.device)
