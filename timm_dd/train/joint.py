@@ -8,9 +8,8 @@ a batch's logits: within a process as they are, between ranks by one all-reduce 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,9 +33,9 @@ class Joint(Engine):
     def __init__(self, by: Engine, group: dist.ProcessGroup | None = None):
         self.by, self.group, self.alone = by, group, group is None
 
-    def run(self, works: Sequence[Callable[[], Any]]) -> list:
-        """The sum of what all give, for each."""
-        return [self._sum(self.by.run(works))] * len(works)
+    def scores(self, learners: Sequence[Learner], x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The sum of all, for each."""
+        return [self._sum(self.by.scores(learners, x))] * len(learners)
 
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
         gradients = partial(self.gradients, learners, [n.view(x) for n in learners], y)

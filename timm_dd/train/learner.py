@@ -288,9 +288,8 @@ class Learner:
 
 @torch.no_grad()
 def average_statistics(learner: Learner) -> None:
-    """With ``--dist-bn reduce``, of ranks that share the network: BatchNorm's running statistics are those of all ranks.
-    Their mean after every update is that of what each would have had in the end, and a checkpoint of one rank has it.
-    """
+    """With ``--dist-bn reduce``, give ranks that share a network the mean of their running statistics. Taken after each
+    update it is the mean of what each would have had in the end, and a checkpoint of one rank has it."""
     if not learner.distributed or learner.args.dist_bn != "reduce":
         return
     held = [t for name, t in learner.net.named_buffers() if name.endswith(("running_mean", "running_var"))]

@@ -165,7 +165,7 @@ def evaluate(
     for x, y in loader:
         mine = (torch.arange(seen, seen + len(y)) * ranks + rank < total).to(y.device)  # the sampler pads with repeats
         seen += len(y)
-        outputs = engine.run([partial(n.logits, x) for n in learners])
+        outputs = engine.scores(learners, x)
         for i, logits in enumerate([*outputs, sum(outputs)] if together else outputs):
             right[i] += ((logits.argmax(1) == y) & mine).sum().cpu()
         if timer is not None and timer.due:

@@ -176,7 +176,7 @@ class Run:
             if self.device.type != "cpu":
                 holding.enter_context(alone(self.device, self.meeting.run))
             while True:
-                run._agree(holding)
+                _agree(run, holding)
                 summary = run._go()
                 if run.cycle == self.args.cycles or self.args.only_parts is not None:
                     return summary
@@ -207,43 +207,6 @@ class Run:
         if self.sharing.keeps and self.cycle == self.args.cycles:
             self.place.remove_decoded()
         return summary
-
-    def _agree(self, holding: ExitStack) -> None:
-        """Whether the run may begin or go on here, as the first rank says; who keeps a folder holds it."""
-
-        def found() -> dict:
-            self.place.check(self.parts.plan, self.train_set)
-            if self.arrived is not None:
-                self.arrived.check_complete()
-            done = [k for k in range(self.args.parts) if self.place.parts.is_done(k)]
-            told = {"threads": self.args.part_threads, "done": done, "holder": holder(self.place.root)}
-            return {"goes_on": self.place.resuming, **told}
-
-        if self.ranks.primary and self.before is None:
-            holding.enter_context(self.place.held())
-        told = self.meeting.agree(f"cycle-{self.cycle}", found)
-        self.place, self.args.part_threads = replace(self.place, goes_on=told["goes_on"]), told["threads"]
-        self.mine = [k for k in self.mine if k not in told["done"] or self.place.parts.is_done(k)]
-        if self.before is None:
-            self.sharing = Sharing(self.folder, self.ranks.primary or self._is_apart(told["holder"]))
-        else:
-            self.sharing = self.before.sharing
-        if self.sharing.keeps and not self.ranks.primary:
-            if self.before is None:
-                holding.enter_context(self.place.held())
-            self.place.check(self.parts.plan, self.train_set)
-
-    def _is_apart(self, holder: str) -> bool:
-        """Whether this rank has to keep a folder, since its machine does not see that of the first rank."""
-        until = time.monotonic() + SEEN
-        while not (seen := sees(self.folder, holder)) and time.monotonic() < until:
-            time.sleep(0.1)
-        if not seen:
-            who = f"rank {self.ranks.rank} on {socket.gethostname()}"
-            print(
-                f"{who} does not see the first rank's {self.folder}: it sends its parts when all are done", flush=True
-            )
-        return not seen and self.ranks.local_rank == 0
 
     def _decoded(self) -> list[Dataset]:
         """(train, validation), decoded if they fit; what a run that does not begin has made of them is removed."""
@@ -276,41 +239,7 @@ class Run:
             timer=self.timer,
             trackers=tracked,
         )
-        if self.arrived is not None:
-            self.meeting.agree("arrived", partial(take_arrived, context, self.arrived), context.stop_if_asked)
-        fresh = {how: copy.deepcopy(self.parts) for how in self.args.together}
-        train_parts(context)
-        meet(context)
-        if self.args.only_parts is not None:
-            return {}
-        trained = self.place.parts.summaries()
-        seconds, joint = {"parts": max(p["seconds"] for p in trained)}, {}
-        if self.args.joint_epochs:
-            joint["joint"], seconds["joint"] = train_joint(context)
-        second = {}
-        if self.args.aggregate and self.ranks.primary:
-            second, seconds["two_level"] = coarse.decide_together(context)
-        self.meeting.gate(context.stop_if_asked)
-        self.sharing.share(self.place.two_level)
-        for how, parts in fresh.items():
-            second[how], seconds[how] = train_together(context, how, parts)
-        if self.place.start is not None and self.ranks.primary:
-            mine = self.parts.plan
-            files.save_state(self.place.start, self._start(mine), mine.config, {})
-        tuned = tune(context)
-        seconds["composed"] = tuned.pop("seconds")
-        summary = {
-            "parts": [p["top1"] for p in trained],
-            **({"two_level": second} if second else {}),
-            **joint,
-            **tuned,
-            "seconds": seconds,
-            "multiply_adds": multiply_adds(context),
-            **self._about(),
-        }
-        if self.args.baseline and self.cycle == 1:
-            summary["baseline"], summary["seconds"]["baseline"] = train_baseline(context)
-        return summary
+        return _stages(self, context)
 
     def _about(self) -> dict[str, str]:
         """By what the run can be repeated, and known by its models."""
@@ -320,6 +249,82 @@ class Run:
             "split": self.args.val_split,
             "run": self.place.digest(self.parts.plan),
         }
+
+
+def _agree(run: Run, holding: ExitStack) -> None:
+    """Whether the run may begin or go on here, as the first rank says; who keeps a folder holds it."""
+
+    def found() -> dict:
+        run.place.check(run.parts.plan, run.train_set)
+        if run.arrived is not None:
+            run.arrived.check_complete()
+        done = [k for k in range(run.args.parts) if run.place.parts.is_done(k)]
+        told = {"threads": run.args.part_threads, "done": done, "holder": holder(run.place.root)}
+        return {"goes_on": run.place.resuming, **told}
+
+    if run.ranks.primary and run.before is None:
+        holding.enter_context(run.place.held())
+    told = run.meeting.agree(f"cycle-{run.cycle}", found)
+    run.place, run.args.part_threads = replace(run.place, goes_on=told["goes_on"]), told["threads"]
+    run.mine = [k for k in run.mine if k not in told["done"] or run.place.parts.is_done(k)]
+    if run.before is not None:
+        run.sharing = run.before.sharing
+    else:
+        run.sharing = Sharing(run.folder, run.ranks.primary or _is_apart(run, told["holder"]))
+    if run.sharing.keeps and not run.ranks.primary:
+        if run.before is None:
+            holding.enter_context(run.place.held())
+        run.place.check(run.parts.plan, run.train_set)
+
+
+def _is_apart(run: Run, first: str) -> bool:
+    """Whether this rank has to keep a folder, since its machine does not see that of the first rank."""
+    until = time.monotonic() + SEEN
+    while not (seen := sees(run.folder, first)) and time.monotonic() < until:
+        time.sleep(0.1)
+    if not seen:
+        who, folder = f"rank {run.ranks.rank} on {socket.gethostname()}", run.folder
+        print(f"{who} does not see the first rank's {folder}: it sends its parts once all are trained", flush=True)
+    return not seen and run.ranks.local_rank == 0
+
+
+def _stages(run: Run, context: Context) -> dict:
+    """All of a cycle; its summary."""
+    if run.arrived is not None:
+        run.meeting.agree("arrived", partial(take_arrived, context, run.arrived), context.stop_if_asked)
+    fresh = {how: copy.deepcopy(run.parts) for how in run.args.together}
+    train_parts(context)
+    meet(context)
+    if run.args.only_parts is not None:
+        return {}
+    trained = run.place.parts.summaries()
+    seconds, joint = {"parts": max(p["seconds"] for p in trained)}, {}
+    if run.args.joint_epochs:
+        joint["joint"], seconds["joint"] = train_joint(context)
+    second = {}
+    if run.args.aggregate and run.ranks.primary:
+        second, seconds["two_level"] = coarse.decide_together(context)
+    run.meeting.gate(context.stop_if_asked)
+    run.sharing.share(run.place.two_level)
+    for how, parts in fresh.items():
+        second[how], seconds[how] = train_together(context, how, parts)
+    if run.place.start is not None and run.ranks.primary:
+        mine = run.parts.plan
+        files.save_state(run.place.start, run._start(mine), mine.config, {})
+    tuned = tune(context)
+    seconds["composed"] = tuned.pop("seconds")
+    summary = {
+        "parts": [p["top1"] for p in trained],
+        **({"two_level": second} if second else {}),
+        **joint,
+        **tuned,
+        "seconds": seconds,
+        "multiply_adds": multiply_adds(context),
+        **run._about(),
+    }
+    if run.args.baseline and run.cycle == 1:
+        summary["baseline"], summary["seconds"]["baseline"] = train_baseline(context)
+    return summary
 
 
 def _title(run: Run) -> str:
