@@ -1,9 +1,9 @@
 """The stages of a run: the parts, each rank some of them without communication; the composed model, all ranks together;
 and the baseline.
 
-Ranks meet once, when their parts are done, and exchange the parts through the run's folder, which all of them see. The
-first rank composes the parts there; every rank reads what it needs, and DistributedDataParallel gives all the first
-one's weights.
+Ranks meet once, when their parts are done, and exchange the parts through the run's folder, or where they do not see
+one by copies of it. The first rank composes the parts there; every rank reads what it needs, and
+DistributedDataParallel gives all the first one's weights.
 """
 
 from __future__ import annotations
