@@ -38,7 +38,7 @@ def whole(tmp_path_factory):
 def machines(tmp_path_factory):
     """Two that share nothing, with two parts each; their runs' folders."""
     folders = [tmp_path_factory.mktemp(name) for name in ("a", "b")]
-    for folder, parts in zip(folders, (["2", "0"], ["1", "3"])):
+    for folder, parts in zip(folders, (["2", "0", "2"], ["1", "3"])):
         assert train(folder, "run", "--only-parts", *parts) == 0
     return [folder / "run" for folder in folders]
 

@@ -64,6 +64,7 @@ def _check_together(p: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         p.error(f"--in-chans {args.in_chans} and --input-size {args.input_size[0]} … are of other channels")
     stages = (None, "part", "baseline") if args.baseline else (None, "part")
     checks.check_effects(p, args, all(stage_options(args, stage).shift for stage in stages))
+    args.only_parts = None if args.only_parts is None else sorted({*args.only_parts})
     odd = [k for k in args.only_parts or () if k >= args.parts]
     if odd:
         p.error(f"--only-parts: parts of --parts {args.parts} are 0 to {args.parts - 1}, got {odd[0]}")

@@ -96,7 +96,7 @@ class Run:
         self.mine = parts_of(self.ranks.rank, self.ranks.world, self.parts, args.only_parts or range(args.parts))
         views.check(args, self.parts)
         self.arrived = None
-        if args.from_parts is not None and before is None:
+        if args.from_parts is not None and before is None and self.ranks.primary:
             self.arrived = Arrived(args.from_parts, self.parts.plan, self.place.parts, args.seed)
         if before is None:
             size = views.loader_size(options.stage_options(args, "part"), self.parts.plan)
@@ -230,6 +230,7 @@ class Run:
             folder=self.place,
             seed=self.args.seed + self.cycle - 1,
             mine=self.mine,
+            done=self.done,
             parts=self.parts,
             whole=self.whole,
             model_args=self.model_args,
@@ -258,7 +259,8 @@ def _agree(run: Run, holding: ExitStack) -> None:
         run.place.check(run.parts.plan, run.train_set)
         if run.arrived is not None:
             run.arrived.check_complete()
-        done = [k for k in range(run.args.parts) if run.place.parts.is_done(k)]
+        arrived = run.arrived.parts if run.arrived is not None else ()
+        done = [k for k in range(run.args.parts) if k in arrived or run.place.parts.is_done(k)]
         told = {"threads": run.args.part_threads, "done": done, "holder": holder(run.place.root)}
         return {"goes_on": run.place.resuming, **told}
 
@@ -266,7 +268,7 @@ def _agree(run: Run, holding: ExitStack) -> None:
         holding.enter_context(run.place.held())
     told = run.meeting.agree(f"cycle-{run.cycle}", found)
     run.place, run.args.part_threads = replace(run.place, goes_on=told["goes_on"]), told["threads"]
-    run.mine = [k for k in run.mine if k not in told["done"] or run.place.parts.is_done(k)]
+    run.done = told["done"]
     if run.before is not None:
         run.sharing = run.before.sharing
     else:
@@ -290,7 +292,7 @@ def _is_apart(run: Run, first: str) -> bool:
 
 def _stages(run: Run, context: Context) -> dict:
     """All of a cycle; its summary."""
-    if run.arrived is not None:
+    if run.args.from_parts is not None and run.before is None:
         run.meeting.agree("arrived", partial(take_arrived, context, run.arrived), context.stop_if_asked)
     fresh = {how: copy.deepcopy(run.parts) for how in run.args.together}
     train_parts(context)

@@ -56,6 +56,7 @@ class Context:
         folder: of the run.
         seed: of the order of images, and of dropout.
         mine: the parts that this rank trains.
+        done: those that the first rank has trained ones of.
         parts: as they were split; later as they were trained.
         whole: the same parts as they are on whole images, for the joint stage; None if there is none.
         model_args: for `timm.create_model`.
@@ -71,6 +72,7 @@ class Context:
     folder: RunFolder
     seed: int
     mine: Sequence[int]
+    done: Sequence[int]
     parts: Parts
     whole: Parts | None
     model_args: dict
@@ -107,9 +109,12 @@ class Context:
 
 def train_parts(run: Context) -> None:
     """Train the parts of this rank that are not done. One that fails does not stop the others."""
-    due = [k for k in run.mine if not run.folder.parts.is_done(k)]
-    for k in set(run.mine) - set(due):
-        run.folder.parts.check(k)
+    due = []
+    for k in run.mine:
+        if run.folder.parts.is_done(k):
+            run.folder.parts.check(k)
+        elif k not in run.done:
+            due.append(k)
     if not due:
         return
     args = options.stage_options(run.args, "part")
