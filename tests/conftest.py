@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -201,3 +202,15 @@ def kill_a_rank(command, rank, title):
         os.kill(list(map(int, f.read().split()))[rank], signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0
+
+
+@pytest.fixture
+def free_port():
+    """A function that gives a port of this machine that nobody has."""
+
+    def found():
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            return s.getsockname()[1]
+
+    return found

@@ -37,9 +37,9 @@ ROOMS = {
     "surgery": ["emit", "trial", "source", "packed", "parts", "merge", "claim", "split"],
     "two_level": ["aggregate", "files", "network"],
     "train": (
-        "views flags config checks options workers images data decoded resident composed optimizers schedule layout "
-        "capture learner checkpoints engines trackers loop distill folder momenta stages joint coarse together summary "
-        "rehearsal run demo __main__"
+        "views flags config checks options workers images data decoded resident composed dealing capture "
+        "optimizers schedule layout learner checkpoints engines trackers loop distill ranks meeting sharing folder "
+        "arrived momenta stages joint coarse together summary rehearsal run demo __main__"
     ).split(),
 }
 

@@ -1,6 +1,8 @@
 """Packed parts against the parts themselves: logits, gradients, statistics, optimizer state."""
 
 import copy
+import sys
+import weakref
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from timm_dd.planning.rules.op import RULES
 from timm_dd.surgery.packed import pack
 from timm_dd.train import options
 from timm_dd.train.engines import Auto, Engine, Packed, Threads, engine
+from timm_dd.train.joint import Joint
 from timm_dd.train.learner import Learner
 
 CPU = torch.device("cpu")
@@ -430,6 +433,67 @@ def test_packed_gives_up_for_another_engine(tmp_path, capsys):
     assert all(torch.equal(n.net.conv1.weight, other.net.conv1.weight) for n, other in zip(some, alone))
     said = capsys.readouterr().out
     assert said.startswith("not packed: ") and said.count("\n") == 1
+
+
+def test_who_goes_on_has_the_memory_of_what_failed(tmp_path, capsys):
+    """Outside of the failure: with the packed network and the graph of its pass gone."""
+    some, left = learners(tmp_path), []
+
+    class Alone(Engine):
+        def step(self, *args):
+            assert [ref() for ref in left] == [None] * 2 and sys.exc_info() == (None, None, None)
+            assert all(p.grad is None for n in some for p in n.net.parameters())
+            left.append("gone on")
+
+    by = Packed(instead=Alone())
+    first, second = batches(2)
+    by.step(some, *first, isolate_failures=True)
+    gradients = by.gradients
+
+    def fails(*args):
+        gradients(*args)
+        graph = torch.ones(2, requires_grad=True) * 2
+        left.extend([weakref.ref(by.packed), weakref.ref(graph)])
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    by.gradients = fails
+    by.step(some, *second, isolate_failures=True)
+    assert left[2:] == ["gone on"] and capsys.readouterr().out == "not packed: CUDA out of memory\n"
+
+
+@pytest.mark.parametrize("around", [Packed, lambda: Joint(Packed())], ids=["apart", "joint"])
+def test_packed_parts_are_evaluated_packed(around, tmp_path, monkeypatch):
+    """With the logits of each, on its view; statistics and training are as they were."""
+    some, alone, by = learners(tmp_path), learners(tmp_path), around()
+    ((x, y),) = batches(1)
+    for mine, engine_of in ((some, by), (alone, Packed())):
+        for n in mine:
+            n.model.train()
+        engine_of.step(mine, x, y, isolate_failures=False) if around is Packed else None
+    for n in [*some, *alone]:
+        n.model.eval()
+    expected = [n.logits(x) for n in alone]
+    monkeypatch.setattr(Learner, "logits", None)
+    found = by.scores(some, x)
+    for one, other in zip(found, expected if around is Packed else [sum(expected)] * 4):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for n, other in zip(some, alone):
+        for key, t in n.net.state_dict().items():
+            assert torch.equal(t, other.net.state_dict()[key]), key
+
+
+def test_what_cannot_be_evaluated_packed_is_evaluated_all_the_same(tmp_path, capsys):
+    some, by = learners(tmp_path), Packed()
+    ((x, _),) = batches(1)
+    for n in some:
+        n.model.eval()
+        n.net.act1 = Branches()
+    expected = [n.logits(x) for n in some]
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(by.scores(some, x), expected))
+    assert capsys.readouterr().out.count("evaluated one after another: ") == 1
+    averaged = learners(tmp_path, "--model-ema")
+    assert all(torch.equal(a, n.logits(x)) for a, n in zip(Packed().scores(averaged, x), averaged))
 
 
 class Branches(nn.Module):

@@ -2,9 +2,7 @@
 is done to the composed model before it is fine-tuned."""
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -23,7 +21,6 @@ from timm_dd import Domain
 from timm_dd.cli import main
 from timm_dd.errors import TrainError
 from timm_dd.train import composed, data, flags, options
-from timm_dd.train.folder import Ranks
 from timm_dd.train.learner import Learner
 from timm_dd.train.trackers import Trackers
 
@@ -184,16 +181,6 @@ def test_a_tracker_that_fails_stops_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == "no more figures to trackers: No space left on device\n"
 
 
-@pytest.mark.parametrize(
-    "run_id, world, local, expected",
-    [(None, 1, 1, None), ("abc", 4, 2, "abc"), ("none", 4, 2, None), ("none", 2, 2, f"pid{os.getppid()}")],
-)
-def test_what_the_ranks_of_a_launch_have_in_common(run_id, world, local, expected, monkeypatch):
-    if run_id is not None:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
-    assert Ranks(0, 0, world, local).launch == expected
-
-
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -215,23 +202,29 @@ def test_a_tracker_that_is_not_installed(name, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_nodes(tmp_path):
-    """Two torchruns that meet on loopback: the same parts as one process."""
-    one = run(tmp_path / "one")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+@pytest.mark.parametrize("places", ["one", "two"])
+def test_two_nodes(places, tmp_path, free_port):
+    """Two torchruns that meet on loopback, with a folder that both see or with one each: the same as one process."""
+    given = ["--joint-epochs", "1"]
+    one, port = run(tmp_path / "one", *given), free_port()
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    rest = [*MODULE, *SHORT, "--output", str(tmp_path), "--experiment", "two"]
+    outputs = [tmp_path / name for name in ("a", "b" if places == "two" else "a")]
+    rest = [*MODULE, *SHORT, *given, "--experiment", "two", "--output"]
     logs = [tmp_path / f"node-{i}.log" for i in range(2)]
-    nodes = [subprocess.Popen([*launch, "--node-rank", str(i), *rest], stderr=logs[i].open("w")) for i in range(2)]
+    commands = [[*launch, "--node-rank", str(i), *rest, str(output)] for i, output in enumerate(outputs)]
+    nodes = [subprocess.Popen(c, stdout=log.open("w"), stderr=subprocess.STDOUT) for c, log in zip(commands, logs)]
     try:
         assert [node.wait(timeout=300) for node in nodes] == [0, 0], [log.read_text() for log in logs]
     finally:
         for node in nodes:
             node.kill()
-    assert bytes_of_parts(tmp_path / "two", 2) == bytes_of_parts(one, 2)
+    for output in outputs:
+        assert bytes_of_parts(output / "two", 2) == bytes_of_parts(one, 2)
+        composed = "composed/model.safetensors"
+        assert (output / "two" / composed).read_bytes() == (one / composed).read_bytes()
+    said = "does not see the first rank's" in logs[1].read_text()
+    assert said is (places == "two") and "does not see" not in logs[0].read_text()
 
 
 # ---- the composed model before it is fine-tuned

@@ -22,7 +22,9 @@ NUMBER = ["", "x", "nan", "inf", "-inf", "1e999", "ü", "😀", "1,5", "1 2", "-
 WHOLE = ["1.5", "1e3", str(2**63), str(-(2**63) - 1)]
 NEGATIVE = {"mean", "seed"}  # what may be below 0
 NAMES = {"aa", "dataset", "interpolation", "model", "opt", "sched", "torchcompile"}  # of what a library has
-FREE = {"config", "data_dir", "experiment", "output", "resume", "train_split", "val_split", "wandb_project"}
+FREE = {
+    "config", "data_dir", "experiment", "from_parts", "output", "resume", "train_split", "val_split", "wandb_project",
+}  # fmt: skip
 
 
 def is_switch(action):
@@ -37,7 +39,8 @@ def texts(action):
     if action.dest in FREE or action.dest in NAMES:
         odd = ["foo", "ü", "a b", "x" * 5000] if action.dest in NAMES | {"config", "resume"} else []
         return [t for t in TEXT if t or action.default != ""] + odd
-    return ["", "foo", "ü", "-1", "nan", "a\nb", "x" * 300, "--"]
+    empty = [] if "" in (action.choices or ()) else [""]
+    return [*empty, "foo", "ü", "-1", "nan", "a\nb", "x" * 300, "--"]
 
 
 def lines(action):

@@ -29,12 +29,13 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def output_folder(folder: str | Path, sync: bool = True) -> Iterator[Callable[[str], Path]]:
+def output_folder(folder: str | Path, sync: bool = True, wait: bool = False) -> Iterator[Callable[[str], Path]]:
     """A function that gives a temporary path for the name of a file in `folder`; all of them take their places
     together if the block succeeds, otherwise `folder` is as it was.
 
     Args:
         sync: as of `replacing`.
+        wait: for another process that is writing into it.
 
     Raises:
         FileError: it cannot be written, or another process is writing into it.
@@ -44,7 +45,7 @@ def output_folder(folder: str | Path, sync: bool = True) -> Iterator[Callable[[s
     try:
         with _writing(folder):
             _make(folder, made)
-            with locked(folder, wait=False), _replacing(folder, sync, clean=True) as aside:
+            with locked(folder, wait), _replacing(folder, sync, clean=True) as aside:
                 yield aside
     except BaseException:
         for path in reversed(made):

@@ -256,14 +256,18 @@ class PartsFolder:
         Raises:
             MergeError: none has.
         """
-        found = [k for k in range(self.plan.parts) if any(p.is_file() for p in self._places(k))]
+        found = [k for k in range(self.plan.parts) if self.has(k)]
         if not found:
             self._part_path(0)  # which says so
         return found
 
-    def history(self) -> tuple[int | None, int | None]:
-        """Seed and epoch of the first part that is open."""
-        metadata = next(iter(self._opened.values())).metadata
+    def has(self, k: int) -> bool:
+        """Whether part k has a file."""
+        return any(p.is_file() for p in self._places(k))
+
+    def history(self, k: int | None = None) -> tuple[int | None, int | None]:
+        """Seed and epoch of part k, which is open; of the first one that is."""
+        metadata = self._opened[next(iter(self._opened)) if k is None else k].metadata
         return _count(metadata.get("seed")), _count(metadata.get("epoch"))
 
     def _part_path(self, k: int) -> Path:

@@ -14,6 +14,11 @@ import torch
 from torch.optim import Optimizer
 
 
+def has_graphs(device: torch.device) -> bool:
+    """Whether it is one for which torch has CUDA graphs."""
+    return device.type == "cuda"
+
+
 def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 

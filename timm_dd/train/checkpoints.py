@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
@@ -151,16 +152,8 @@ class CheckpointTimer:
         for s, handler in self._before.items():
             signal.signal(s, handler)
 
-    @contextmanager
-    def away(self) -> Iterator[None]:
-        """While the process waits for others there is nothing to save, and signals do what they always did."""
-        self.check("all is saved")
-        self.__exit__()
-        yield
-        self.__enter__()
-
     def _stop(self, number: int, _frame) -> None:
-        if self.signal is not None:  # asked twice
+        if self.signal is not None and number == signal.SIGINT:  # asked twice; SIGTERM also comes twice of itself
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
 
@@ -179,3 +172,42 @@ class CheckpointTimer:
         """Raise TrainError if the process was asked to stop."""
         if self.signal is not None:
             raise TrainError(f"stopped by {self.signal.name}; {state}, the same command with --resume goes on")
+
+
+class SharedTimer(CheckpointTimer):
+    """A `CheckpointTimer` of ranks that train in step: when one of them is due or is asked to stop, all are, at one
+    update. They ask each other in step too, and read the answer at the next question, so that nobody waits for it.
+
+    Args:
+        writes: whether this rank saves what is due.
+    """
+
+    def __init__(self, timer: CheckpointTimer, group: dist.ProcessGroup | None = None, writes: bool = True):
+        self.timer, self.group, self.writes = timer, group, writes
+        self._asked: tuple[torch.Tensor, dist.Work] | None = None
+
+    @property
+    def due(self) -> bool:
+        before, asked = self._asked, torch.tensor([self.timer.due, self.timer.signal or 0], dtype=torch.int32)
+        self._asked = asked, dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return before is not None and self._answered(before)
+
+    def _answered(self, asked: tuple[torch.Tensor, dist.Work]) -> bool:
+        asked[1].wait()
+        due, number = asked[0].tolist()
+        if number:
+            self.timer.signal = signal.Signals(number)
+        return bool(due)
+
+    def keep(self, learners: list[Learner]) -> None:
+        """Of all ranks together: nobody stops before what is due is saved."""
+        for learner in learners if self.writes else ():
+            save(learner)
+        self.timer.last = time.monotonic()
+        self._answered(self._asked)
+        self._asked = None
+        dist.all_reduce(torch.zeros(()), group=self.group)  # all have saved
+        self.check("all is saved")
+
+    def check(self, state: str) -> None:
+        self.timer.check(state)

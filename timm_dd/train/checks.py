@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import shown
-from .flags import PREFIXES, STAGED, flag_of, parser
+from .flags import MAY_BE_EMPTY, PREFIXES, STAGED, flag_of, parser
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a whole number from 1 up": (
@@ -23,7 +23,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a whole number from 2 up": (lambda n: n >= 2, "coarse_folds"),
     "a whole number from 0 up": (
         lambda n: n >= 0,
-        "coarse_epochs decay_milestones epochs margin overlap shift warmup_epochs",
+        "coarse_epochs decay_milestones epochs margin only_parts overlap shift warmup_epochs",
     ),
     "a whole number from 0 to 1024": (lambda n: 0 <= n <= 1024, "workers"),
     "a whole number from 1 to 1024": (lambda n: 1 <= n <= 1024, "part_threads"),
@@ -56,9 +56,9 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     defaults = vars(parser(add_help=False).parse_args([]))
     for name, value in vars(args).items():
         if isinstance(value, str):
-            _check_text(p, flag_of(name), value, empty=defaults[name] == "")
+            _check_text(p, flag_of(name), value, empty=defaults[name] == "" or name in MAY_BE_EMPTY)
     if args.device is not None and not _is_device(args.device):
-        p.error(f"--device is cuda or cpu, got {args.device!r}")
+        p.error(f"--device is cpu, cuda, cuda:1 or what else torch trains on, got {shown(args.device)}")
 
 
 def _check_text(p: argparse.ArgumentParser, flag: str, text: str, empty: bool) -> None:
@@ -80,7 +80,7 @@ def _given(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[str, fl
 
 def _is_device(name: str) -> bool:
     try:
-        return torch.device(name).type in ("cpu", "cuda")
+        return torch.device(name).type != "meta"
     except RuntimeError:
         return False
 

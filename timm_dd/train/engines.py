@@ -7,6 +7,7 @@ rounding, and draws dropout's masks for all its learners together, so that they 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from ..errors import SplitError, TrainError, headline
 from ..surgery.packed import check_alike, pack
-from .capture import Captured, CudaGraph
+from .capture import Captured, CudaGraph, has_graphs
 from .learner import Learner, within_memory
 
 TRIALS = 3  # updates of each engine, to choose by
@@ -43,6 +44,10 @@ class Engine:
     def run(self, works: Sequence[Callable[[], Any]]) -> list:
         """The results of all `works`, in their order."""
         return [work() for work in works]
+
+    def scores(self, learners: Sequence[Learner], x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The logits of what each learner gives, on what it sees of a batch when it does not train."""
+        return self.run([partial(n.logits, x) for n in learners])
 
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
         """One update of each learner on a batch; with `isolate_failures` one that fails leaves the others to go on."""
@@ -96,7 +101,7 @@ class Packed(Engine):
     """
 
     def __init__(self, instead: Engine | None = None):
-        self.instead, self.works = instead, True
+        self.instead, self.works, self.evaluates = instead, True, True
         self.learners: list[Learner] = []
 
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
@@ -108,15 +113,53 @@ class Packed(Engine):
         except SplitError:  # not alike: the same for every batch
             raise
         except Exception as e:
-            if self.instead is None:
-                for n in learners:
-                    n.guard(partial(_raise, e), isolate_failures)
-                return
-            tqdm.write(f"not packed: {headline(e)}", sys.stdout)
-            self.works = False
-            return self.step(learners, x, y, isolate_failures)
-        for n, loss in zip(learners, losses):
-            n.guard(partial(n.update, loss, len(y)), isolate_failures)
+            failure = e
+        else:
+            for n, loss in zip(learners, losses):
+                n.guard(partial(n.update, loss, len(y)), isolate_failures)
+            return
+        if self.instead is None:
+            for n in learners:
+                n.guard(partial(_raise, failure), isolate_failures)
+            return
+        said = headline(failure)
+        del failure, gradients  # with what its frames hold of the pass that failed, which the others need the memory of
+        self._give_up(said)
+        self.instead.step(learners, x, y, isolate_failures)
+
+    def _give_up(self, why: str) -> None:
+        """Go on with the other engine, and leave it the memory."""
+        tqdm.write(f"not packed: {why}", sys.stdout)
+        for n in self.learners:
+            n.optimizer.zero_grad()
+        self.works, self.learners, self.packed, self.forward = False, [], None, None
+        gc.collect()  # graphs of torch.fx know their modules, and these them
+
+    @torch.no_grad()
+    def scores(self, learners: Sequence[Learner], x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Packed too, but for averages of the weights, which are not, and views of several sizes."""
+        if not self.works:
+            return self.instead.scores(learners, x)
+        seen = [n.sight.evaluating(x) for n in learners]
+        alike = len({t.shape for t in seen}) == 1 and all(n.ema is None for n in learners)
+        if not alike or not self.evaluates:
+            return super().scores(learners, x)
+        try:
+            return self._evaluated(learners, seen)
+        except Exception as e:
+            why = headline(e)
+        tqdm.write(f"evaluated one after another: {why}", sys.stdout)
+        self.evaluates = False
+        return super().scores(learners, x)
+
+    def _evaluated(self, learners: Sequence[Learner], seen: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        self._pack(list(learners))
+        self.packed.eval()
+        try:
+            with learners[0].autocast():
+                return self.forward(torch.stack(list(seen))).float().unbind()
+        finally:
+            self.packed.train()
 
     def gradients(
         self, learners: Sequence[Learner], seen: Sequence[torch.Tensor], y: torch.Tensor
@@ -161,13 +204,14 @@ class Streams(Engine):
     """Side by side on a GPU, each learner on a stream of its own."""
 
     def __init__(self, learners: int, device: torch.device):
-        self.streams = [torch.cuda.Stream(device) for _ in range(learners)]
+        self.of = torch.get_device_module(device)
+        self.streams = [self.of.Stream(device) for _ in range(learners)]
 
     def run(self, works: Sequence[Callable[[], Any]]) -> list:
-        here, results = torch.cuda.current_stream(), []
+        here, results = self.of.current_stream(), []
         for stream, work in zip(self.streams, works):
             stream.wait_stream(here)
-            with torch.cuda.stream(stream):
+            with self.of.stream(stream):
                 results.append(work())
         for stream in self.streams:
             here.wait_stream(stream)
@@ -191,6 +235,9 @@ class Graphed(Engine):
 
     def run(self, works: Sequence[Callable[[], Any]]) -> list:
         return self.by.run(works)
+
+    def scores(self, learners: Sequence[Learner], x: torch.Tensor) -> Sequence[torch.Tensor]:
+        return self.by.scores(learners, x)
 
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
         learners = list(learners)
@@ -253,6 +300,9 @@ class Auto(Engine):
     def run(self, works: Sequence[Callable[[], Any]]) -> list:
         return (self.best or self.engines[0]).run(works)
 
+    def scores(self, learners: Sequence[Learner], x: torch.Tensor) -> Sequence[torch.Tensor]:
+        return (self.best or self.engines[0]).scores(learners, x)
+
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
         best = self.best
         if best is not None:
@@ -272,8 +322,8 @@ class Auto(Engine):
         self.engines, self.seconds = [best], [[]]
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
     def __exit__(self, *_) -> None:
@@ -299,24 +349,24 @@ def engine(
         TrainError: not on this device.
     """
     threads, on_cpu = torch.get_num_threads(), device.type == "cpu"
-    if name in ("threads", "graph") and on_cpu is (name == "graph"):
-        raise TrainError(f"--engine {name} is for {'GPUs' if on_cpu else 'CPUs'}; use auto")
+    if name == "threads" and not on_cpu or name == "graph" and not has_graphs(device):
+        raise TrainError(f"--engine {name} is for {'CPUs' if name == 'threads' else 'GPUs'}; use auto")
     if name == "packed":
         return around(Packed())
     if name == "sequential":
         return around(Engine())
     candidates = [around(Engine())] if name == "auto" else []
     workers = max(1, min(len(learners), cores // threads))
-    if not on_cpu:
+    if has_graphs(device):
         candidates += _graphs(learners, device, around)
-    elif workers > 1 or name == "threads":
+    elif on_cpu and (workers > 1 or name == "threads"):
         candidates.append(around(Threads(workers)))
     return Auto(candidates, device) if len(candidates) > 1 else candidates[0]
 
 
 def engine_of_one(name: str, device: torch.device) -> Engine:
     """Of a network that is trained alone, by the parts' engine."""
-    return Graphed(Engine()) if device.type == "cuda" and name in ("auto", "graph") else Engine()
+    return Graphed(Engine()) if has_graphs(device) and name in ("auto", "graph") else Engine()
 
 
 def _graphs(learners: Sequence[Learner], device: torch.device, around: Callable[[Engine], Engine]) -> list[Engine]:

@@ -17,6 +17,8 @@ from .views import listed
 PRESETS = ("paper",)
 TOGETHER = ("coherent", "transfer")
 PREFIXES = ("part", "joint", "together", "baseline")  # of flags for one stage alone
+DIST_BN = ("reduce", "broadcast", "")
+MAY_BE_EMPTY = ("dist_bn",)  # words that say something though they are empty
 SCALES = ("sum", "mean", "temperature")
 STAGED = {
     "epochs": dict(type=int, metavar="N", help="epochs"),
@@ -164,6 +166,16 @@ def _optimizer(g) -> None:
         "--model-ema", action="store_true", help="a moving average of the weights is what each training gives"
     )
     g.add_argument("--model-ema-decay", type=float, default=0.9998, metavar="DECAY")
+    g.add_argument(
+        "--sync-bn", action="store_true", help="BatchNorm over the batches of all ranks, where ranks share a network"
+    )
+    g.add_argument(
+        "--dist-bn",
+        default="reduce",
+        choices=DIST_BN,
+        help="running statistics of ranks that share a network: their mean (reduce), those of the first rank for all "
+        "after each epoch (broadcast), or as DistributedDataParallel leaves them (an empty word)",
+    )
     g.add_argument("--lr-base", type=float, default=0.1, metavar="LR", help="for a batch of 256, scaled with the batch")
     g.add_argument("--sched", default="cosine", metavar="NAME")
     g.add_argument("--sched-on-updates", action="store_true", help="the rate changes update by update, not by epoch")
@@ -338,8 +350,31 @@ def _run(g) -> None:
         help="go on with the run in DIR; auto: with that of --experiment, or the last in --output that is not done",
     )
     g.add_argument(
+        "--only-parts",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="train these parts and nothing else, on any machine, at any time; further processes train others",
+    )
+    g.add_argument(
+        "--from-parts",
+        nargs="+",
+        metavar="FOLDER",
+        help="take the trained parts from these folders, of runs or of parts, or from hf-hub:USER/REPO, and go on from "
+        "there",
+    )
+    g.add_argument(
         "--checkpoint-every", type=float, metavar="SECONDS", help="checkpoints within epochs too, not only after each"
     )
+    _machine(g)
+    g.add_argument("--seed", type=int, default=42)
+    g.add_argument("--log-tensorboard", action="store_true", help="every epoch's figures, into the run's folder")
+    g.add_argument("--log-wandb", action="store_true", help="every epoch's figures, to Weights & Biases")
+    g.add_argument("--wandb-project", metavar="NAME")
+
+
+def _machine(g) -> None:
+    """How a process computes."""
     g.add_argument(
         "--engine",
         choices=["auto", "sequential", "threads", "packed", "graph"],
@@ -357,14 +392,14 @@ def _run(g) -> None:
     g.add_argument(
         "--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the networks with torch.compile"
     )
-    g.add_argument("--seed", type=int, default=42)
     g.add_argument("--amp", action="store_true", help="mixed precision")
     g.add_argument("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"])
     g.add_argument("--channels-last", action="store_true")
-    g.add_argument("--log-tensorboard", action="store_true", help="every epoch's figures, into the run's folder")
-    g.add_argument("--log-wandb", action="store_true", help="every epoch's figures, to Weights & Biases")
-    g.add_argument("--wandb-project", metavar="NAME")
-    g.add_argument("--device", metavar="NAME", help="cuda or cpu, by default cuda where there is one")
+    g.add_argument(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1 …; by default each rank's own accelerator, if there is one",
+    )
 
 
 def flag_of(name: str) -> str:

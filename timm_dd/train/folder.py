@@ -8,14 +8,15 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import IO
 
-import torch
 import yaml
 from torch.utils.data import Dataset
 
@@ -25,44 +26,9 @@ from ..storage import files
 from ..storage.atomic import output_folder, remove_temporaries, replace_json
 from ..text import json_text
 from . import checkpoints, data, options
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where this process stands among those that torchrun started."""
-
-    rank: int
-    local_rank: int
-    world: int
-    local_world: int
-
-    @classmethod
-    def from_environment(cls) -> Ranks:
-        names = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
-        return cls(*(int(os.environ.get(name, default)) for name, default in names))
-
-    @property
-    def primary(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def launch(self) -> str | None:
-        """What all ranks of one torchrun have in common, and its restarts: its run id, or if it was given none its
-        process on this node; None for ranks on several nodes, or without torchrun."""
-        given = os.environ.get("TORCHELASTIC_RUN_ID")
-        if given == "none":
-            return f"pid{os.getppid()}" if self.world == self.local_world else None
-        return given
-
-    def device(self, name: str | None) -> torch.device:
-        if name is not None and torch.device(name).type == "cuda" and not torch.cuda.is_available():
-            raise TrainError(f"--device {name}: torch finds no GPU here; use --device cpu")
-        if not torch.cuda.is_available() or (name is not None and torch.device(name).type == "cpu"):
-            return torch.device("cpu")
-        index = self.local_rank % max(torch.cuda.device_count(), 1)
-        torch.cuda.set_device(index)
-        torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True  # as timm trains
-        return torch.device("cuda", index)
+from .meeting import Meeting
+from .ranks import Ranks
+from .sharing import LOCAL
 
 
 @dataclass(frozen=True)
@@ -130,7 +96,7 @@ class RunFolder:
     Attributes:
         root: of the whole run.
         path: of this cycle; of the first one it is the root.
-        resuming: whether the run goes on with what lies there.
+        goes_on: whether the first rank has said that the run goes on with what lies there.
     """
 
     root: Path
@@ -138,18 +104,29 @@ class RunFolder:
     cycle: int
     args: argparse.Namespace
     ranks: Ranks
-    resuming: bool
+    meeting: Meeting
+    goes_on: bool = False
 
     @classmethod
-    def of_run(cls, args: argparse.Namespace, ranks: Ranks) -> RunFolder:
+    def of_run(cls, args: argparse.Namespace, meeting: Meeting) -> RunFolder:
         """The first cycle's folder, which need not be there.
 
         Raises:
-            TrainError: there is nothing to resume, or the ranks would not find the same name.
+            TrainError: there is nothing to resume.
         """
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        root = _choose(args, ranks)
-        return cls(root, root, 1, args, ranks, args.resume is not None or restarted)
+        root = _choose(args, meeting)
+        return cls(root, root, 1, args, meeting.ranks, meeting)
+
+    @property
+    def resuming(self) -> bool:
+        """Whether the run goes on with what lies there."""
+        return self.joins or self.args.resume is not None or self.goes_on or self.meeting.restarted
+
+    @property
+    def joins(self) -> bool:
+        """Whether the run is done by several processes, each with some parts or with what follows them."""
+        args = self.args
+        return args.only_parts is not None or str(self.root) in map(os.path.normpath, args.from_parts or ())
 
     def next_cycle(self) -> RunFolder:
         return replace(self, path=self.root / f"cycle-{self.cycle + 1}", cycle=self.cycle + 1)
@@ -202,37 +179,25 @@ class RunFolder:
     def decoded(self) -> Path:
         return self.root / "decoded"
 
+    def remove_decoded(self) -> None:
+        shutil.rmtree(self.decoded, ignore_errors=True)
+
     # ---- a run begins, or goes on
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """While the block runs no other process trains here. Who was killed holds nothing.
+        """While the block runs no other process trains here; with ``--only-parts`` none that trains these parts, or
+        more than parts. Who was killed holds nothing.
 
         Raises:
             FileError: another does.
         """
-        made = [path for path in (self.root, *self.root.parents) if not path.exists()]
-        with output_folder(self.root):  # made, if it is not there, and writable
-            pass
-        path = self.root / "lock"
-        with open(path, "a+", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                lock.seek(0)
-                raise FileError(f"another process trains here: {lock.read()}; {self.root}") from e
-            except OSError:  # a file system without locks
-                pass
-            lock.truncate(0)
-            lock.write(f"{socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%F %T')}")
-            lock.flush()
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-                for folder in made:  # those of a run that was refused are empty
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
+        mine = self.args.only_parts
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_held(self.root, mine is None, None if mine is None else self.remove_decoded))
+            for k in mine or ():
+                stack.enter_context(_held(self.parts.part(k), True))
+            yield
 
     @property
     def begun(self) -> bool:
@@ -241,7 +206,7 @@ class RunFolder:
     @property
     def threads(self) -> int | None:
         """Of an operation of a part in the run that this one goes on with: on them its last bits depend."""
-        if not (self.resuming and self.begun):
+        if not (self.begun and self.resuming):
             return None
         return (yaml.safe_load((self.path / "args.yaml").read_text()) or {}).get("part_threads")
 
@@ -257,12 +222,16 @@ class RunFolder:
 
     def open(self, plan: Plan, begun: float) -> None:
         """Write ``plan.json`` and ``args.yaml``, and remove what processes that were killed before `begun` left."""
-        given = yaml.safe_dump(vars(self.args), default_flow_style=None)
-        self.write_plan(self.parts, plan)
-        with output_folder(self.path) as aside:
-            aside(files.PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
-            aside("args.yaml").write_text(f"{self._signature}\n{given}")  # the last to land: with it there is a run
-        remove_temporaries(self.path, begun)
+        mine = self.args.only_parts
+        if mine is None or not self.begun:
+            of_all = {**vars(self.args), "only_parts": None, "from_parts": None}
+            given = yaml.safe_dump(of_all, default_flow_style=None)
+            self.write_plan(self.parts, plan)
+            with output_folder(self.path, wait=mine is not None) as aside:
+                aside(files.PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
+                aside("args.yaml").write_text(f"{self._signature}\n{given}")  # the last to land: with it there is a run
+        for folder in [self.path] if mine is None else map(self.parts.part, mine):
+            remove_temporaries(folder, begun)
 
     def _check_options(self, train: Dataset) -> None:
         """Raise TrainError if a part that is done, or a network that has a checkpoint, was trained with other options,
@@ -284,13 +253,13 @@ class RunFolder:
 
     def write_plan(self, stage: PartsStage, plan: Plan) -> None:
         """Make a stage's folder, with the plan of its parts."""
-        with output_folder(stage.path) as aside:
+        with output_folder(stage.path, wait=self.args.only_parts is not None) as aside:
             aside(files.PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
 
     def _check_run(self, plan: Plan) -> None:
         signature = (self.path / "args.yaml").read_text().split("\n", 1)[0]
-        restarted = self.resuming and self.ranks.launch is not None and signature == self._signature
-        if self.args.resume is None and not restarted:
+        restarted = self.resuming and signature == self._signature
+        if self.args.resume is None and not restarted and not self.joins:
             raise TrainError(f"{self.path} holds a run already; go on with --resume, or choose another --experiment")
         if files.PartsFolder(self.path).digest != plan.digest():
             raise TrainError(f"{self.path} holds a run of another model or split; choose another --experiment")
@@ -298,7 +267,7 @@ class RunFolder:
     @property
     def _signature(self) -> str:
         """The first line of args.yaml: by it torchrun's second start knows the run of its first."""
-        return f"# torchrun {self.ranks.launch}"
+        return f"# run {self.meeting.run}"
 
     def digest(self, plan: Plan) -> str:
         """Names the run in its models and in its summary: of the plan, the cycle, and all options on which the models'
@@ -316,9 +285,68 @@ class RunFolder:
         return self.summary.exists()
 
 
-def _choose(args: argparse.Namespace, ranks: Ranks) -> Path:
-    """``--experiment`` in ``--output``; by default a new name, which all ranks find without communication, or the last
-    run that is not done if one is to go on."""
+@contextlib.contextmanager
+def _held(folder: Path, alone: bool, last: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a folder, and say by whom; `alone`, or with others who are not. It is made, and removed if it stays empty.
+
+    Args:
+        last: done by that one, unless it failed.
+
+    Raises:
+        FileError: others hold it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with output_folder(folder, wait=True):  # made, if it is not there, and writable
+        pass
+    try:
+        with _locked(folder / LOCAL, alone, last):
+            yield
+    finally:
+        for path in made:  # those of a run that was refused
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(path: Path, alone: bool, last: Callable[[], None] | None) -> Iterator[None]:
+    """Hold a file, which says by whom and is removed by the last to go; as `_held`."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            lock = stack.enter_context(open(path, "a+", encoding="utf-8"))
+            try:
+                fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                lock.seek(0)
+                raise FileError(f"another process trains here: {lock.read()}; {path.parent}") from e
+            except OSError:  # a file system without locks
+                break
+            if _is_open_as(lock, path):  # and was not removed by its last holder just before
+                break
+        lock.truncate(0)
+        lock.write(f"{socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%F %T')}")
+        lock.flush()
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            with contextlib.suppress(OSError):  # others hold it too
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if done and last is not None:
+                    last()
+                path.unlink()
+
+
+def _is_open_as(file: IO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _choose(args: argparse.Namespace, meeting: Meeting) -> Path:
+    """``--experiment`` in ``--output``; by default a new name, or the last run that is not done if one is to go on, on
+    which the ranks agree."""
     base, name = Path(args.output), f"{args.model}-{args.parts}"
     if args.resume not in (None, "auto"):
         if not (Path(args.resume) / "args.yaml").exists():
@@ -326,14 +354,18 @@ def _choose(args: argparse.Namespace, ranks: Ranks) -> Path:
         return Path(args.resume)
     if args.experiment:
         return base / args.experiment
-    if args.resume is not None:
-        begun = [p.parent for pattern in (name, f"{name}-*") for p in base.glob(f"{pattern}/args.yaml")]
-        last = "." if args.cycles == 1 else f"cycle-{args.cycles}"
-        begun = [p for p in begun if not (p / last / "summary.json").exists()]
-        if begun:
-            return max(begun, key=lambda p: p.stat().st_mtime)
-    if ranks.launch is not None:
-        return base / f"{name}-{ranks.launch[:8]}"
-    if ranks.world > 1:
-        raise TrainError("ranks on several nodes need one name for the run: --experiment, or torchrun --rdzv-id")
-    return next(p for i in itertools.count() if not (p := base / (f"{name}-{i}" if i else name)).exists())
+    return base / meeting.agree_for_good("folder", lambda: _last(args, base, name) or _new(base, name))
+
+
+def _last(args: argparse.Namespace, base: Path, name: str) -> str | None:
+    """The last run that is not done, if one is to go on."""
+    if args.resume is None:
+        return None
+    begun = [p.parent for pattern in (name, f"{name}-*") for p in base.glob(f"{pattern}/args.yaml")]
+    last = "." if args.cycles == 1 else f"cycle-{args.cycles}"
+    begun = [p for p in begun if not (p / last / "summary.json").exists()]
+    return max(begun, key=lambda p: p.stat().st_mtime).name if begun else None
+
+
+def _new(base: Path, name: str) -> str:
+    return next(n for i in itertools.count() if not (base / (n := f"{name}-{i}" if i else name)).exists())

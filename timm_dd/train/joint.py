@@ -8,16 +8,14 @@ a batch's logits: within a process as they are, between ranks by one all-reduce 
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from . import data, options
-from .checkpoints import CheckpointTimer, restore_together
+from .checkpoints import SharedTimer, restore_together
 from .engines import Engine, cores_of_rank, engine
 from .learner import Learner, within_memory
 from .loop import TrainingLoop
@@ -35,9 +33,9 @@ class Joint(Engine):
     def __init__(self, by: Engine, group: dist.ProcessGroup | None = None):
         self.by, self.group, self.alone = by, group, group is None
 
-    def run(self, works: Sequence[Callable[[], Any]]) -> list:
-        """The sum of what all give, for each."""
-        return [self._sum(self.by.run(works))] * len(works)
+    def scores(self, learners: Sequence[Learner], x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The sum of all, for each."""
+        return [self._sum(self.by.scores(learners, x))] * len(learners)
 
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
         gradients = partial(self.gradients, learners, [n.view(x) for n in learners], y)
@@ -72,25 +70,6 @@ class Joint(Engine):
         self.by.__exit__(*error)
 
 
-class SharedTimer(CheckpointTimer):
-    """A `CheckpointTimer` of ranks that save together, since each has parts of its own: when one of them is due or is
-    asked to stop, all are. They ask in step."""
-
-    def __init__(self, timer: CheckpointTimer, group: dist.ProcessGroup, device: torch.device):
-        self.timer, self.group, self.device = timer, group, device
-
-    @property
-    def due(self) -> bool:
-        asked = torch.tensor([self.timer.due, self.timer.signal or 0], dtype=torch.int32, device=self.device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
-        due, number = asked.tolist()
-        self.timer.signal = signal.Signals(number) if number else None
-        return bool(due)
-
-    def keep(self, learners: list[Learner]) -> None:
-        self.timer.keep(learners)
-
-
 def train_joint(run: Context) -> tuple[float, float]:
     """Train the parts together, each rank those it has trained before; returns the accuracy of their sum on whole
     images, and seconds.
@@ -99,21 +78,21 @@ def train_joint(run: Context) -> tuple[float, float]:
         TrainError: the loss is not finite, or the process was asked to stop.
     """
     stage, ranks = run.folder.joint, run.ranks
+    run.sharing.share(stage.path, of_all=True)
     if stage.done:
         for k in range(run.args.parts):
             stage.check(k)
     else:
         group = dist.new_group(list(range(min(ranks.world, run.args.parts)))) if ranks.world > 1 else None
-        mine = range(ranks.rank, run.args.parts, ranks.world)
-        if mine:
-            _train(run, list(mine), group)
-        if ranks.world > 1:
-            dist.barrier()
+        if run.mine:
+            _train(run, run.mine, group)
+        run.meeting.gate(run.stop_if_asked)
+        run.sharing.share(stage.path, of_all=True)
     done = stage.summaries()
     return done[0]["top1"], max(part["seconds"] for part in done)
 
 
-def _train(run: Context, mine: list[int], group: dist.ProcessGroup | None) -> None:
+def _train(run: Context, mine: Sequence[int], group: dist.ProcessGroup | None) -> None:
     args, stage = options.stage_options(run.args, "joint"), run.folder.joint
     if run.ranks.primary:
         run.folder.write_plan(stage, run.whole.plan)
@@ -121,9 +100,8 @@ def _train(run: Context, mine: list[int], group: dist.ProcessGroup | None) -> No
     loaders = run.loaders(args, distributed=False)
     load_trained(run.folder.parts, run.whole)
     learners = [_learner(run, k, len(loaders[0])) for k in mine]
-    if run.folder.resuming:
-        restore_together(learners, partial(_common, group=group))
-    timer = run.timer if group is None else SharedTimer(run.timer, group, run.device)
+    restore_together(learners, partial(_common, group=group))
+    timer = run.timer if group is None else SharedTimer(run.timer, group)
     with engine(
         args.engine, learners, run.device, cores_of_rank(run.ranks.local_world), partial(Joint, group=group)
     ) as by:

@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
@@ -33,7 +34,7 @@ class SeededRandom:
     """Random numbers that follow from a seed and the update's number alone, whoever else draws some."""
 
     def __init__(self, seed: int, device: torch.device):
-        self.seed, self.generator = seed, torch.cuda if device.type == "cuda" else torch
+        self.seed, self.generator = seed, torch if device.type == "cpu" else torch.get_device_module(device)
         self.drawn = True  # whether the network draws any; if it does not in a step, seeding is not worth its time
 
     @contextmanager
@@ -202,11 +203,11 @@ class Learner:
     def note(self, loss: torch.Tensor, images: int) -> None:
         """An update has been taken on a batch, whose mean loss was `loss`."""
         self.updates += 1
+        average_statistics(self)
         if self.ema is not None:
             self.ema.update(self.net, step=self.updates)
         self.schedule.step_update(self.updates)
-        self._total = self._total + loss * images
-        self._images += images
+        self._total, self._images = self._total + loss * images, self._images + images
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.args.amp)
@@ -283,6 +284,20 @@ class Learner:
         self.scaler.load_state_dict(numbers["scaler"])
         self.seconds, self._images = numbers["seconds"], numbers["images"]
         self._total = tensors["total"].to(self.device)
+
+
+@torch.no_grad()
+def average_statistics(learner: Learner) -> None:
+    """With ``--dist-bn reduce``, give ranks that share a network the mean of their running statistics. Taken after each
+    update it is the mean of what each would have had in the end, and a checkpoint of one rank has it."""
+    if not learner.distributed or learner.args.dist_bn != "reduce":
+        return
+    held = [t for name, t in learner.net.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    if held:
+        together = torch.cat([t.flatten() for t in held])
+        dist.all_reduce(together)
+        for t, mean in zip(held, (together / dist.get_world_size()).split([t.numel() for t in held])):
+            t.copy_(mean.view_as(t))
 
 
 def within_memory(learners: Sequence[Learner], gradients: Callable[[], Any], images: int) -> Any:

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from timm.utils import distribute_bn
 from tqdm import tqdm
 
 from ..storage.atomic import replacing
@@ -62,9 +63,8 @@ class TrainingLoop:
             if not due:
                 return
             for learner in due:
-                _share_averages(learner)
-            timer = self.timer if self.primary else None
-            accuracies = evaluate(due, self.loaders[1], self.engine, timer=timer, shared=self.shared)
+                _share_statistics(learner)
+            accuracies = evaluate(due, self.loaders[1], self.engine, timer=self.timer, shared=self.shared)
             seconds = time.perf_counter() - start
             for learner, accuracy in zip(due, accuracies):
                 learner.guard(partial(learner.end_epoch, accuracy, seconds), self.isolate_failures)
@@ -111,7 +111,7 @@ class TrainingLoop:
             due = [n for n in _alive(learners) if n.updates == first + i]
             if due:
                 self.engine.step(due, x, y, self.isolate_failures)
-            if self.timer.due and self.primary:
+            if self.timer.due:
                 for learner in _alive(learners):
                     learner.guard(learner.check_finite, self.isolate_failures)
                 self.timer.keep(_alive(learners))
@@ -124,9 +124,11 @@ def _alive(learners: Sequence[Learner]) -> list[Learner]:
     return [n for n in learners if n.failure is None]
 
 
-def _share_averages(learner: Learner) -> None:
-    """Under DistributedDataParallel each rank has other BatchNorm statistics; it takes those of the first for all, and
-    so do the averages."""
+def _share_statistics(learner: Learner) -> None:
+    """Under DistributedDataParallel each rank may have other BatchNorm statistics; evaluated are those of the first, of
+    averages too."""
+    if learner.distributed and learner.args.dist_bn == "broadcast":
+        distribute_bn(learner.net, dist.get_world_size())
     if learner.ema is not None and learner.distributed:
         for statistics in learner.ema.module.buffers():
             dist.broadcast(statistics, 0)
@@ -163,7 +165,7 @@ def evaluate(
     for x, y in loader:
         mine = (torch.arange(seen, seen + len(y)) * ranks + rank < total).to(y.device)  # the sampler pads with repeats
         seen += len(y)
-        outputs = engine.run([partial(n.logits, x) for n in learners])
+        outputs = engine.scores(learners, x)
         for i, logits in enumerate([*outputs, sum(outputs)] if together else outputs):
             right[i] += ((logits.argmax(1) == y) & mine).sum().cpu()
         if timer is not None and timer.due:

@@ -11,6 +11,8 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from torch import nn
 from torch.optim import Optimizer
 
+from .capture import has_graphs
+
 
 def create(model: nn.Module, args: argparse.Namespace, lr: float) -> Optimizer:
     """timm's, in torch's fused form where there is one: an update is one call for all tensors. Not where gradients are
@@ -19,8 +21,8 @@ def create(model: nn.Module, args: argparse.Namespace, lr: float) -> Optimizer:
     plain = create_optimizer_v2(model, **given)
     if "fused" not in plain.defaults or scales(args):
         return plain
-    on_gpu = next(model.parameters()).is_cuda
-    graphs = {"capturable": True} if on_gpu and "capturable" in plain.defaults else {}
+    may_capture = has_graphs(next(model.parameters()).device)
+    graphs = {"capturable": True} if may_capture and "capturable" in plain.defaults else {}
     return create_optimizer_v2(model, **given, fused=True, **graphs)
 
 

@@ -18,13 +18,15 @@ from . import checks, config
 from .flags import PREFIXES, STAGED, TOGETHER, flag_of, parser
 
 MAY_CHANGE_ON_RESUME = {  # no weight depends on them
-    "checkpoint_every", "config", "cycles", "device", "engine", "experiment", "log_tensorboard", "log_wandb", "output",
-    "part_threads", "pin_mem", "quiet", "resume", "validation_batch_size", "verbose", "wandb_project", "workers",
+    "checkpoint_every", "config", "cycles", "device", "engine", "experiment", "from_parts", "log_tensorboard",
+    "log_wandb", "only_parts", "output", "part_threads", "pin_mem", "quiet", "resume", "validation_batch_size",
+    "verbose", "wandb_project", "workers",
 }  # fmt: skip
 SCALE, JOINT = 0.625, 6  # of the recipe: how the parts see whole images; one joint epoch for so many of theirs
 STAGES = ("part", "joint", *TOGETHER, "baseline")
 SECOND_LEVEL = ("aggregate", "coarse_dropout", "coarse_epochs", "coarse_folds", "coarse_views", "coarse_widths")
 TOGETHER_TOO = ("coarse_dropout", "coarse_widths")
+SHARED = ("dist_bn", "sync_bn")  # of networks that ranks share
 COMPOSED = (  # nothing to parts and baseline
     "calibrate", "distill", "keep_momenta", "off_diagonal_lr", "off_diagonal_noise", "refit_head", "tune_rate",
     "update_bn",
@@ -62,6 +64,12 @@ def _check_together(p: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         p.error(f"--in-chans {args.in_chans} and --input-size {args.input_size[0]} … are of other channels")
     stages = (None, "part", "baseline") if args.baseline else (None, "part")
     checks.check_effects(p, args, all(stage_options(args, stage).shift for stage in stages))
+    args.only_parts = None if args.only_parts is None else sorted({*args.only_parts})
+    odd = [k for k in args.only_parts or () if k >= args.parts]
+    if odd:
+        p.error(f"--only-parts: parts of --parts {args.parts} are 0 to {args.parts - 1}, got {odd[0]}")
+    if args.only_parts is not None and args.from_parts is not None:
+        p.error("--only-parts trains parts, --from-parts takes trained ones; give one of them")
     if not args.dataset and not args.data_dir:
         p.error("nothing to train on: give --data-dir DIR, or --dataset digits")
     for stage in (None, *STAGES):
@@ -100,18 +108,20 @@ def stage_options(args: argparse.Namespace, name: str | None, part: int = 0) -> 
 
 def _foreign(name: str | None, taught: bool) -> set[str]:
     """The options that are nothing to a stage; the composed model may be taught by the second level."""
-    composed = (*COMPOSED, *SECOND_LEVEL) if taught else COMPOSED
-    own = {"part": ("coarse_folds",), None: composed, **dict.fromkeys(TOGETHER, TOGETHER_TOO)}
-    return {*SECOND_LEVEL, *COMPOSED} - {*own.get(name, ())}
+    composed = (*COMPOSED, *SHARED, *(SECOND_LEVEL if taught else ()))
+    together = dict.fromkeys(TOGETHER, (*TOGETHER_TOO, *SHARED))
+    own = {"part": ("coarse_folds",), None: composed, "baseline": SHARED, **together}
+    return {*SECOND_LEVEL, *COMPOSED, *SHARED} - {*own.get(name, ())}
 
 
 def training_identity(args: argparse.Namespace) -> dict:
-    """The options, as a stage sees them, on which a network's weights depend; as JSON."""
+    """The options, as a stage sees them, on which a network's weights depend; as JSON. Where the images lie is no such:
+    every machine has its own place for them."""
     of_others = tuple(f"{prefix}_" for prefix in PREFIXES)
     relevant = {
         k: v
         for k, v in vars(args).items()
-        if k not in {*MAY_CHANGE_ON_RESUME, "baseline"} and not k.startswith(of_others)
+        if k not in {*MAY_CHANGE_ON_RESUME, "baseline", "data_dir"} and not k.startswith(of_others)
     }
     return json.loads(json.dumps(relevant))
 

@@ -13,7 +13,7 @@ from timm.data.loader import PrefetchLoader
 
 from .decoded import Decoded
 
-DEVICES = ("cuda",)
+WITHOUT = ("cpu",)  # devices whose memory the images are in already
 SHARE = 4  # a set may take one of so many parts of the device's free memory
 
 
@@ -90,10 +90,16 @@ def validation(loader: PrefetchLoader, config: dict, device: torch.device) -> Pr
 
 def _resident(loader: PrefetchLoader, config: dict, device: torch.device, *moves) -> PrefetchLoader | Resident:
     dataset = loader.dataset
-    if device.type not in DEVICES or not isinstance(dataset, Decoded):
+    if device.type in WITHOUT or not isinstance(dataset, Decoded):
         return loader
-    sizes, (free, _) = {tuple(s) for s in dataset.sizes.tolist()}, torch.cuda.mem_get_info(device)
-    if sizes != {tuple(config["input_size"][1:])} or dataset.pixels.nbytes * SHARE > free:
+    sizes = {tuple(s) for s in dataset.sizes.tolist()}
+    if sizes != {tuple(config["input_size"][1:])} or dataset.pixels.nbytes * SHARE > _free(device):
         return loader
     pixels = torch.from_numpy(dataset.pixels).to(device).view(len(dataset), *sizes.pop(), 3)
     return Resident(loader, pixels.movedim(3, 1).contiguous(), torch.from_numpy(dataset.targets).to(device), *moves)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that the device has left; none where torch does not tell."""
+    told = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return told(device)[0] if told is not None else 0

@@ -6,10 +6,12 @@ import argparse
 import copy
 import json
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,27 +29,39 @@ from ..surgery.claim import check_claim
 from ..surgery.parts import Parts
 from ..surgery.split import split
 from . import checkpoints, coarse, data, options, views
+from .arrived import Arrived
 from .checkpoints import CheckpointTimer
 from .composed import reassign
+from .dealing import parts_of
 from .decoded import decoded
 from .engines import cores, part_threads
-from .folder import Ranks, RunFolder
+from .folder import RunFolder
 from .images import left_out
 from .joint import train_joint
+from .meeting import Meeting
+from .ranks import Ranks, alone
 from .rehearsal import rehearse
-from .stages import Context, meet, train_baseline, train_parts, tune
+from .sharing import Sharing, holder, sees
+from .stages import Context, meet, take_arrived, train_baseline, train_parts, tune
 from .summary import multiply_adds, summary_table
 from .together import train_together
 from .trackers import Trackers
 
+SEEN = 5  # seconds in which a network's file system shows a new file
 CHECK_SECONDS = 10  # for the plan's claim by value, before hours of training are built on it
 
 
 def train(args: argparse.Namespace) -> dict:
     """A run; its summary."""
-    summary = Run(args).go()
+    run = Run(args)
+    try:
+        summary = run.go()
+    except BaseException:
+        run.meeting.leave()
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
+    run.meeting.end()
     return summary
 
 
@@ -59,9 +73,12 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace, before: Run | None = None):
-        self.args, self.ranks, self.begun = args, Ranks.from_environment(), time.time()
+        self.args, self.ranks, self.begun, self.before = args, Ranks.from_environment(), time.time(), before
+        self.meeting = Meeting(self.ranks) if before is None else before.meeting
         self.last = None if before is None else before.place.tuned / "last"
         self.device = self.ranks.device(args.device)
+        if args.sync_bn and self.device.type == "cpu":
+            raise TrainError("--sync-bn: torch's SyncBatchNorm runs on GPUs alone; leave it out on CPUs")
         args.workers = min(4, cores()) if args.workers is None else args.workers
         self.train_set, self.val_set, classes = data.datasets(args, self.ranks.world)
         self.model_args = options.model_arguments(args, classes)
@@ -70,18 +87,20 @@ class Run:
         empty = models.create_empty(args.model, **self.model_args)
         self.data_config = data.data_config(args, empty)
         self.timer = CheckpointTimer(args.checkpoint_every)
-        self.place = RunFolder.of_run(args, self.ranks) if before is None else before.place.next_cycle()
+        self.place = RunFolder.of_run(args, self.meeting) if before is None else before.place.next_cycle()
         threads = args.engine, args.parts, self.ranks.local_world
         args.part_threads = args.part_threads or self.place.threads or part_threads(*threads)
         config = models.config(empty, self.data_config)
         self.parts = self._as_seen(config)
         self.whole = self._whole(config)
+        self.mine = parts_of(self.ranks.rank, self.ranks.world, self.parts, args.only_parts or range(args.parts))
         views.check(args, self.parts)
+        self.arrived = None
+        if args.from_parts is not None and before is None and self.ranks.primary:
+            self.arrived = Arrived(args.from_parts, self.parts.plan, self.place.parts, args.seed)
         if before is None:
             size = views.loader_size(options.stage_options(args, "part"), self.parts.plan)
             rehearse(args, self.data_config, (self.train_set, self.val_set), size)
-            if self.ranks.primary and not self.place.resuming:
-                check_claim(self.parts, CHECK_SECONDS)
 
     @property
     def folder(self) -> Path:
@@ -150,36 +169,43 @@ class Run:
         Raises:
             FileError: another process trains in the run's folder.
         """
-        with self.place.held() if self.ranks.primary else nullcontext():
-            run, summary = self, self._go()
-            while run.cycle < self.args.cycles:
-                run = Run(self.args, run)
+        if self.ranks.primary and not self.place.resuming:
+            check_claim(self.parts, CHECK_SECONDS)
+        with ExitStack() as holding:
+            run = self
+            if self.device.type != "cpu":
+                holding.enter_context(alone(self.device, self.meeting.run))
+            while True:
+                _agree(run, holding)
                 summary = run._go()
-            return summary
+                if run.cycle == self.args.cycles or self.args.only_parts is not None:
+                    return summary
+                run = Run(self.args, run)
 
     def _go(self) -> dict:
         """Both stages, and the baseline if asked for; writes and prints the summary on the first rank."""
-        if self.ranks.primary:
-            self.place.check(self.parts.plan, self.train_set)
         done = self.place.resuming and self.cycle < self.args.cycles and self.place.done
         with _explained(self.timer, self.folder):
             sets = [] if done else self._decoded()
-        if self.ranks.primary:
+        if self.sharing.keeps:
             self.place.open(self.parts.plan, self.begun)
+        if self.ranks.primary:
             print(_title(self), *left_out(self.train_set, self.val_set), sep="\n", flush=True)
         if done:
             return json.loads(self.place.summary.read_text())
         rank, explained = self.ranks.rank, _explained(self.timer, self.folder)
         with self.timer, Trackers(self.args, self.folder, rank) as tracked, explained:
             summary = self._carry_out(tracked, sets)
+        if self.args.only_parts is not None:
+            return summary
         if self.ranks.primary:
             replace_json(self.place.summary, summary)
             where = f"{self.folder}: composed/ before fine-tuning, global/best after"
             print(f"\n{summary_table(summary, self.args)}\n\n{where}", flush=True)
-        if self.ranks.world > 1:
-            dist.barrier()  # the next cycle reads what the first rank wrote
-        if self.ranks.primary and self.cycle == self.args.cycles:
-            shutil.rmtree(self.place.decoded, ignore_errors=True)
+        self.meeting.gate()  # the next cycle reads what the first rank wrote
+        self.sharing.share(self.place.tuned)
+        if self.sharing.keeps and self.cycle == self.args.cycles:
+            self.place.remove_decoded()
         return summary
 
     def _decoded(self) -> list[Dataset]:
@@ -198,9 +224,13 @@ class Run:
         context = Context(
             args=self.args,
             ranks=self.ranks,
+            meeting=self.meeting,
+            sharing=self.sharing,
             device=self.device,
             folder=self.place,
             seed=self.args.seed + self.cycle - 1,
+            mine=self.mine,
+            done=self.done,
             parts=self.parts,
             whole=self.whole,
             model_args=self.model_args,
@@ -210,35 +240,7 @@ class Run:
             timer=self.timer,
             trackers=tracked,
         )
-        fresh = {how: copy.deepcopy(self.parts) for how in self.args.together}
-        train_parts(context)
-        meet(context)
-        trained = self.place.parts.summaries()
-        seconds, joint = {"parts": max(p["seconds"] for p in trained)}, {}
-        if self.args.joint_epochs:
-            joint["joint"], seconds["joint"] = train_joint(context)
-        second = {}
-        if self.args.aggregate and self.ranks.primary:
-            second, seconds["two_level"] = coarse.decide_together(context)
-        for how, parts in fresh.items():
-            second[how], seconds[how] = train_together(context, how, parts)
-        if self.place.start is not None and self.ranks.primary:
-            mine = self.parts.plan
-            files.save_state(self.place.start, self._start(mine), mine.config, {})
-        tuned = tune(context)
-        seconds["composed"] = tuned.pop("seconds")
-        summary = {
-            "parts": [p["top1"] for p in trained],
-            **({"two_level": second} if second else {}),
-            **joint,
-            **tuned,
-            "seconds": seconds,
-            "multiply_adds": multiply_adds(context),
-            **self._about(),
-        }
-        if self.args.baseline and self.cycle == 1:
-            summary["baseline"], summary["seconds"]["baseline"] = train_baseline(context)
-        return summary
+        return _stages(self, context)
 
     def _about(self) -> dict[str, str]:
         """By what the run can be repeated, and known by its models."""
@@ -248,6 +250,83 @@ class Run:
             "split": self.args.val_split,
             "run": self.place.digest(self.parts.plan),
         }
+
+
+def _agree(run: Run, holding: ExitStack) -> None:
+    """Whether the run may begin or go on here, as the first rank says; who keeps a folder holds it."""
+
+    def found() -> dict:
+        run.place.check(run.parts.plan, run.train_set)
+        if run.arrived is not None:
+            run.arrived.check_complete()
+        arrived = run.arrived.parts if run.arrived is not None else ()
+        done = [k for k in range(run.args.parts) if k in arrived or run.place.parts.is_done(k)]
+        told = {"threads": run.args.part_threads, "done": done, "holder": holder(run.place.root)}
+        return {"goes_on": run.place.resuming, **told}
+
+    if run.ranks.primary and run.before is None:
+        holding.enter_context(run.place.held())
+    told = run.meeting.agree(f"cycle-{run.cycle}", found)
+    run.place, run.args.part_threads = replace(run.place, goes_on=told["goes_on"]), told["threads"]
+    run.done = told["done"]
+    if run.before is not None:
+        run.sharing = run.before.sharing
+    else:
+        run.sharing = Sharing(run.folder, run.ranks.primary or _is_apart(run, told["holder"]))
+    if run.sharing.keeps and not run.ranks.primary:
+        if run.before is None:
+            holding.enter_context(run.place.held())
+        run.place.check(run.parts.plan, run.train_set)
+
+
+def _is_apart(run: Run, first: str) -> bool:
+    """Whether this rank has to keep a folder, since its machine does not see that of the first rank."""
+    until = time.monotonic() + SEEN
+    while not (seen := sees(run.folder, first)) and time.monotonic() < until:
+        time.sleep(0.1)
+    if not seen:
+        who, folder = f"rank {run.ranks.rank} on {socket.gethostname()}", run.folder
+        print(f"{who} does not see the first rank's {folder}: it sends its parts once all are trained", flush=True)
+    return not seen and run.ranks.local_rank == 0
+
+
+def _stages(run: Run, context: Context) -> dict:
+    """All of a cycle; its summary."""
+    if run.args.from_parts is not None and run.before is None:
+        run.meeting.agree("arrived", partial(take_arrived, context, run.arrived), context.stop_if_asked)
+    fresh = {how: copy.deepcopy(run.parts) for how in run.args.together}
+    train_parts(context)
+    meet(context)
+    if run.args.only_parts is not None:
+        return {}
+    trained = run.place.parts.summaries()
+    seconds, joint = {"parts": max(p["seconds"] for p in trained)}, {}
+    if run.args.joint_epochs:
+        joint["joint"], seconds["joint"] = train_joint(context)
+    second = {}
+    if run.args.aggregate and run.ranks.primary:
+        second, seconds["two_level"] = coarse.decide_together(context)
+    run.meeting.gate(context.stop_if_asked)
+    run.sharing.share(run.place.two_level)
+    for how, parts in fresh.items():
+        second[how], seconds[how] = train_together(context, how, parts)
+    if run.place.start is not None and run.ranks.primary:
+        mine = run.parts.plan
+        files.save_state(run.place.start, run._start(mine), mine.config, {})
+    tuned = tune(context)
+    seconds["composed"] = tuned.pop("seconds")
+    summary = {
+        "parts": [p["top1"] for p in trained],
+        **({"two_level": second} if second else {}),
+        **joint,
+        **tuned,
+        "seconds": seconds,
+        "multiply_adds": multiply_adds(context),
+        **run._about(),
+    }
+    if run.args.baseline and run.cycle == 1:
+        summary["baseline"], summary["seconds"]["baseline"] = train_baseline(context)
+    return summary
 
 
 def _title(run: Run) -> str:

@@ -1,15 +1,15 @@
 """The stages of a run: the parts, each rank some of them without communication; the composed model, all ranks together;
 and the baseline.
 
-Ranks meet once, when their parts are done, and exchange the parts through the run's folder, which all of them see. The
-first rank composes the parts there; every rank reads what it needs, and DistributedDataParallel gives all the first
-one's weights.
+Ranks meet once, when their parts are done, and exchange the parts through the run's folder, or where they do not see
+one by copies of it. The first rank composes the parts there; every rank reads what it needs, and
+DistributedDataParallel gives all the first one's weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from safetensors.torch import load_file
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from .. import models
 from ..errors import TrainError
@@ -31,17 +33,19 @@ from ..storage import files
 from ..storage.merge_files import write_merged
 from ..surgery.parts import Parts
 from . import data, options, resident, views
-from .checkpoints import CheckpointTimer, restore
+from .arrived import Arrived, numbers
+from .checkpoints import CheckpointTimer, SharedTimer, read_newest, restore
 from .composed import add_noise, between, calibrate, rate_between, refit_head, some
 from .distill import distilled
 from .engines import Engine, cores_of_rank, engine, engine_of_one, share_cores
-from .folder import PartsStage, Ranks, RunFolder
-from .learner import Learner
+from .folder import PartsStage, RunFolder
+from .learner import Learner, average_statistics
 from .loop import TrainingLoop, evaluate
+from .meeting import Meeting
 from .momenta import carry
+from .ranks import Ranks
+from .sharing import Sharing
 from .trackers import Trackers
-
-WAIT = datetime.timedelta(days=7)  # the first rank to finish its parts waits for the last
 
 
 @dataclass
@@ -51,6 +55,8 @@ class Context:
     Attributes:
         folder: of the run.
         seed: of the order of images, and of dropout.
+        mine: the parts that this rank trains.
+        done: those that the first rank has trained ones of.
         parts: as they were split; later as they were trained.
         whole: the same parts as they are on whole images, for the joint stage; None if there is none.
         model_args: for `timm.create_model`.
@@ -60,9 +66,13 @@ class Context:
 
     args: argparse.Namespace
     ranks: Ranks
+    meeting: Meeting
+    sharing: Sharing
     device: torch.device
     folder: RunFolder
     seed: int
+    mine: Sequence[int]
+    done: Sequence[int]
     parts: Parts
     whole: Parts | None
     model_args: dict
@@ -85,6 +95,10 @@ class Context:
         train, val = data.loaders(args, config, *sets, device, distributed, train_size)
         return resident.training(train, args, config, device), resident.validation(val, config, device)
 
+    def stop_if_asked(self) -> None:
+        """Raise TrainError if this process was asked to stop while nothing of it is to be saved."""
+        self.timer.check("all is saved")
+
     def about(self, stage: str) -> dict[str, str]:
         """What a model's metadata say of where it comes from; `stage` is its name in the run's summary."""
         return {"run": self.folder.digest(self.parts.plan), "stage": stage}
@@ -94,11 +108,13 @@ class Context:
 
 
 def train_parts(run: Context) -> None:
-    """Train part k on rank k mod world size, those that are not done. One that fails does not stop the others."""
-    of_this_rank = range(run.ranks.rank, run.args.parts, run.ranks.world)
-    due = [k for k in of_this_rank if not run.folder.parts.is_done(k)]
-    for k in set(of_this_rank) - set(due):
-        run.folder.parts.check(k)
+    """Train the parts of this rank that are not done. One that fails does not stop the others."""
+    due = []
+    for k in run.mine:
+        if run.folder.parts.is_done(k):
+            run.folder.parts.check(k)
+        elif k not in run.done:
+            due.append(k)
     if not due:
         return
     args = options.stage_options(run.args, "part")
@@ -111,13 +127,20 @@ def train_parts(run: Context) -> None:
             run.folder.parts.forget_failure(k)
             learner.guard(partial(restore, learner), isolate_failures=True)
     with engine(args.engine, learners, run.device, cores_of_rank(run.ranks.local_world)) as by:
-        shared = (run.seed, run.timer, by, run.trackers)
+        shared = (run.seed, run.timer, by, run.trackers, partial(_tell, run, learners, args.epochs))
+        shared[-1]()
         TrainingLoop("parts", loaders, args.epochs, *shared, shared=False, isolate_failures=True).fit(learners)
     for k, learner in zip(due, learners):
         if learner.failure is not None:
             run.folder.parts.fail(k, learner.failure)
         else:
             finish_part(run, run.folder.parts, run.parts.plan, k, learner, accuracy(learner, loaders, shared=False))
+
+
+def _tell(run: Context, learners: Sequence[Learner], epochs: int) -> None:
+    """Say how far this rank is, for those who wait for its parts."""
+    names, ended = ", ".join(n.name for n in learners), max(len(n.history) for n in learners)
+    run.meeting.tell(f"{names} of rank {run.ranks.rank}: epoch {ended} of {epochs}")
 
 
 def finish_part(run: Context, stage: PartsStage, plan: Plan, k: int, learner: Learner, top1: float) -> None:
@@ -150,26 +173,53 @@ def learner_of(run: Context, name, model, sees, args, updates, batch, stream, fo
 
 
 def meet(run: Context) -> None:
-    """Wait until every rank has trained its parts.
+    """Wait until every rank has trained its parts; then they are a process group, unless nothing else is to be done.
 
     Raises:
         TrainError: some failed.
     """
-    if run.ranks.world > 1:
-        with run.timer.away():
-            if not dist.is_initialized():
-                dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo", timeout=WAIT)
-            dist.barrier()
-    failed = run.folder.parts.missing()
-    if failed and not run.ranks.primary:
+    if run.ranks.world > 1 and run.meeting.group is None:
+        if run.args.only_parts is None:
+            run.meeting.join(run.device, run.stop_if_asked)
+            run.sharing.begin()
+        else:
+            run.meeting.meet(run.stop_if_asked)
+    run.meeting.gate(run.stop_if_asked)
+    run.sharing.share(run.folder.parts.path, of_all=True)
+    parts = range(run.args.parts) if run.args.only_parts is None else run.mine
+    failed = [k for k in run.folder.parts.missing() if k in parts]
+    if failed and not run.ranks.primary and run.args.only_parts is None:
         raise SystemExit(1)  # the first rank says why
     if failed:
         raise TrainError(
             f"{'; '.join(f'part {k} failed ({run.folder.parts.failure(k)})' for k in failed)}; "
-            f"{run.args.parts - len(failed)} of {run.args.parts} parts are done and kept: --resume {run.folder.path} "
+            f"{len(parts) - len(failed)} of {len(parts)} parts are done and kept: --resume {run.folder.path} "
             f"goes on with what failed, from its last checkpoint, or from the start and with other options if "
             f"{run.folder.parts.path}/k is removed"
         )
+    if run.args.only_parts is not None and parts:
+        left = run.folder.parts.missing()
+        then = f"; parts {numbers(left)} are not there yet" if left else ", all that there are"
+        print(f"parts {numbers(parts)} of {run.args.parts} are trained, in {run.folder.parts.path}{then}", flush=True)
+
+
+def take_arrived(run: Context, arrived: Arrived) -> None:
+    """Take parts that were trained elsewhere into the run's folder; what they reach is found if nobody says it."""
+    unknown = arrived.take()
+    if run.args.keep_momenta and not run.args.joint_epochs and run.args.epochs:
+        without = [k for k in arrived.parts if read_newest(run.folder.parts.part(k)) is None]
+        if without:
+            tqdm.write(f"parts {numbers(without)} came without optimizer states: fine-tuning has none", sys.stdout)
+    if not unknown:
+        return
+    share_cores(run.ranks.local_world)
+    loaders = run.loaders(options.stage_options(run.args, "part"), distributed=False)
+    for part in unknown:
+        learner = part_learner(run, part.k, len(loaders[0]))
+        learner.net.load_state_dict(load_file(part.file))
+        told = {"epochs": part.epoch or 0, "updates": 0, "seconds": 0.0, "options": learner.options}
+        top1 = accuracy(learner, loaders, shared=False)
+        run.folder.parts.finish(part.k, {"part": part.k, "top1": top1, **told})
 
 
 # ---- stage 2: the composed model
@@ -181,8 +231,8 @@ def tune(run: Context) -> dict[str, float]:
     if run.ranks.primary:
         trained, start = run.folder.trained.path, run.folder.start
         write_merged(trained, run.folder.composed, "sum", run.about("composed"), start)
-    if run.ranks.world > 1:
-        dist.barrier()
+    run.meeting.gate(run.stop_if_asked)
+    run.sharing.share(run.folder.composed)
     plan, args = run.parts.plan, options.stage_options(run.args, None)
     loaders = shared_loaders(run, args)
     load_trained(run.folder.parts, run.parts)
@@ -223,7 +273,9 @@ def load_trained(stage: PartsStage, parts: Parts) -> None:
 def global_learner(run: Context, name: str, model: nn.Module, args, updates: int, folder: Path) -> Learner:
     model = model.to(run.device)
     if run.ranks.world > 1:
-        model = DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+        model = convert_sync_batchnorm(model) if args.sync_bn else model
+        devices = None if run.device.type == "cpu" else [run.device.index]
+        model = DistributedDataParallel(model, devices, broadcast_buffers=args.dist_bn != "reduce")
     batch, stream = data.images_of_an_update(args) * run.ranks.world, 999 - run.ranks.rank
     return learner_of(run, name, model, None, args, updates, batch, stream, folder)
 
@@ -239,6 +291,7 @@ def _prepare(run: Context, learner: Learner, plan: Plan, loader, args: argparse.
     re_estimate = args.update_bn and any(isinstance(m, BATCH_NORMS) for m in net.modules())
     if re_estimate:
         update_bn(some(loader), learner.model, run.device)
+        average_statistics(learner)
     if args.refit_head:
         refit_head(net, plan, loader, run.device)
     calibrate(net, plan, args.calibrate, loader, run.device)
@@ -266,10 +319,11 @@ def fit(
         for name in ["last", "best"] if last > max(before, default=-1.0) else ["last"]:
             save(name, reached)
 
-    if run.folder.resuming:
-        restore(learner)
+    run.sharing.share(learner.folder)
+    restore(learner)
     with engine_of_one(run.args.engine, run.device) as by:
-        shared = (run.seed, run.timer, by, run.trackers, keep, run.ranks.primary, run.ranks.primary)
+        timer = run.timer if run.ranks.world == 1 else SharedTimer(run.timer, writes=run.ranks.primary)
+        shared = (run.seed, timer, by, run.trackers, keep, run.ranks.primary, run.ranks.primary)
         TrainingLoop(title, loaders, epochs, *shared).fit([learner])
     if epochs == 0:
         keep()
