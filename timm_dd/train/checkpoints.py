@@ -1,5 +1,6 @@
 """Checkpoints: of each network in training, one safetensors file with weights and optimizer, its numbers as JSON in the
-header. Written aside, synced, renamed; the last two are kept, so that one is whole whatever happens.
+header. Written aside, synced, renamed; the last ones are kept, two unless ``--checkpoint-hist`` says it, so that one is
+whole whatever happens.
 
 Random numbers need no place in it: those of an update follow from the seed, the network and the update's number, those
 of the data from the seed and the epoch.
@@ -23,11 +24,9 @@ from ..storage.atomic import replacing
 from . import options
 from .learner import Learner
 
-KEPT = 2
-
 
 def save(learner: Learner) -> None:
-    """Write a checkpoint of `learner` into its folder, and remove all but the last two."""
+    """Write a checkpoint of `learner` into its folder, and remove all but the last ones, ``--checkpoint-hist``."""
     tensors, numbers = learner.state()
     path = learner.folder / f"checkpoint-{learner.updates:09d}.safetensors"
     try:
@@ -36,7 +35,7 @@ def save(learner: Learner) -> None:
         raise TrainError(f"--opt {learner.args.opt} has a state that is not saved ({e}); choose another") from e
     with replacing(path) as temporary:
         tensorfile.write_state(temporary, tensors, {"learner": text})
-    for old in found(learner.folder)[KEPT:]:
+    for old in found(learner.folder)[learner.args.checkpoint_hist :]:
         old.unlink(missing_ok=True)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import data, options
+from . import data, options, schedule
 from .checkpoints import CheckpointTimer, restore_together
 from .engines import Engine, cores_of_rank, engine
 from .learner import Learner, within_memory
@@ -128,7 +128,9 @@ def _train(run: Context, mine: list[int], group: dist.ProcessGroup | None) -> No
         args.engine, learners, run.device, cores_of_rank(run.ranks.local_world), partial(Joint, group=group)
     ) as by:
         shared = (run.seed, timer, by, run.trackers)
-        TrainingLoop("joint", loaders, args.epochs, *shared, reports=run.ranks.primary, shared=False).fit(learners)
+        TrainingLoop("joint", loaders, schedule.epochs(args), *shared, reports=run.ranks.primary, shared=False).fit(
+            learners
+        )
     for k, learner in zip(mine, learners):
         finish_part(run, stage, run.whole.plan, k, learner, accuracy(learner, loaders, shared=False))
 

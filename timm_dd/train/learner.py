@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from random import Random
 from typing import Any
 
 import torch
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import create_classification_loss
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -96,7 +97,8 @@ class Learner:
     Attributes:
         updates: how many it has taken.
         options: what its weights depend on, the updates of an epoch and the images of an update among them.
-        history: loss, top1, lr, and seconds since the beginning, of each epoch that ended.
+        history: loss, top1 (None if it was not evaluated), lr, and seconds since the beginning, of each epoch that
+            ended.
         seconds: of its epochs, validation included, and of what made it ready.
         sight: what it sees of a batch.
         failure: why it cannot go on; None while it can.
@@ -124,11 +126,11 @@ class Learner:
             "updates_per_epoch": updates_per_epoch,
             "images": global_batch,
         }
-        lr = args.lr if args.lr is not None else args.lr_base * global_batch / 256
-        self.optimizer = optimizers.create(model, args, lr)
+        self.optimizer = optimizers.create(self.net, args, optimizers.rate(args, global_batch))
         self.schedule = schedule.create(args, self.optimizer, updates_per_epoch)
-        self.forward = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
-        self.ema = ModelEmaV3(self.net, decay=args.model_ema_decay) if args.model_ema else None
+        self.forward = compiled(model, args)
+        averaging = {"decay": args.model_ema_decay, "use_warmup": args.model_ema_warmup}
+        self.ema = ModelEmaV3(self.net, **averaging) if args.model_ema else None
         self.criterion = criterion(args)
         self.loss = lambda logits, x, y: self.criterion(logits, y)
         self.around_step: Callable[[], AbstractContextManager] = nullcontext  # of the optimizer
@@ -224,12 +226,30 @@ class Learner:
             )
         return loss
 
-    def end_epoch(self, accuracy: float, seconds: float) -> None:
-        """Note the epoch's loss, validation accuracy and time, and go on to the next."""
+    def end_epoch(self, accuracy: float | None, seconds: float, **more: float) -> None:
+        """Note the epoch's loss and time, its validation accuracy (None if it was not evaluated) and what `more` was
+        found with that, and go on to the next."""
         loss, self.seconds = self.check_finite(), self.seconds + seconds
-        self.history.append({"loss": loss, "top1": accuracy, "lr": self.lr, "seconds": self.seconds})
+        self.history.append({"loss": loss, "top1": accuracy, "lr": self.lr, "seconds": self.seconds, **more})
         self._total, self._images = torch.zeros_like(self._total), 0
-        self.schedule.step(len(self.history), accuracy)
+        self._step_schedule(len(self.history))
+
+    def _step_schedule(self, epochs: int) -> None:
+        """After so many `epochs`; one that was not evaluated is as good as the last that was."""
+        worst = math.inf if self.args.eval_metric == "loss" else -math.inf
+        known = [value for value in map(self._metric, self.history[:epochs]) if value is not None]
+        self.schedule.step(epochs, known[-1] if known else worst)
+
+    def _metric(self, row: Mapping[str, float]) -> float | None:
+        """What ``--eval-metric`` says of an epoch."""
+        return row.get("eval_loss" if self.args.eval_metric == "loss" else self.args.eval_metric)
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The first of the best, from 0; None if none was evaluated."""
+        sign = -1 if self.args.eval_metric == "loss" else 1
+        values = [(sign * v, -i) for i, v in enumerate(map(self._metric, self.history)) if v is not None]
+        return -max(values)[1] if values else None
 
     def guard(self, work: Callable[[], Any], isolate_failures: bool) -> None:
         """Do `work`; if it fails and failures are isolated, note why."""
@@ -276,8 +296,8 @@ class Learner:
         for prefix, net in (("model.", self.net), ("ema.", self.result))[: 1 if self.ema is None else 2]:
             net.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
         self.history, self.updates = numbers["history"], numbers["updates"]
-        for epoch, row in enumerate(self.history, start=1):
-            self.schedule.step(epoch, row["top1"])
+        for epochs in range(1, len(self.history) + 1):
+            self._step_schedule(epochs)
         self.schedule.step_update(self.updates)
         optimizers.restore(self.optimizer, tensors, numbers["optimizer"])
         self.scaler.load_state_dict(numbers["scaler"])
@@ -315,8 +335,22 @@ def _too_large(names: str, images: int, micro_batches: int) -> TrainError:
     )
 
 
+def compiled(model: nn.Module, args: argparse.Namespace) -> Callable:
+    """By ``--torchcompile``, if that is asked for."""
+    if not args.torchcompile:
+        return model
+    return torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+
+
 def criterion(args: argparse.Namespace) -> nn.Module:
-    """The loss: mixed images have soft targets, smoothed already."""
-    if args.mixup:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+    """timm's loss: mixed images have soft targets, smoothed already."""
+    of_bce = {"bce_target_thresh": args.bce_target_thresh, "bce_sum": args.bce_sum, "pos_weight": args.bce_pos_weight}
+    return create_classification_loss(
+        args.loss,
+        smoothing=args.smoothing,
+        soft_targets=options.mixes(args),
+        poly_epsilon=args.poly_epsilon,
+        asl_gamma_pos=args.asl_gamma_pos,
+        asl_gamma_neg=args.asl_gamma_neg,
+        **of_bce,
+    )

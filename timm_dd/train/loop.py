@@ -14,11 +14,12 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..storage.atomic import replacing
 from .checkpoints import CheckpointTimer, save
-from .data import seed_epoch
+from .data import begin_epoch
 from .engines import Engine
 from .learner import Learner
 from .trackers import Trackers
@@ -63,17 +64,24 @@ class TrainingLoop:
                 return
             for learner in due:
                 _share_averages(learner)
-            timer = self.timer if self.primary else None
-            accuracies = evaluate(due, self.loaders[1], self.engine, timer=timer, shared=self.shared)
+            found = self._evaluated(due, epoch)
             seconds = time.perf_counter() - start
-            for learner, accuracy in zip(due, accuracies):
-                learner.guard(partial(learner.end_epoch, accuracy, seconds), self.isolate_failures)
+            for learner, figures in zip(due, found):
+                learner.guard(partial(learner.end_epoch, seconds=seconds, **figures), self.isolate_failures)
             due = _alive(due)
             self.after_epoch()
             if self.primary:
                 self._keep(due)
             if self.reports:
                 self._say(due, epoch, f"{speed}, {seconds * (self.epochs - epoch - 1):.0f} s left")
+
+    def _evaluated(self, learners: Sequence[Learner], epoch: int) -> list[dict]:
+        """What each is worth after an epoch; nothing between those of --val-interval."""
+        if (epoch + 1) % learners[0].args.val_interval and epoch + 1 < self.epochs:
+            return [{"accuracy": None}] * len(learners)
+        timer = self.timer if self.primary else None
+        found = measure(learners, self.loaders[1], self.engine, timer=timer, shared=self.shared)
+        return [{"accuracy": f["top1"], "top5": f["top5"], "eval_loss": f["loss"]} for f in found]
 
     def _keep(self, learners: Sequence[Learner]) -> None:
         for learner in learners:
@@ -85,7 +93,7 @@ class TrainingLoop:
     def _say(self, learners: Sequence[Learner], epoch: int, speed: str) -> None:
         names: dict[str, list[str]] = {}  # by their figures: those of parts that decide together are the same
         for n in learners:
-            names.setdefault(f"loss {n.history[-1]['loss']:.3f}, {n.history[-1]['top1']:.2f} %;", []).append(n.name)
+            names.setdefault(_figures(n.history[-1]), []).append(n.name)
         rates = " ".join(f"{', '.join(who)}: {figures}" for figures, who in names.items())
         tqdm.write(f"{self.title} {epoch + 1}/{self.epochs}  {rates} {speed}", sys.stdout)
         sys.stdout.flush()
@@ -96,10 +104,7 @@ class TrainingLoop:
         first = epoch * len(train)
         if all(n.updates >= first + len(train) for n in learners):
             return "done before"  # interrupted while it was evaluated
-        seed_epoch(self.seed, epoch)
-        sampler = getattr(train, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+        begin_epoch(train, self.seed, epoch)
         for learner in learners:
             learner.model.train()
         title = f"{self.title} {epoch + 1}/{self.epochs}"
@@ -120,6 +125,12 @@ class TrainingLoop:
         return f"{images / seconds:.0f} images/s, {100 * waited / seconds:.0f} % of it waiting for data"
 
 
+def _figures(row: dict) -> str:
+    """Of an epoch, for a line."""
+    known = "" if row["top1"] is None else f", {row['top1']:.2f} %, top-5 {row['top5']:.2f} %"
+    return f"loss {row['loss']:.3f}{known};"
+
+
 def _alive(learners: Sequence[Learner]) -> list[Learner]:
     return [n for n in learners if n.failure is None]
 
@@ -136,10 +147,9 @@ def _write_summary(learner: Learner) -> None:
     """All epochs so far, in the form of timm's summary.csv."""
     with replacing(learner.folder / "summary.csv") as temporary, open(temporary, "w", newline="") as f:
         writer = csv.writer(f)
-        writer.writerow(["epoch", "train_loss", "eval_top1", "lr", "seconds"])
-        writer.writerows(
-            [i, *(row[k] for k in ("loss", "top1", "lr", "seconds"))] for i, row in enumerate(learner.history)
-        )
+        writer.writerow(["epoch", "train_loss", "eval_top1", "lr", "seconds", "eval_top5", "eval_loss"])
+        kinds = ("loss", "top1", "lr", "seconds", "top5", "eval_loss")
+        writer.writerows([i, *map(row.get, kinds)] for i, row in enumerate(learner.history))
 
 
 def evaluate(
@@ -150,7 +160,20 @@ def evaluate(
     timer: CheckpointTimer | None = None,
     shared: bool = True,
 ) -> list[float]:
-    """Top-1 accuracies in %, each learner on its view; with `together` also of the sum of their logits, last.
+    """Top-1 accuracies in %, see `measure`."""
+    return [found["top1"] for found in measure(learners, loader, engine, together, timer, shared)]
+
+
+def measure(
+    learners: Sequence[Learner],
+    loader,
+    engine: Engine,
+    together: bool = False,
+    timer: CheckpointTimer | None = None,
+    shared: bool = True,
+) -> list[dict[str, float]]:
+    """Top-1 and top-5 accuracies in %, and the cross entropy, of each learner on its view; with `together` also of the
+    sum of their logits, last.
 
     What is `shared` by the ranks of a process group, each of them counts its share of, each image once.
     """
@@ -159,17 +182,23 @@ def evaluate(
     shared = shared and dist.is_initialized()
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if shared else (1, 0)
     total, seen = len(loader.dataset), 0
-    right = [torch.zeros((), dtype=torch.long) for _ in range(len(learners) + together)]
+    sums = torch.zeros(len(learners) + together, 3, dtype=torch.float64)
     for x, y in loader:
         mine = (torch.arange(seen, seen + len(y)) * ranks + rank < total).to(y.device)  # the sampler pads with repeats
         seen += len(y)
         outputs = engine.run([partial(n.logits, x) for n in learners])
         for i, logits in enumerate([*outputs, sum(outputs)] if together else outputs):
-            right[i] += ((logits.argmax(1) == y) & mine).sum().cpu()
+            sums[i] += _sums(logits[mine], y[mine])
         if timer is not None and timer.due:
             timer.keep(learners)
-    counts = torch.stack(right)
     if shared:
-        counts = counts.to(learners[0].device)
-        dist.all_reduce(counts)
-    return [100 * int(c) / total for c in counts]
+        sums = sums.to(learners[0].device)
+        dist.all_reduce(sums)
+    return [{"top1": 100 * a / total, "top5": 100 * b / total, "loss": c / total} for a, b, c in sums.tolist()]
+
+
+def _sums(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Images whose class is the first, or among the first five, and the cross entropy of all."""
+    five = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
+    loss = F.cross_entropy(logits, y, reduction="sum")
+    return torch.stack([(logits.argmax(1) == y).sum(), five.any(1).sum(), loss.double()]).cpu()

@@ -11,17 +11,42 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from torch import nn
 from torch.optim import Optimizer
 
+from .. import models
+from . import options
+
 
 def create(model: nn.Module, args: argparse.Namespace, lr: float) -> Optimizer:
     """timm's, in torch's fused form where there is one: an update is one call for all tensors. Not where gradients are
     scaled: if the first ones overflow, as they often do, torch's fused SGD goes on with momenta that nobody has set."""
-    given = {**optimizer_kwargs(args), "lr": lr}
+    given = {**optimizer_kwargs(args), **args.opt_kwargs, "lr": lr}
+    on_gpu = next(model.parameters()).is_cuda
+    if args.layer_decay and not hasattr(model, "group_matcher"):
+        model = Layered(model, args)
     plain = create_optimizer_v2(model, **given)
     if "fused" not in plain.defaults or scales(args):
         return plain
-    on_gpu = next(model.parameters()).is_cuda
     graphs = {"capturable": True} if on_gpu and "capturable" in plain.defaults else {}
     return create_optimizer_v2(model, **given, fused=True, **graphs)
+
+
+class Layered(nn.Module):
+    """A part as timm's ``--layer-decay`` sees a model: with the layers of the whole one, whose names it has."""
+
+    def __init__(self, part: nn.Module, args: argparse.Namespace):
+        super().__init__()
+        whole = models.create_empty(args.model, **options.model_arguments(args, args.num_classes))
+        self.group_matcher, self.no_weight_decay = whole.group_matcher, getattr(whole, "no_weight_decay", set)
+        self.named_parameters = part.named_parameters  # type: ignore[method-assign]
+
+
+def rate(args: argparse.Namespace, images: int) -> float:
+    """The learning rate of updates of so many `images`, as timm scales it."""
+    if args.lr is not None:
+        return args.lr
+    adaptive = any(kin in args.opt.lower() for kin in ("ada", "lamb"))
+    scale = args.lr_base_scale or ("sqrt" if adaptive else "linear")
+    ratio = images / args.lr_base_size
+    return args.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
 
 
 def scales(args: argparse.Namespace) -> bool:

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..console import domain as domain  # of the boxes, for who trains parts without a run
-from ..errors import TrainError
+from ..errors import TrainError, shown
 from . import checks, config
 from .flags import PREFIXES, STAGED, TOGETHER, flag_of, parser
 
 MAY_CHANGE_ON_RESUME = {  # no weight depends on them
-    "checkpoint_every", "config", "cycles", "device", "engine", "experiment", "log_tensorboard", "log_wandb", "output",
-    "part_threads", "pin_mem", "quiet", "resume", "validation_batch_size", "verbose", "wandb_project", "workers",
+    "checkpoint_every", "checkpoint_hist", "config", "cycles", "device", "engine", "experiment", "log_interval",
+    "log_tensorboard", "log_wandb", "output", "part_threads", "pin_mem", "quiet", "resume", "validation_batch_size",
+    "verbose", "wandb_project", "wandb_tags", "workers",
 }  # fmt: skip
 SCALE, JOINT = 0.625, 6  # of the recipe: how the parts see whole images; one joint epoch for so many of theirs
 STAGES = ("part", "joint", *TOGETHER, "baseline")
@@ -34,6 +35,7 @@ COMPOSED = (  # nothing to parts and baseline
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options from YAML (``-c``), then the command line. Errors exit with status 2."""
     p = parser()
+    p.add_argument("data", nargs="?", metavar="DATA", help="as --data-dir")  # no option, and nothing for a file
     given, _ = p.parse_known_args(argv)
     said = {} if given.config is None else config.read(p, given.config)
     preset = given.preset or said.get("preset")
@@ -41,9 +43,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         p.set_defaults(**config.read(p, f"{preset}.yaml"))
     p.set_defaults(**said)
     args = p.parse_args(argv)
+    _take_place(p, args)
     checks.check(p, args)
     _check_together(p, args)
     return args
+
+
+def _take_place(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """The data's folder by its place on the command line is ``--data-dir``, and ``--bce-loss`` is ``--loss bce``."""
+    if args.data is not None and args.data_dir not in (None, args.data):
+        p.error(f"two data folders, {shown(args.data)} and --data-dir {shown(args.data_dir)}; give one")
+    args.data_dir = args.data_dir if args.data is None else args.data
+    del args.data
+    if args.bce_loss and args.loss not in ("ce", "bce"):
+        p.error(f"--bce-loss is --loss bce, not --loss {args.loss}")
+    args.loss = "bce" if args.bce_loss else args.loss
+    args.bce_loss = args.loss == "bce"
 
 
 def _check_together(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -52,12 +67,16 @@ def _check_together(p: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         p.error("--calibrate is for two parts or more")
     if args.part_lr is not None and len(args.part_lr) not in (1, args.parts):
         p.error(f"--part-lr has one rate for all {args.parts} parts or one for each, got {len(args.part_lr)}")
-    for name in ("scale", "ratio"):
-        low, high = getattr(args, name)
+    for name in ("scale", "ratio", "cutmix_minmax"):
+        low, high = getattr(args, name) or (0, 1)
         if low > high:
             p.error(f"{flag_of(name)} goes from the smaller to the larger, got {low} {high}")
-    if args.mixup and args.batch_size % 2:
-        p.error(f"--mixup mixes pairs: --batch-size is even, got {args.batch_size}")
+    if mixes(args) and args.batch_size % 2:
+        p.error(f"--mixup and --cutmix mix pairs: --batch-size is even, got {args.batch_size}")
+    if args.layer_decay and args.together:
+        p.error("--layer-decay goes by the order of a network's layers, which --together has none of; leave one out")
+    if args.torchcompile_mode and args.torchcompile not in (None, "inductor"):
+        p.error(f"--torchcompile-mode is inductor's, not {shown(args.torchcompile)}'s")
     if args.input_size and channels(args) != args.input_size[0]:
         p.error(f"--in-chans {args.in_chans} and --input-size {args.input_size[0]} … are of other channels")
     stages = (None, "part", "baseline") if args.baseline else (None, "part")
@@ -144,6 +163,11 @@ def follows_recipe(args: argparse.Namespace) -> bool:
     return not (args.grid or args.overlap or args.margin or args.part_scale is not None or args.views)
 
 
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether images are mixed while a network trains, and their labels."""
+    return bool(args.mixup or args.cutmix or args.cutmix_minmax)
+
+
 def channels(args: argparse.Namespace) -> int | None:
     """Of the images; None: as many as the model takes by itself."""
     return args.input_size[0] if args.in_chans is None and args.input_size else args.in_chans
@@ -160,6 +184,10 @@ def model_arguments(args: argparse.Namespace, classes: int | None) -> dict:
         "in_chans": colours,
         "drop_rate": args.drop,
         "drop_path_rate": args.drop_path,
+        "drop_block_rate": args.drop_block,
+        "bn_momentum": args.bn_momentum,
+        "bn_eps": args.bn_eps,
+        "global_pool": args.gp,
         **args.model_kwargs,
     }
     return {k: v for k, v in given.items() if v is not None}

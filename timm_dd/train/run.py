@@ -26,7 +26,7 @@ from ..storage.atomic import replace_json
 from ..surgery.claim import check_claim
 from ..surgery.parts import Parts
 from ..surgery.split import split
-from . import checkpoints, coarse, data, options, views
+from . import checkpoints, coarse, data, initial, options, views
 from .checkpoints import CheckpointTimer
 from .composed import reassign
 from .decoded import decoded
@@ -69,6 +69,7 @@ class Run:
         coarse.check(args, self.train_set)
         empty = models.create_empty(args.model, **self.model_args)
         self.data_config = data.data_config(args, empty)
+        initial.set_checkpointing(args, empty)
         self.timer = CheckpointTimer(args.checkpoint_every)
         self.place = RunFolder.of_run(args, self.ranks) if before is None else before.place.next_cycle()
         threads = args.engine, args.parts, self.ranks.local_world
@@ -128,19 +129,23 @@ class Run:
             domain=domain,
             narrow=args.narrow,
             img_size=tuple(self.data_config["input_size"][1:]),
-            pretrained=args.pretrained and self.last is None,
+            pretrained=args.pretrained and not args.pretrained_path and self.last is None,
             seed=args.seed,
             **self.model_args,
         )
         if args.reassign and not parts.plan.exact:
             raise TrainError(f"--reassign: {args.model} is not the same with its channels in another order")
-        if self.last is not None:
-            parts.take(self._start(parts.plan))
+        start = self._start(parts.plan)
+        if start is not None:
+            parts.take(start)
         parts.plan = replace(parts.plan, config=config)
         return parts
 
-    def _start(self, plan: Plan) -> dict[str, torch.Tensor]:
-        """The model that this cycle splits: the last one's, its channels in another order if they are reassigned."""
+    def _start(self, plan: Plan) -> dict[str, torch.Tensor] | None:
+        """The model that this cycle splits: the last one's, its channels in another order if they are reassigned; of
+        the first cycle that of a file, if one is given."""
+        if self.last is None:
+            return initial.weights(self.args, self.data_config["input_size"][1:], self.model_args)
         state = load_file(self.last / files.MODEL)
         return reassign(state, plan) if self.args.reassign else state
 

@@ -30,7 +30,7 @@ from ..planning.plan import Plan
 from ..storage import files
 from ..storage.merge_files import write_merged
 from ..surgery.parts import Parts
-from . import data, options, resident, views
+from . import data, initial, options, resident, schedule, views
 from .checkpoints import CheckpointTimer, restore
 from .composed import add_noise, between, calibrate, rate_between, refit_head, some
 from .distill import distilled
@@ -112,7 +112,9 @@ def train_parts(run: Context) -> None:
             learner.guard(partial(restore, learner), isolate_failures=True)
     with engine(args.engine, learners, run.device, cores_of_rank(run.ranks.local_world)) as by:
         shared = (run.seed, run.timer, by, run.trackers)
-        TrainingLoop("parts", loaders, args.epochs, *shared, shared=False, isolate_failures=True).fit(learners)
+        TrainingLoop("parts", loaders, schedule.epochs(args), *shared, shared=False, isolate_failures=True).fit(
+            learners
+        )
     for k, learner in zip(due, learners):
         if learner.failure is not None:
             run.folder.parts.fail(k, learner.failure)
@@ -190,6 +192,7 @@ def tune(run: Context) -> dict[str, float]:
     together = evaluate(learners, loaders[1], Engine(), together=True)[-1]  # each part on its box
     model = models.create(plan.model, **plan.model_args)
     files.load_composed(run.folder.composed, model)
+    initial.set_checkpointing(args, model)
     learner = global_learner(run, "composed model", model, args, len(loaders[0]), run.folder.tuned)
     if args.distill:
         learner.loss = distilled(learner, run.folder.two_level, args.distill)
@@ -202,8 +205,12 @@ def tune(run: Context) -> dict[str, float]:
         found["updated"] = evaluate([learner], loaders[1], Engine())[0]
     made_of = files.summary(plan, plan.digest())
     about = {name: {**made_of, **run.about(stage)} for name, stage in (("last", "tuned"), ("best", "best"))}
-    found["tuned"] = fit(run, learner, loaders, args.epochs, "fine-tuning", partial(_save, run, learner, about))
-    found["best"] = max((row["top1"] for row in learner.history), default=found["tuned"])
+    found["tuned"] = fit(
+        run, learner, loaders, schedule.epochs(args), "fine-tuning", partial(_save, run, learner, about)
+    )
+    best = learner.best_epoch
+    found["best"] = found["tuned"] if best is None else learner.history[best]["top1"]
+    found["best_epoch"] = 0 if best is None else best + 1
     return {**found, "seconds": learner.seconds}
 
 
@@ -261,9 +268,9 @@ def fit(
     def keep() -> None:
         if not run.ranks.primary:
             return
-        *before, last = [row["top1"] for row in learner.history] or [0.0]
-        reached = {"epoch": str(len(learner.history)), "top1": f"{last:.2f}"}
-        for name in ["last", "best"] if last > max(before, default=-1.0) else ["last"]:
+        last = learner.history[-1]["top1"] if learner.history else None
+        reached = {"epoch": str(len(learner.history)), **({} if last is None else {"top1": f"{last:.2f}"})}
+        for name in ["last", "best"] if learner.best_epoch in (None, len(learner.history) - 1) else ["last"]:
             save(name, reached)
 
     if run.folder.resuming:
@@ -286,7 +293,7 @@ def _save(
 
 def accuracy(learner: Learner, loaders: tuple, shared: bool) -> float:
     """The accuracy after the last epoch; now, if there was none."""
-    if learner.history:
+    if learner.history and learner.history[-1]["top1"] is not None:
         return learner.history[-1]["top1"]
     return evaluate([learner], loaders[1], Engine(), shared=shared)[0]
 
@@ -297,9 +304,9 @@ def accuracy(learner: Learner, loaders: tuple, shared: bool) -> float:
 def train_baseline(run: Context) -> tuple[float, float]:
     """Train the model from a random start (GNet-R); returns accuracy and seconds."""
     args = options.stage_options(run.args, "baseline")
-    given = models.arguments(args.model, img_size=tuple(run.data_config["input_size"][1:]), **run.model_args)
-    model = models.create(args.model, pretrained=args.pretrained, seed=args.seed, **given)
+    model = initial.model(args, run.data_config["input_size"][1:], run.model_args)
+    initial.set_checkpointing(args, model)
     loaders = shared_loaders(run, args)
     learner = global_learner(run, "baseline", model, args, len(loaders[0]), run.folder.baseline)
-    top1 = fit(run, learner, loaders, args.epochs, "baseline", partial(_save, run, learner, {}))
+    top1 = fit(run, learner, loaders, schedule.epochs(args), "baseline", partial(_save, run, learner, {}))
     return top1, learner.seconds

@@ -13,7 +13,7 @@ from ..planning.costs import Cost, cost
 from ..surgery.parts import Parts
 from ..text import number, table
 from ..two_level.aggregate import CoarseNet
-from . import options
+from . import options, schedule
 from .stages import Context
 
 MEGA = 10**6
@@ -67,22 +67,24 @@ def _rows(summary: dict, args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
         time = "" if took is None else f"{took:.1f}{note}"
         return title, f"{top1:.2f}", "" if epochs is None else str(epochs), time, f"{bound}{number(count / MEGA)} M"
 
-    trained = options.stage_options(args, "part").epochs
+    def epochs(stage: str | None) -> int:
+        return schedule.epochs(options.stage_options(args, stage))
+
+    trained = epochs("part")
     for k, (top1, count) in enumerate(zip(summary["parts"], macs["parts"])):
         yield row(f"part {k}, its own box", top1, count, trained, None if k else seconds["parts"], " for all")
     yield row("sum of the parts, own boxes", summary["together"], sum(macs["parts"]))
     for how, top1 in summary.get("two_level", {}).items():
         took = (args.coarse_epochs, seconds["two_level"]) if how == "dnn" else ()
         if how in options.TOGETHER:
-            took = (options.stage_options(args, how).epochs, seconds[how])
+            took = (epochs(how), seconds[how])
         yield row(f"two levels, {how}", top1, macs["two_level"][how], *took)
     if "joint" in summary:
-        yield row("joint, whole images", summary["joint"], macs["joint"], args.joint_epochs, seconds["joint"])
+        yield row("joint, whole images", summary["joint"], macs["joint"], epochs("joint"), seconds["joint"])
     whole = macs["composed"]
     yield row("composed, before fine-tuning", summary["composed"], whole, 0)
     if "updated" in summary:
         yield row("composed, BatchNorm re-estimated", summary["updated"], whole, 0)
-    yield row("composed, after fine-tuning", summary["tuned"], whole, args.epochs, seconds["composed"])
+    yield row("composed, after fine-tuning", summary["tuned"], whole, epochs(None), seconds["composed"])
     if "baseline" in summary:
-        epochs = options.stage_options(args, "baseline").epochs
-        yield row("baseline, random start", summary["baseline"], whole, epochs, seconds["baseline"])
+        yield row("baseline, random start", summary["baseline"], whole, epochs("baseline"), seconds["baseline"])
