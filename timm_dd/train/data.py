@@ -331,7 +331,7 @@ def _mixup(args: argparse.Namespace) -> Mixing:
 def begin_epoch(loader, seed: int, epoch: int) -> None:
     """What an epoch's batches are follows from these numbers alone."""
     seed_epoch(seed, epoch)
-    sampler, mixing = getattr(loader, "sampler", None), getattr(loader, "collate_fn", None)
+    sampler, mixing = getattr(loader, "sampler", None), getattr(getattr(loader, "loader", None), "collate_fn", None)
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
     if isinstance(mixing, Mixing):

@@ -81,6 +81,7 @@ def parser(add_help: bool = True) -> argparse.ArgumentParser:
         p.add_argument_group("stages (--part-X, --joint-X, --together-X and --baseline-X set one for that stage alone)")
     )
     _run(p.add_argument_group("run"))
+    _machine(p.add_argument_group("machine"))
     console.options(p)
     return p
 
@@ -434,6 +435,13 @@ def _run(g) -> None:
     g.add_argument(
         "--checkpoint-every", type=float, metavar="SECONDS", help="checkpoints within epochs too, not only after each"
     )
+    g.add_argument("--log-tensorboard", action="store_true", help="every epoch's figures, into the run's folder")
+    g.add_argument("--log-wandb", action="store_true", help="every epoch's figures, to Weights & Biases")
+    g.add_argument("--wandb-project", metavar="NAME")
+    g.add_argument("--wandb-tags", nargs="*", default=[], metavar="TAG")
+
+
+def _machine(g) -> None:
     g.add_argument(
         "--engine",
         choices=["auto", "sequential", "threads", "packed", "graph"],
@@ -456,10 +464,6 @@ def _run(g) -> None:
     g.add_argument("--amp", action="store_true", help="mixed precision")
     g.add_argument("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"])
     g.add_argument("--channels-last", action="store_true")
-    g.add_argument("--log-tensorboard", action="store_true", help="every epoch's figures, into the run's folder")
-    g.add_argument("--log-wandb", action="store_true", help="every epoch's figures, to Weights & Biases")
-    g.add_argument("--wandb-project", metavar="NAME")
-    g.add_argument("--wandb-tags", nargs="*", default=[], metavar="TAG")
     g.add_argument("--device", metavar="NAME", help="cuda or cpu, by default cuda where there is one")
 
 

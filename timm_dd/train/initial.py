@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from timm.models import load_checkpoint
 from torch import nn
 
 from .. import models
-from ..errors import TrainError, headline
+from ..errors import TrainError
 
 
 def model(args: argparse.Namespace, size: Sequence[int], model_args: dict[str, Any]) -> nn.Module:
@@ -58,7 +59,7 @@ def set_checkpointing(args: argparse.Namespace, whole: nn.Module) -> None:
 
 
 def _unread(flag: str, path: str, error: Exception) -> TrainError:
+    why = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …")
     return TrainError(
-        f"{flag} {path}: {headline(error)}; expected weights of this model, as timm or torch save them, for as many "
-        "classes"
+        f"{flag} {path}: {why}; expected weights of this model, as timm or torch save them, for as many classes"
     )
