@@ -37,8 +37,8 @@ ROOMS = {
     "surgery": ["emit", "trial", "source", "packed", "parts", "merge", "claim", "split"],
     "two_level": ["aggregate", "files", "network"],
     "train": (
-        "views flags config checks options workers images data decoded resident composed initial optimizers schedule "
-        "layout capture learner checkpoints engines trackers loop distill folder momenta stages joint coarse together "
+        "views flags config checks options workers images data decoded resident composed initial metrics optimizers "
+        "schedule layout capture learner checkpoints engines trackers loop distill folder momenta stages joint coarse together "
         "summary rehearsal run demo __main__"
     ).split(),
 }

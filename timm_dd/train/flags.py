@@ -36,11 +36,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         words = sys.argv[1:] if args is None else list(args)
-        for word in words:
-            if re.fullmatch(
-                r"(--[^=]+=|-\w+)--", word
-            ):  # Python before 3.13 takes the value for the end of the options
+        for before, word in zip(["", *words], words):
+            if re.fullmatch(r"(--[^=]+=|-\w+)--", word):  # Python before 3.13 takes it for the end of the options
                 self.error(f"{word}: expected a value")
+            if word == "--" and re.fullmatch(r"--\w[^=]*|-\w", before):
+                self.error(f"{before}: expected a value, got --")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from ..algebra.view import Box, View
 from ..errors import TrainError, headline
-from . import optimizers, options, schedule
+from . import metrics, optimizers, options, schedule
 from .capture import capturing
 from .layout import layout
 from .views import drawn
@@ -97,8 +96,7 @@ class Learner:
     Attributes:
         updates: how many it has taken.
         options: what its weights depend on, the updates of an epoch and the images of an update among them.
-        history: loss, top1 (None if it was not evaluated), lr, and seconds since the beginning, of each epoch that
-            ended.
+        history: loss, top1 (None: not evaluated), lr, and seconds since the beginning, of each epoch that ended.
         seconds: of its epochs, validation included, and of what made it ready.
         sight: what it sees of a batch.
         failure: why it cannot go on; None while it can.
@@ -129,8 +127,7 @@ class Learner:
         self.optimizer = optimizers.create(self.net, args, optimizers.rate(args, global_batch))
         self.schedule = schedule.create(args, self.optimizer, updates_per_epoch)
         self.forward = compiled(model, args)
-        averaging = {"decay": args.model_ema_decay, "use_warmup": args.model_ema_warmup}
-        self.ema = ModelEmaV3(self.net, **averaging) if args.model_ema else None
+        self.ema = averaged(self.net, args)
         self.criterion = criterion(args)
         self.loss = lambda logits, x, y: self.criterion(logits, y)
         self.around_step: Callable[[], AbstractContextManager] = nullcontext  # of the optimizer
@@ -232,24 +229,7 @@ class Learner:
         loss, self.seconds = self.check_finite(), self.seconds + seconds
         self.history.append({"loss": loss, "top1": accuracy, "lr": self.lr, "seconds": self.seconds, **more})
         self._total, self._images = torch.zeros_like(self._total), 0
-        self._step_schedule(len(self.history))
-
-    def _step_schedule(self, epochs: int) -> None:
-        """After so many `epochs`; one that was not evaluated is as good as the last that was."""
-        worst = math.inf if self.args.eval_metric == "loss" else -math.inf
-        known = [value for value in map(self._metric, self.history[:epochs]) if value is not None]
-        self.schedule.step(epochs, known[-1] if known else worst)
-
-    def _metric(self, row: Mapping[str, float]) -> float | None:
-        """What ``--eval-metric`` says of an epoch."""
-        return row.get("eval_loss" if self.args.eval_metric == "loss" else self.args.eval_metric)
-
-    @property
-    def best_epoch(self) -> int | None:
-        """The first of the best, from 0; None if none was evaluated."""
-        sign = -1 if self.args.eval_metric == "loss" else 1
-        values = [(sign * v, -i) for i, v in enumerate(map(self._metric, self.history)) if v is not None]
-        return -max(values)[1] if values else None
+        self.schedule.step(len(self.history), metrics.latest(self.history, self.args))
 
     def guard(self, work: Callable[[], Any], isolate_failures: bool) -> None:
         """Do `work`; if it fails and failures are isolated, note why."""
@@ -297,7 +277,7 @@ class Learner:
             net.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
         self.history, self.updates = numbers["history"], numbers["updates"]
         for epochs in range(1, len(self.history) + 1):
-            self._step_schedule(epochs)
+            self.schedule.step(epochs, metrics.latest(self.history[:epochs], self.args))
         self.schedule.step_update(self.updates)
         optimizers.restore(self.optimizer, tensors, numbers["optimizer"])
         self.scaler.load_state_dict(numbers["scaler"])
@@ -340,6 +320,13 @@ def compiled(model: nn.Module, args: argparse.Namespace) -> Callable:
     if not args.torchcompile:
         return model
     return torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+
+
+def averaged(net: nn.Module, args: argparse.Namespace) -> ModelEmaV3 | None:
+    """The moving average of ``--model-ema``, if that is asked for."""
+    if not args.model_ema:
+        return None
+    return ModelEmaV3(net, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
 
 
 def criterion(args: argparse.Namespace) -> nn.Module:

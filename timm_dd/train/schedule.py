@@ -11,6 +11,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 
 from ..errors import TrainError
+from . import metrics
 
 
 class Steps(Scheduler):
@@ -85,5 +86,4 @@ def create(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_p
             raise TrainError(
                 f"--sched {args.sched}: timm has no such schedule; cosine, step and poly are some that it has"
             )
-    sign = -1 if args.eval_metric == "loss" else 1
-    return Plateau(schedule, args.plateau_epochs, sign) if args.plateau_epochs else schedule
+    return Plateau(schedule, args.plateau_epochs, metrics.sign(args)) if args.plateau_epochs else schedule

@@ -30,7 +30,7 @@ from ..planning.plan import Plan
 from ..storage import files
 from ..storage.merge_files import write_merged
 from ..surgery.parts import Parts
-from . import data, initial, options, resident, schedule, views
+from . import data, initial, metrics, options, resident, schedule, views
 from .checkpoints import CheckpointTimer, restore
 from .composed import add_noise, between, calibrate, rate_between, refit_head, some
 from .distill import distilled
@@ -208,7 +208,7 @@ def tune(run: Context) -> dict[str, float]:
     found["tuned"] = fit(
         run, learner, loaders, schedule.epochs(args), "fine-tuning", partial(_save, run, learner, about)
     )
-    best = learner.best_epoch
+    best = metrics.best(learner.history, args)
     found["best"] = found["tuned"] if best is None else learner.history[best]["top1"]
     found["best_epoch"] = 0 if best is None else best + 1
     return {**found, "seconds": learner.seconds}
@@ -270,7 +270,8 @@ def fit(
             return
         last = learner.history[-1]["top1"] if learner.history else None
         reached = {"epoch": str(len(learner.history)), **({} if last is None else {"top1": f"{last:.2f}"})}
-        for name in ["last", "best"] if learner.best_epoch in (None, len(learner.history) - 1) else ["last"]:
+        is_best = metrics.best(learner.history, learner.args) in (None, len(learner.history) - 1)
+        for name in ["last", "best"] if is_best else ["last"]:
             save(name, reached)
 
     if run.folder.resuming:
