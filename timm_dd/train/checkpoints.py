@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from ..errors import TrainError, headline
 from ..storage import tensorfile
@@ -110,7 +112,7 @@ def check(folder: Path, now: dict) -> None:
         numbers = _numbers(path)
         if numbers is not None:
             try:
-                return options.check_same({k: v for k, v in numbers["options"].items() if k in now}, now)
+                return options.check_same({k: v for k, v in numbers["options"].items() if k in now}, now, longer=True)
             except ValueError as e:
                 raise _misfit(path, e) from e
 
@@ -121,6 +123,13 @@ def _restore(learner: Learner, path: Path, held: tuple[dict, dict]) -> None:
         learner.restore(*held)
     except (RuntimeError, ValueError, KeyError) as e:
         raise _misfit(path, e) from e
+    before, now = held[1]["options"]["epochs"], learner.options["epochs"]
+    if before < now:
+        tqdm.write(
+            f"{learner.name}: {before} epochs before, {now} now; after {len(learner.history)} of them the learning "
+            f"rate goes on at {learner.lr:.3g}, where a schedule of {now} epochs is by then",
+            sys.stdout,
+        )
 
 
 def _misfit(path: Path, why: Exception) -> TrainError:

@@ -96,9 +96,7 @@ def _data(g) -> None:
         metavar="NAME",
         help="digits (comes with scikit-learn), or a timm dataset: torch/cifar10 …",
     )
-    g.add_argument(
-        "--class-map", default="", metavar="FILE", help="the numbers of the classes: one name a line, in their order"
-    )
+    g.add_argument("--class-map", metavar="FILE", help="the numbers of the classes: one name a line, in their order")
     g.add_argument("--train-split", default="train", metavar="NAME")
     g.add_argument("--val-split", default="validation", metavar="NAME")
     g.add_argument(
@@ -151,7 +149,7 @@ def _augmentation(g) -> None:
     g.add_argument("--gaussian-blur-prob", type=float, default=0.0, metavar="P")
     g.add_argument("--aa", metavar="NAME", help="AutoAugment policy")
     g.add_argument(
-        "--aug-repeats", type=float, default=0, metavar="N", help="how often ranks that share the images see each"
+        "--aug-repeats", type=float, default=0.0, metavar="N", help="how often ranks that share the images see each"
     )
     g.add_argument("--reprob", type=float, default=0.0, help="random erasing")
     g.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"], help="what erases")

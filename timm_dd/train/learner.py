@@ -272,14 +272,15 @@ class Learner:
 
     def restore(self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
         """Go back to a `state`; RuntimeError, ValueError or KeyError if it is of another network or optimizer."""
-        options.check_same(numbers["options"], self.options)
+        options.check_same(numbers["options"], self.options, longer=True)
         for prefix, net in (("model.", self.net), ("ema.", self.result))[: 1 if self.ema is None else 2]:
             net.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
         self.history, self.updates = numbers["history"], numbers["updates"]
         for epochs in range(1, len(self.history) + 1):
             self.schedule.step(epochs, metrics.latest(self.history[:epochs], self.args))
         self.schedule.step_update(self.updates)
-        optimizers.restore(self.optimizer, tensors, numbers["optimizer"])
+        longer = numbers["options"]["epochs"] < self.options["epochs"]
+        optimizers.restore(self.optimizer, tensors, numbers["optimizer"], keep_rates=longer)
         self.scaler.load_state_dict(numbers["scaler"])
         self.seconds, self._images = numbers["seconds"], numbers["images"]
         self._total = tensors["total"].to(self.device)

@@ -147,8 +147,8 @@ def _write_summary(learner: Learner) -> None:
     """All epochs so far, in the form of timm's summary.csv."""
     with replacing(learner.folder / "summary.csv") as temporary, open(temporary, "w", newline="") as f:
         writer = csv.writer(f)
-        writer.writerow(["epoch", "train_loss", "eval_top1", "lr", "seconds", "eval_top5", "eval_loss"])
-        kinds = ("loss", "top1", "lr", "seconds", "top5", "eval_loss")
+        writer.writerow(["epoch", "train_loss", "eval_top1", "eval_top5", "eval_loss", "lr", "seconds"])
+        kinds = ("loss", "top1", "top5", "eval_loss", "lr", "seconds")
         writer.writerows([i, *map(row.get, kinds)] for i, row in enumerate(learner.history))
 
 

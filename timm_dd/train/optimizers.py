@@ -67,13 +67,22 @@ def state(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     return tensors, numbers
 
 
-def restore(optimizer: Optimizer, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
-    """Go back to a `state`, whose tensors may be among others; ValueError or KeyError if it is of another optimizer."""
+def restore(
+    optimizer: Optimizer, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any], keep_rates: bool = False
+) -> None:
+    """Go back to a `state`, whose tensors may be among others; ValueError or KeyError if it is of another optimizer.
+
+    Args:
+        keep_rates: the learning rates stay as they are, where those of the state are of another schedule.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
     held = {kind: {int(i): dict(v) for i, v in entries.items()} for kind, entries in numbers.items()}
     for key in (k for k in tensors if k.startswith(("state.", "group."))):
         kind, i, name = key.split(".", 2)
         held[kind][int(i)][name] = tensors[key]
     _load(optimizer, held["state"], [held["group"][i] for i in sorted(held["group"])])
+    for group, rate in zip(optimizer.param_groups, rates if keep_rates else ()):
+        group["lr"] = rate
 
 
 def names(optimizer: Optimizer, model: nn.Module) -> list[str]:

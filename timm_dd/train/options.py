@@ -22,6 +22,7 @@ MAY_CHANGE_ON_RESUME = {  # no weight depends on them
     "log_tensorboard", "log_wandb", "output", "part_threads", "pin_mem", "quiet", "resume", "validation_batch_size",
     "verbose", "wandb_project", "wandb_tags", "workers",
 }  # fmt: skip
+OF_A_CALL = ("config", "preset", "quiet", "verbose")  # what they said stands in the options themselves
 SCALE, JOINT = 0.625, 6  # of the recipe: how the parts see whole images; one joint epoch for so many of theirs
 STAGES = ("part", "joint", *TOGETHER, "baseline")
 SECOND_LEVEL = ("aggregate", "coarse_dropout", "coarse_epochs", "coarse_folds", "coarse_views", "coarse_widths")
@@ -37,22 +38,53 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = parser()
     p.add_argument("data", nargs="?", metavar="DATA", help="as --data-dir")  # no option, and nothing for a file
     given, _ = p.parse_known_args(argv)
-    said = {} if given.config is None else config.read(p, given.config)
+    folder = run_of(given.resume)
+    begun = {} if folder is None else resumed(p, folder)
+    said = begun | ({} if given.config is None else config.read(p, given.config))
     preset = given.preset or said.get("preset")
     if preset is not None:
         p.set_defaults(**config.read(p, f"{preset}.yaml"))
     p.set_defaults(**said)
     args = p.parse_args(argv)
-    _take_place(p, args)
+    args.resume = args.resume if folder is None else str(folder)
+    _take_place(p, args, given.data_dir)
     checks.check(p, args)
     _check_together(p, args)
     return args
 
 
-def _take_place(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def run_of(resume: str | None) -> Path | None:
+    """The run's folder that ``--resume`` names, by itself or by a file in it, as timm's checkpoints; None if none."""
+    if resume in (None, "", "auto") or "\0" in resume:
+        return None
+    path = Path(resume)
+    found = [folder for folder in (path, *path.parents)[: None if path.is_file() else 1] if _holds_run(folder)]
+    return found[-1] if found else None
+
+
+def _holds_run(folder: Path) -> bool:
+    try:
+        return (folder / "args.yaml").is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def resumed(p: argparse.ArgumentParser, folder: Path) -> dict:
+    """The options of the run in a folder, for one that goes on with it. Stages have the epochs that they had, whichever
+    get more."""
+    said = config.read(p, str(folder / "args.yaml"))
+    before = p.parse_args([])
+    vars(before).update(said)
+    return {
+        **{name: value for name, value in said.items() if name not in (*OF_A_CALL, "resume")},
+        "part_epochs": stage_options(before, "part").epochs,
+    }
+
+
+def _take_place(p: argparse.ArgumentParser, args: argparse.Namespace, data_dir: str | None) -> None:
     """The data's folder by its place on the command line is ``--data-dir``, and ``--bce-loss`` is ``--loss bce``."""
-    if args.data is not None and args.data_dir not in (None, args.data):
-        p.error(f"two data folders, {shown(args.data)} and --data-dir {shown(args.data_dir)}; give one")
+    if args.data is not None and data_dir not in (None, args.data):
+        p.error(f"two data folders, {shown(args.data)} and --data-dir {shown(data_dir)}; give one")
     args.data_dir = args.data_dir if args.data is None else args.data
     del args.data
     if args.bce_loss and args.loss not in ("ce", "bce"):
@@ -82,6 +114,8 @@ def _check_together(p: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     stages = (None, "part", "baseline") if args.baseline else (None, "part")
     checks.check_effects(p, args, all(stage_options(args, stage).shift for stage in stages))
     if not args.dataset and not args.data_dir:
+        if args.resume not in (None, "auto"):
+            p.error(f"--resume {shown(args.resume)}: no run there; give a run's folder, or auto")
         p.error("nothing to train on: give --data-dir DIR, or --dataset digits")
     for stage in (None, *STAGES):
         s = stage_options(args, stage)
@@ -151,9 +185,12 @@ def command(args: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def check_same(before: dict, now: dict) -> None:
-    """Raise ValueError unless a network goes on with the options that it began with."""
+def check_same(before: dict, now: dict, longer: bool = False) -> None:
+    """Raise ValueError unless a network goes on with the options that it began with; if it may train `longer`, with
+    more epochs."""
     other = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    if longer and before.get("epochs", 0) < now.get("epochs", 0):
+        other.remove("epochs")
     if other:
         raise ValueError(", ".join(f"{flag_of(k)} was {before.get(k)}, not {now.get(k)}" for k in sorted(other)))
 

@@ -239,20 +239,21 @@ class Run:
             **tuned,
             "seconds": seconds,
             "multiply_adds": multiply_adds(context),
-            **self._about(),
+            **_about(self),
         }
         if self.args.baseline and self.cycle == 1:
             summary["baseline"], summary["seconds"]["baseline"] = train_baseline(context)
         return summary
 
-    def _about(self) -> dict[str, str]:
-        """By what the run can be repeated, and known by its models."""
-        return {
-            "command": options.command(self.args),
-            "dataset": (self.args.dataset or Path(self.args.data_dir).resolve().name).split("/")[-1],
-            "split": self.args.val_split,
-            "run": self.place.digest(self.parts.plan),
-        }
+
+def _about(run: Run) -> dict[str, str]:
+    """By what the run can be repeated, and known by its models."""
+    return {
+        "command": options.command(run.args),
+        "dataset": (run.args.dataset or Path(run.args.data_dir).resolve().name).split("/")[-1],
+        "split": run.args.val_split,
+        "run": run.place.digest(run.parts.plan),
+    }
 
 
 def _title(run: Run) -> str:
