@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,8 @@ def datasets(args: argparse.Namespace, world: int = 1) -> tuple[Dataset, Dataset
         sets = _digits(True, image_mode(args)), _digits(False, image_mode(args))
         classes: int | None = len(Digits.classes)
     else:
-        sets = tuple(_dataset(args, which) for which in ("train", "validation"))
-        classes = _classes(*sets)
+        sets = _of_the_same_classes(args)
+        classes = _classes(sets[0])
     train, val = sets
     if args.aug_repeats and world == 1:
         raise TrainError(
@@ -156,7 +156,41 @@ def _digits(train: bool, mode: str) -> Digits:
         raise TrainError("--dataset digits comes with scikit-learn: pip install 'timm_dd[demo]'") from e
 
 
-def _dataset(args: argparse.Namespace, which: str) -> Dataset:
+def _of_the_same_classes(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """(train, validation); classes have the numbers of the training images, of which validation may lack some.
+
+    Raises:
+        TrainError: a class that no training image has, or images outside the folders of classes.
+    """
+    train, val = (_dataset(args, which) for which in ("train", "validation"))
+    known, found = (d.class_map if isinstance(d, Images) else {} for d in (train, val))
+    for images in (train, val) if known or found else ():
+        _check_sorted(images)
+    if not (known and found) or known == found:
+        return train, val
+    if odd := sorted(set(found) - set(known)):
+        raise TrainError(
+            f"train and validation have different classes: no training image is of {odd[0]!r} ({val.example(odd[0])}); "
+            "rename or remove that folder, or add it to the training images"
+        )
+    return train, _dataset(args, "validation", known)
+
+
+def _check_sorted(images: Images) -> None:
+    """Raise TrainError if some lie in no folder of a class: timm calls that class by no name."""
+    for name in ("", "."):
+        if name in images.class_map and (example := images.example(name)):
+            at = Path(example)
+            raise TrainError(
+                f"{at} lies in no folder of a class; expected {at.parent}/CLASS/{at.name}, a folder for each class"
+            )
+
+
+def _dataset(args: argparse.Namespace, which: str, classes: Mapping[str, int] | None = None) -> Dataset:
+    """
+    Args:
+        classes: their numbers, unless the data set gives them.
+    """
     mode, split = image_mode(args), args.train_split if which == "train" else args.val_split
     try:
         if args.dataset:
@@ -164,7 +198,7 @@ def _dataset(args: argparse.Namespace, which: str) -> Dataset:
                 args.dataset, root=args.data_dir, split=split, download=args.dataset_download, **_reading(args, mode)
             )
         else:
-            found = _images(Path(args.data_dir), split, which, _reading(args, mode))
+            found = _images(Path(args.data_dir), split, which, _reading(args, mode, classes))
         return found if isinstance(found, IterableDataset) else Images(found, mode, f"{split} of {args.dataset}")
     except TrainError:
         raise
@@ -175,10 +209,10 @@ def _dataset(args: argparse.Namespace, which: str) -> Dataset:
         raise TrainError(f"no {split} images in {where}: {headline(e)}") from e
 
 
-def _reading(args: argparse.Namespace, mode: str) -> dict[str, Any]:
+def _reading(args: argparse.Namespace, mode: str, classes: Mapping[str, int] | None = None) -> dict[str, Any]:
     """What timm's readers are told, of those that are given: some readers take no others."""
     given = {
-        "class_map": args.class_map,
+        "class_map": classes or args.class_map,
         "input_key": args.input_key,
         "target_key": args.target_key,
         "trust_remote_code": args.dataset_trust_remote_code,
@@ -198,7 +232,12 @@ def _images(root: Path, split: str, which: str, reading: dict[str, Any]) -> Data
             if path.exists():
                 return _split(path, which, reading)
     expected = ", ".join(dict.fromkeys(names))
-    raise TrainError(f"{root} has no {which} images: expected one of {expected}, as a folder or a tar of class folders")
+    known = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    has = f"; it has {', '.join(path.name for path in known[:3])}{', …' if len(known) > 3 else ''}" if known else ""
+    raise TrainError(
+        f"{root} has no {which} images: expected one of {expected}, as a folder or a tar of class folders "
+        f"({root}/{names[0]}/CLASS/IMAGE){has}"
+    )
 
 
 def _split(path: Path, which: str, reading: dict[str, Any]) -> Dataset:
@@ -223,17 +262,10 @@ def _inside_tar(path: Path, names: Sequence[str], reading: dict[str, Any]) -> Da
     return dataset
 
 
-def _classes(train: Dataset, val: Dataset) -> int | None:
-    """The number of classes, the same in both sets; None where the data set does not tell."""
-    maps = [d.class_map if isinstance(d, Images) else {} for d in (train, val)]
-    if all(maps) and maps[0] != maps[1]:
-        odd = next(iter(sorted(set(maps[0]) ^ set(maps[1]))), "")
-        example = train.example(odd) or val.example(odd)
-        raise TrainError(
-            f"train and validation have different classes, such as {odd!r} ({example}); both need the same class "
-            "folders"
-        )
-    return len(maps[0]) or len(getattr(train, "classes", ())) or None
+def _classes(train: Dataset) -> int | None:
+    """The number of classes; None where the data set does not tell."""
+    numbers = train.class_map.values() if isinstance(train, Images) else ()
+    return max(numbers, default=-1) + 1 or len(getattr(train, "classes", ())) or None
 
 
 def class_names(dataset: Dataset, classes: int) -> tuple[str, ...] | None:

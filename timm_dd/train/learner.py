@@ -119,11 +119,8 @@ class Learner:
         self.name, self.model, self.args, self.device = name, model, args, device
         self.seed, self.folder = seed, folder
         self.sight = Sight(sees, args, seed, held_in)
-        self.options = {
-            **options.training_identity(args),
-            "updates_per_epoch": updates_per_epoch,
-            "images": global_batch,
-        }
+        pace = {"updates_per_epoch": updates_per_epoch, "images": global_batch}
+        self.options = {**options.training_identity(args), **pace}
         self.optimizer = optimizers.create(self.net, args, optimizers.rate(args, global_batch))
         self.schedule = schedule.create(args, self.optimizer, updates_per_epoch)
         self.forward = compiled(model, args)
