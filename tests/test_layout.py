@@ -26,7 +26,7 @@ LAYERS = [
     {"storage"},
     {"surgery"},
     {"two_level"},
-    {"reports", "hub", "train", "export"},
+    {"reports", "hub", "train", "export", "predict"},
     {"cli", ""},
 ]
 # Inside a room, in the order of its story.

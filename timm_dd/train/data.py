@@ -22,10 +22,10 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision import transforms
 
 from ..errors import TrainError, headline
+from ..models import IMAGE_MODES
 from . import options, workers
 from .images import Chosen, Images, Readable, check_folders
 
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of Pillow, by channels
 SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "valid", "eval", "test")}
 
 
@@ -144,9 +144,9 @@ def image_mode(args: argparse.Namespace) -> str:
         TrainError: it has none.
     """
     channels = options.channels(args) or 3
-    if channels not in MODES:
+    if channels not in IMAGE_MODES:
         raise TrainError(f"images have 1 to 4 channels, not {channels}; see --in-chans and --input-size")
-    return MODES[channels]
+    return IMAGE_MODES[channels]
 
 
 def _digits(train: bool, mode: str) -> Digits:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,7 +75,8 @@ class Run:
         self.place = RunFolder.of_run(args, self.ranks) if before is None else before.place.next_cycle()
         threads = args.engine, args.parts, self.ranks.local_world
         args.part_threads = args.part_threads or self.place.threads or part_threads(*threads)
-        config = models.config(empty, self.data_config)
+        self.class_names = data.class_names(self.train_set, args.num_classes)
+        config = models.config(empty, self.data_config, self.class_names)
         self.parts = self._as_seen(config)
         self.whole = self._whole(config)
         views.check(args, self.parts)
@@ -209,7 +211,7 @@ class Run:
             parts=self.parts,
             whole=self.whole,
             model_args=self.model_args,
-            class_names=data.class_names(self.train_set, self.args.num_classes),
+            class_names=self.class_names,
             data_config=self.data_config,
             sets=sets,
             timer=self.timer,
@@ -246,12 +248,13 @@ class Run:
         return summary
 
 
-def _about(run: Run) -> dict[str, str]:
+def _about(run: Run) -> dict[str, Any]:
     """By what the run can be repeated, and known by its models."""
     return {
         "command": options.command(run.args),
         "dataset": (run.args.dataset or Path(run.args.data_dir).resolve().name).split("/")[-1],
         "split": run.args.val_split,
+        **({} if run.class_names is None else {"class_names": list(run.class_names)}),
         "run": run.place.digest(run.parts.plan),
     }
 

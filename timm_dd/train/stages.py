@@ -288,7 +288,7 @@ def _save(
     run: Context, learner: Learner, about: Mapping[str, Mapping[str, str]], name: str, reached: dict[str, str]
 ) -> None:
     """Write the global model with what is said `about` it."""
-    config = models.config(learner.result, run.data_config)
+    config = models.config(learner.result, run.data_config, run.class_names)
     files.save_model(learner.folder / name, learner.result, config, {**about.get(name, {}), **reached})
 
 
