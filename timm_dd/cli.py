@@ -20,6 +20,7 @@ def parser(whole: bool = False) -> argparse.ArgumentParser:
     """Of all commands; with the options of `train`, which parses its arguments itself, if it shall be `whole`."""
     p = argparse.ArgumentParser(
         prog="timm-dd",
+        usage="timm-dd [-h] [--version] [--print-completion SHELL] COMMAND ...",
         description="Split a timm model's width into K parts, train each alone, merge them back.",
     )
     p.add_argument("--version", action="version", version=f"timm-dd {__version__}")

@@ -128,7 +128,9 @@ def of_run(folder: Path) -> Path:
         return folder
     best = folder / "global" / "best"
     if not (best / "config.json").exists():
-        raise MergeError(f"the run in {folder} has no model yet, global/best; timm-dd train --resume {folder} goes on")
+        raise MergeError(
+            f"no network in {folder}: the run has no model yet, global/best; timm-dd train --resume {folder} goes on"
+        )
     return best
 
 

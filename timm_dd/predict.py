@@ -54,9 +54,7 @@ class Classifier:
         except Exception as e:  # of timm, torch, safetensors and the Hub
             if remote:
                 return cls._of_two_levels(place)
-            expected = (
-                "expected the folder of a run, of a composed model, or of a two-level network, or hf-hub:USER/REPO"
-            )
+            expected = "expected a run's folder, a composed model, a two-level network, or hf-hub:USER/REPO"
             raise MergeError(f"no network in {source} ({headline(e)}); {expected}") from e
         named = network.pretrained_cfg.get("label_names")
         return cls(network, timm.data.resolve_model_data_config(network), _names(named, network.num_classes))
@@ -97,6 +95,4 @@ def _read(path: str | Path, mode: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert(mode)
     except Exception as e:  # Pillow's plugins have many
-        raise FileError(
-            f"{path} is not an image ({type(e).__name__}: {headline(e)}); give images that Pillow reads"
-        ) from e
+        raise FileError(f"{path} is not an image that Pillow reads ({type(e).__name__}: {headline(e)})") from e
