@@ -128,9 +128,7 @@ def of_run(folder: Path) -> Path:
         return folder
     best = folder / "global" / "best"
     if not (best / "config.json").exists():
-        raise MergeError(
-            f"no network in {folder}: the run has no model yet, global/best; timm-dd train --resume {folder} goes on"
-        )
+        raise MergeError(f"no network in {folder}: the run has no model yet; timm-dd train --resume {folder} goes on")
     return best
 
 

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..storage.atomic import replacing
+from ..text import duration
 from .checkpoints import CheckpointTimer, save
 from .data import begin_epoch
 from .engines import Engine
 from .learner import Learner
+from .progress import Progress
 from .trackers import Trackers
 
 
@@ -37,6 +39,7 @@ class TrainingLoop:
         reports: whether it prints.
         shared: whether the ranks share the images.
         isolate_failures: whether one that fails leaves the others to go on; `Learner.failure` says why it did.
+        later: what follows them, see `Progress`.
     """
 
     title: str
@@ -51,14 +54,17 @@ class TrainingLoop:
     reports: bool = True
     shared: bool = True
     isolate_failures: bool = False
+    later: float | None = None
 
     def fit(self, learners: Sequence[Learner]) -> None:
         """Train `learners` side by side until each has a history of all epochs."""
+        interval = None if sys.stderr.isatty() else learners[0].args.log_interval
+        progress = Progress(self.title, self.epochs, len(self.loaders[0]), interval, self.later)
         for epoch in range(self.epochs):
             due, start = [n for n in _alive(learners) if len(n.history) <= epoch], time.perf_counter()
             if not due:
                 continue
-            speed = self._epoch(due, epoch)
+            speed = self._epoch(due, epoch, progress)
             due = _alive(due)
             if not due:
                 return
@@ -73,7 +79,7 @@ class TrainingLoop:
             if self.primary:
                 self._keep(due)
             if self.reports:
-                self._say(due, epoch, f"{speed}, {seconds * (self.epochs - epoch - 1):.0f} s left")
+                self._say(due, epoch, f"{speed}, {duration(seconds * (self.epochs - epoch - 1))} left")
 
     def _evaluated(self, learners: Sequence[Learner], epoch: int) -> list[dict]:
         """What each is worth after an epoch; nothing between those of --val-interval."""
@@ -98,7 +104,7 @@ class TrainingLoop:
         tqdm.write(f"{self.title} {epoch + 1}/{self.epochs}  {rates} {speed}", sys.stdout)
         sys.stdout.flush()
 
-    def _epoch(self, learners: Sequence[Learner], epoch: int) -> str:
+    def _epoch(self, learners: Sequence[Learner], epoch: int, progress: Progress) -> str:
         """The updates of an epoch that the learners have not taken yet; returns how fast they were."""
         train, start, waited, images = self.loaders[0], time.perf_counter(), 0.0, 0
         first = epoch * len(train)
@@ -120,6 +126,9 @@ class TrainingLoop:
                 for learner in _alive(learners):
                     learner.guard(learner.check_finite, self.isolate_failures)
                 self.timer.keep(_alive(learners))
+            if self.reports and (line := progress.line(epoch, i)):
+                tqdm.write(line, sys.stdout)
+                sys.stdout.flush()
             asked = time.perf_counter()
         seconds = time.perf_counter() - start
         return f"{images / seconds:.0f} images/s, {100 * waited / seconds:.0f} % of it waiting for data"

@@ -27,6 +27,7 @@ from ..storage.atomic import replace_json
 from ..surgery.claim import check_claim
 from ..surgery.parts import Parts
 from ..surgery.split import split
+from ..text import number
 from . import checkpoints, coarse, data, initial, options, views
 from .checkpoints import CheckpointTimer
 from .composed import reassign
@@ -35,9 +36,10 @@ from .engines import cores, part_threads
 from .folder import Ranks, RunFolder
 from .images import left_out
 from .joint import train_joint
+from .progress import after_parts
 from .rehearsal import rehearse
 from .stages import Context, meet, train_baseline, train_parts, tune
-from .summary import multiply_adds, summary_table
+from .summary import MEGA, multiply_adds, summary_table
 from .together import train_together
 from .trackers import Trackers
 
@@ -80,6 +82,7 @@ class Run:
         self.parts = self._as_seen(config)
         self.whole = self._whole(config)
         views.check(args, self.parts)
+        self.multiply_adds = multiply_adds(args, self.parts, self.whole)
         if before is None:
             size = views.loader_size(options.stage_options(args, "part"), self.parts.plan)
             rehearse(args, self.data_config, (self.train_set, self.val_set), size)
@@ -216,6 +219,7 @@ class Run:
             sets=sets,
             timer=self.timer,
             trackers=tracked,
+            later=after_parts(self.args, self.multiply_adds, self.ranks.rank, self.ranks.world),
         )
         fresh = {how: copy.deepcopy(self.parts) for how in self.args.together}
         train_parts(context)
@@ -233,18 +237,20 @@ class Run:
             mine = self.parts.plan
             files.save_state(self.place.start, self._start(mine), mine.config, {})
         tuned = tune(context)
-        seconds["composed"] = tuned.pop("seconds")
+        seconds["composed"], top5 = tuned.pop("seconds"), tuned.pop("top5")
         summary = {
             "parts": [p["top1"] for p in trained],
             **({"two_level": second} if second else {}),
             **joint,
             **tuned,
+            "top5": {"parts": [p.get("top5") for p in trained], **top5},
             "seconds": seconds,
-            "multiply_adds": multiply_adds(context),
+            "multiply_adds": self.multiply_adds,
             **_about(self),
         }
         if self.args.baseline and self.cycle == 1:
-            summary["baseline"], summary["seconds"]["baseline"] = train_baseline(context)
+            baseline = train_baseline(context)
+            summary["baseline"], summary["top5"]["baseline"], summary["seconds"]["baseline"] = baseline
         return summary
 
 
@@ -260,12 +266,17 @@ def _about(run: Run) -> dict[str, Any]:
 
 
 def _title(run: Run) -> str:
-    plan = run.parts.plan
+    plan, macs, batch = run.parts.plan, run.multiply_adds, data.images_of_an_update(run.args)
     verdict = "exact" if plan.exact else f"approximate in {len(plan.approximations)} places"
+    seen = dict.fromkeys("×".join(map(str, view.size)) for view in plan.views())
+    updates = data.pace(run.args, run.train_set, 1).get("updates_per_epoch")
     return (
         f"{run.args.model} in {plan.parts} parts, {plan.domain}, {verdict}; "
         f"{plan.params():,} parameters, {plan.params(0):,} in part 0\n"
+        f"images of {'×'.join(map(str, plan.input_size))}, of which parts see {' or '.join(seen)}; multiply-adds: "
+        f"{number(macs['parts'][0] / MEGA)} M in part 0, {number(macs['composed'] / MEGA)} M in the whole model\n"
         f"{len(run.train_set):,} images to train on, {len(run.val_set):,} to validate; "
+        f"{f'{updates:,} batches' if updates else 'batches'} of {batch} an epoch of the parts; "
         f"{run.ranks.world} rank(s) on {run.device.type}; {run.folder}"
     )
 

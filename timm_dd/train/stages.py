@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ from .distill import distilled
 from .engines import Engine, cores_of_rank, engine, engine_of_one, share_cores
 from .folder import PartsStage, Ranks, RunFolder
 from .learner import Learner
-from .loop import TrainingLoop, evaluate
+from .loop import TrainingLoop, evaluate, measure
 from .momenta import carry
 from .trackers import Trackers
 
@@ -56,6 +57,7 @@ class Context:
         model_args: for `timm.create_model`.
         class_names: in the order of their numbers; None if not known.
         sets: (train, validation).
+        later: what follows the parts, as a multiple of this rank's work for them; None if not known.
     """
 
     args: argparse.Namespace
@@ -71,6 +73,7 @@ class Context:
     sets: Sequence[Dataset]
     timer: CheckpointTimer
     trackers: Trackers
+    later: float | None = None
 
     def loaders(
         self,
@@ -112,9 +115,8 @@ def train_parts(run: Context) -> None:
             learner.guard(partial(restore, learner), isolate_failures=True)
     with engine(args.engine, learners, run.device, cores_of_rank(run.ranks.local_world)) as by:
         shared = (run.seed, run.timer, by, run.trackers)
-        TrainingLoop("parts", loaders, schedule.epochs(args), *shared, shared=False, isolate_failures=True).fit(
-            learners
-        )
+        how = {"shared": False, "isolate_failures": True, "later": run.later}
+        TrainingLoop("parts", loaders, schedule.epochs(args), *shared, **how).fit(learners)
     for k, learner in zip(due, learners):
         if learner.failure is not None:
             run.folder.parts.fail(k, learner.failure)
@@ -129,6 +131,7 @@ def finish_part(run: Context, stage: PartsStage, plan: Plan, k: int, learner: Le
     summary = {
         "part": k,
         "top1": top1,
+        "top5": _top5(learner),
         "epochs": epochs,
         "updates": learner.updates,
         "seconds": learner.seconds,
@@ -177,9 +180,9 @@ def meet(run: Context) -> None:
 # ---- stage 2: the composed model
 
 
-def tune(run: Context) -> dict[str, float]:
+def tune(run: Context) -> dict[str, Any]:
     """Compose, re-estimate the BatchNorm statistics, and fine-tune; returns the accuracies of the parts together and
-    of the composed model after each step, and the seconds of the last."""
+    of the composed model after each step, top-5 by themselves, the best epoch, and the seconds of the last step."""
     if run.ranks.primary:
         trained, start = run.folder.trained.path, run.folder.start
         write_merged(trained, run.folder.composed, "sum", run.about("composed"), start)
@@ -189,29 +192,37 @@ def tune(run: Context) -> dict[str, float]:
     loaders = shared_loaders(run, args)
     load_trained(run.folder.parts, run.parts)
     learners = [part_learner(run, k, 1) for k in range(len(run.parts))]
-    together = evaluate(learners, loaders[1], Engine(), together=True)[-1]  # each part on its box
+    together = measure(learners, loaders[1], Engine(), together=True)[-1]  # each part on its box
     model = models.create(plan.model, **plan.model_args)
     files.load_composed(run.folder.composed, model)
     initial.set_checkpointing(args, model)
     learner = global_learner(run, "composed model", model, args, len(loaders[0]), run.folder.tuned)
     if args.distill:
         learner.loss = distilled(learner, run.folder.two_level, args.distill)
-    found = {"together": together, "composed": evaluate([learner], loaders[1], Engine())[0]}
+    steps = {"together": together, "composed": measure([learner], loaders[1], Engine())[0]}
     start = time.perf_counter()
     data.seed_epoch(run.seed, args.epochs)
     changed = _prepare(run, learner, plan, loaders[0], args)
     learner.seconds = time.perf_counter() - start
     if changed:
-        found["updated"] = evaluate([learner], loaders[1], Engine())[0]
+        steps["updated"] = measure([learner], loaders[1], Engine())[0]
     made_of = files.summary(plan, plan.digest())
     about = {name: {**made_of, **run.about(stage)} for name, stage in (("last", "tuned"), ("best", "best"))}
+    found = {name: step["top1"] for name, step in steps.items()}
     found["tuned"] = fit(
         run, learner, loaders, schedule.epochs(args), "fine-tuning", partial(_save, run, learner, about)
     )
     best = metrics.best(learner.history, args)
     found["best"] = found["tuned"] if best is None else learner.history[best]["top1"]
     found["best_epoch"] = 0 if best is None else best + 1
-    return {**found, "seconds": learner.seconds}
+    top5 = {name: step["top5"] for name, step in steps.items()}
+    top5 |= {"tuned": _top5(learner), "best": None if best is None else learner.history[best].get("top5")}
+    return {**found, "top5": top5, "seconds": learner.seconds}
+
+
+def _top5(learner: Learner) -> float | None:
+    """After the last epoch; None if it was not evaluated."""
+    return learner.history[-1].get("top5") if learner.history else None
 
 
 def shared_loaders(run: Context, args: argparse.Namespace) -> tuple:
@@ -302,12 +313,12 @@ def accuracy(learner: Learner, loaders: tuple, shared: bool) -> float:
 # ---- the baseline
 
 
-def train_baseline(run: Context) -> tuple[float, float]:
-    """Train the model from a random start (GNet-R); returns accuracy and seconds."""
+def train_baseline(run: Context) -> tuple[float, float | None, float]:
+    """Train the model from a random start (GNet-R); returns its accuracy, top-5 and seconds."""
     args = options.stage_options(run.args, "baseline")
     model = initial.model(args, run.data_config["input_size"][1:], run.model_args)
     initial.set_checkpointing(args, model)
     loaders = shared_loaders(run, args)
     learner = global_learner(run, "baseline", model, args, len(loaders[0]), run.folder.baseline)
     top1 = fit(run, learner, loaders, schedule.epochs(args), "baseline", partial(_save, run, learner, {}))
-    return top1, learner.seconds
+    return top1, _top5(learner), learner.seconds
