@@ -26,7 +26,7 @@ LAYERS = [
     {"storage"},
     {"surgery"},
     {"two_level"},
-    {"reports", "hub", "train", "export"},
+    {"reports", "hub", "train", "export", "predict"},
     {"cli", ""},
 ]
 # Inside a room, in the order of its story.
@@ -37,9 +37,9 @@ ROOMS = {
     "surgery": ["emit", "trial", "source", "packed", "parts", "merge", "claim", "split"],
     "two_level": ["aggregate", "files", "network"],
     "train": (
-        "views flags config checks options workers images data decoded resident composed dealing capture "
-        "optimizers schedule layout learner checkpoints engines trackers loop distill ranks meeting sharing folder "
-        "arrived momenta stages joint coarse together summary rehearsal run demo __main__"
+        "views flags config checks options workers images data decoded resident composed initial metrics dealing "
+        "capture optimizers schedule layout learner checkpoints engines trackers progress loop distill ranks meeting "
+        "sharing folder arrived momenta stages joint coarse together summary rehearsal run demo __main__"
     ).split(),
 }
 

@@ -68,7 +68,7 @@ ADDED = {
     "macOS's second files": ({"train/a/._0.png": MAC}, "train/a/._0.png"),
     "empty class folders": ({"train/c/": b"", "val/c/": b""}, (8, 4)),
     "an empty class folder": ({"train/c/": b""}, (8, 4)),
-    "a class to train on alone": ({"train/c/0.png": encoded(9)}, "train/c/0.png"),
+    "a class to train on alone": ({"train/c/0.png": encoded(9)}, (9, 4)),
     "a class to validate on alone": ({"val/c/0.png": encoded(9)}, "val/c/0.png"),
     "other files": ({"train/a/notes.txt": b"x", "train/.DS_Store": b"x", "Thumbs.db": b"x", "train/a/x": b"x"}, (8, 4)),
     "a text called an image": ({"train/a/x.png": b"hello"}, "train/a/x.png"),

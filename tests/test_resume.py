@@ -1,5 +1,6 @@
 """Nothing is lost: runs that are killed, stopped or resumed, parts that fail, checkpoints."""
 
+import contextlib
 import json
 import math
 import os
@@ -188,7 +189,7 @@ def test_what_a_run_was_trained_with_stays(one, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "given", ["--part-lr 0.1", "--epochs 2 --part-epochs 2", "--baseline-epochs 4", "--train-num-samples 320", "-b 32"]
+    "given", ["--part-lr 0.1", "--baseline-epochs 2", "--part-epochs 3", "--train-num-samples 320", "-b 32"]
 )
 def test_a_run_that_is_not_gone_on_with_stays_as_it_is(given, one, tmp_path, capsys):
     """Whatever has other options, parts or the whole: nothing is written before it is refused."""
@@ -375,3 +376,43 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path):
     with pytest.raises(TrainError, match=r"--lr was 0.05, not 0.1\); resume with the options"):
         checkpoints.restore(learner(tmp_path, "--lr", "0.1"))
     assert checkpoints.restore(learner(tmp_path, "--workers", "3", "--output", "elsewhere"))
+
+
+@pytest.mark.slow
+def test_a_run_s_folder_is_all_that_resume_needs(tmp_path, capsys, monkeypatch):
+    """With more epochs beside it the fine-tuning goes on, at the rate of a schedule that is so long; the parts stay."""
+    monkeypatch.chdir(tmp_path)
+    few = ["--parts", "2", "--train-num-samples", "64", "--val-num-samples", "20", "-b", "32", "--baseline"]
+    assert main(["train", *RUN, *few, "--output", ".", "--experiment", "one"]) == 0
+    shutil.copytree("one", "two")
+    assert main(["train", "--resume", "two"]) == 0
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert same_files(one, two, *WEIGHTS, "baseline/last/model.safetensors", "summary.json")
+    capsys.readouterr()
+    assert main(["train", "--resume", str(next(two.glob("global/checkpoint-*"))), "--epochs", "2"]) == 0
+    rate = 0.05 / 4 * 0.5  # of --tune-rate, in the middle of a cosine
+    line = f"composed model: 1 epochs before, 2 now; after 1 of them the learning rate goes on at {rate:.3g}"
+    assert line in (said := capsys.readouterr().out), said
+    assert len(curve(two)) == 3 and curve(two)[1] == curve(one)[1]
+    assert bytes_of_parts(one, 2) == bytes_of_parts(two, 2)
+    assert len((two / "baseline/summary.csv").read_text().splitlines()) == 5, "as many as parts and whole"
+
+
+@pytest.mark.parametrize(
+    "given, line",
+    [("--resume nothing", "--resume 'nothing': no run there"), ("--resume auto", "nothing to train on"),
+     ("--resume {one} --part-epochs 3", "part 0 is done, with other options (for the parts, --epochs was 2, not 3)"),
+     ("--resume {one} --epochs 0", "does not fit (--epochs was 1, not 0)"),
+     ("--resume {one} elsewhere", "--data-dir has no effect beside --dataset digits")],
+)  # fmt: skip
+def test_what_resume_cannot_go_on_with(given, line, one, capsys):
+    with contextlib.suppress(SystemExit):
+        assert main(["train", *given.format(one=one).split()]) == 1
+    assert line in capsys.readouterr().err
+
+
+def test_options_of_the_run_that_goes_on(one, tmp_path):
+    before, now = (options.parse(a) for a in (["-c", str(one / "args.yaml")], ["--resume", str(one), "-j", "3"]))
+    changed = {k for k in vars(before) if getattr(before, k) != getattr(now, k)}
+    assert changed == {"config", "resume", "workers"} and (now.config, now.workers) == (None, 3)
+    assert options.parse(["--resume", str(one / "global" / "summary.csv")]).resume == str(one)

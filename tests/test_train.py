@@ -227,6 +227,31 @@ def test_data_dir(form, folder):
     assert sorted(int(val[i][1]) for i in range(12)) == [0] * 6 + [1] * 6
 
 
+@pytest.mark.parametrize("form", [lambda f: f, as_tars, as_one_tar], ids=["folder", "tars", "one tar"])
+@pytest.mark.parametrize("lacking, number", [("a", 1), ("b", 0)])
+def test_validation_may_lack_classes(form, lacking, number, folder):
+    """Those that it has are numbered as in the training images."""
+    shutil.rmtree(folder / "val" / lacking)
+    args = options.parse(["--data-dir", str(form(folder)), "--model", "test_resnet", "-b", "4"])
+    train, val, classes = data.datasets(args)
+    assert (len(train), len(val), classes, data.class_names(val, 2)) == (12, 6, 2, ("a", "b"))
+    assert [val[i][1] for i in range(6)] == [number] * 6
+
+
+def test_a_file_numbers_the_classes(folder):
+    (folder / "order.txt").write_text("b\na\n")
+    for name in (str(folder / "order.txt"), "order.txt"):
+        args = options.parse([str(folder), "--model", "test_resnet", "-b", "4", "--class-map", name])
+        if name == "order.txt":
+            with pytest.raises(TrainError, match="Cannot locate specified class map file"):
+                data.datasets(args)
+            continue
+        train, val, classes = data.datasets(args)
+        assert classes == 2 and data.class_names(train, 2) == ("b", "a")
+        for images in (train, val):
+            assert all(target == "ba".index(images.path(i).split("/")[-2]) for i, (_, target) in enumerate(images))
+
+
 def test_digits_are_all_there_once():
     train, val = data.Digits(True), data.Digits(False)
     assert (len(train), len(val)) == (1437, 360)
@@ -339,6 +364,16 @@ def other_classes(tmp_path, folder):
     return ["--data-dir", str(folder), "--model", "test_resnet"]
 
 
+def flat(tmp_path, folder):
+    for path in sorted((folder / "train").glob("*/*")):
+        path.rename(folder / "train" / f"{path.parent.name}{path.name}")
+    return ["--data-dir", str(folder), "--model", "test_resnet"]
+
+
+def unsorted_images(tmp_path, folder):
+    return ["--data-dir", str(folder / "train"), "--model", "test_resnet"]
+
+
 def broken_tar(tmp_path, folder):
     (tmp_path / "broken.tar").write_bytes(b"not a tar" * 100)
     return ["--data-dir", str(tmp_path / "broken.tar"), "--model", "test_resnet"]
@@ -349,6 +384,8 @@ BAD = [
     (no_images, 1, "no train images"),
     (no_val, 1, "has no validation images"),
     (other_classes, 1, "different classes"),
+    (flat, 1, "train/a0.png lies in no folder of a class; expected"),
+    (unsorted_images, 1, "train/train/CLASS/IMAGE); it has a, b"),
     (broken_tar, 1, "no train images"),
     (lambda t, f: [*RUN, "--model", "resnet5"], 1, "did you mean"),
     (lambda t, f: [*RUN, "--parts", "100", "--grid", "full", "--narrow", "refuse"], 1, "largest K"),

@@ -61,7 +61,7 @@ def values(action):
     others = [[[1]], [None], {1: 2}, [True], [{"a": 1}]]
     if is_switch(action):
         return [*others, "yes", "false", 1, 0.0, [], [True, False], float("nan")]
-    others += [True, False] + ([] if action.dest == "model_kwargs" else [{}])
+    others += [True, False] + ([] if action.dest in ("model_kwargs", "opt_kwargs") else [{}])
     if action.nargs is None and action.dest not in ("grid", "views"):
         others += [[], [1], ["a", "b"]]
     if isinstance(action.nargs, int):

@@ -20,6 +20,7 @@ def parser(whole: bool = False) -> argparse.ArgumentParser:
     """Of all commands; with the options of `train`, which parses its arguments itself, if it shall be `whole`."""
     p = argparse.ArgumentParser(
         prog="timm-dd",
+        usage="timm-dd [-h] [--version] [--print-completion SHELL] COMMAND ...",
         description="Split a timm model's width into K parts, train each alone, merge them back.",
     )
     p.add_argument("--version", action="version", version=f"timm-dd {__version__}")
@@ -34,6 +35,7 @@ def parser(whole: bool = False) -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_push(commands)
     _add_export(commands)
+    _add_predict(commands)
     return p
 
 
@@ -103,7 +105,7 @@ def _add_push(commands) -> None:
         "push composed/ USER/REPO",
     )
     p = _command(commands, "push", _push, what, example)
-    p.add_argument("folder", metavar="FOLDER", help="from merge, split or train")
+    p.add_argument("folder", metavar="FOLDER", help="from merge, split or train; of a run, its best model")
     p.add_argument("repo", metavar="USER/REPO", help="made if it is not there")
     p.add_argument("--private", action="store_true", help="make it private")
     p.add_argument("-m", "--message", metavar="TEXT", help="of the commit")
@@ -120,12 +122,21 @@ def _add_export(commands) -> None:
     p.add_argument("-o", "--output", required=True, metavar="FILE", help="model.onnx or model.pt2")
 
 
+def _add_predict(commands) -> None:
+    what, example = "the classes of images, and how probable they are", "predict runs/x cat.jpg dog.jpg"
+    p = _command(commands, "predict", _predict, what, example)
+    p.add_argument("model", metavar="MODEL", help="a run, a composed model, a two-level network, or hf-hub:USER/REPO")
+    p.add_argument("images", nargs="+", metavar="IMAGE", help="files that Pillow reads")
+    p.add_argument("--top", type=console.positive, default=5, metavar="N", help="so many classes of each")
+    p.add_argument("--json", action="store_true", help="for machines")
+
+
 def _command(commands, name: str, run: Callable, help: str, example: str) -> argparse.ArgumentParser:
     p = commands.add_parser(
         name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=f"example: timm-dd {example}"
     )
     p.set_defaults(run=run)
-    console.options(p, quiet=run not in (_plan, _profile, _verify))
+    console.options(p, quiet=run not in (_plan, _profile, _verify, _predict))
     return p
 
 
@@ -238,8 +249,12 @@ def _labelled_images(args: argparse.Namespace, model, size: Sequence[int]):
 
 
 def _push(args: argparse.Namespace) -> None:
+    from . import models
     from .hub.push import push, write_repository
 
+    chosen = models.of_run(Path(args.folder))
+    if chosen != Path(args.folder):
+        print(f"{chosen}: the run's model after its best epoch; give its global/last, composed or parts for another")
     if args.dry_run is None:
         print(push(args.folder, args.repo, private=args.private, message=args.message, tag=args.tag))
         return
@@ -252,6 +267,18 @@ def _export(args: argparse.Namespace) -> None:
     from .export import export
 
     print(f"{args.output}: a batch of any size; differs from the network by {export(args.folder, args.output):.0e}")
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from .predict import Classifier
+
+    found = zip(args.images, Classifier.load(args.model).predict(args.images, args.top))
+    if args.json:
+        rows = [{"image": p, "classes": [{"name": n, "probability": x} for n, x in classes]} for p, classes in found]
+        print(json.dumps(rows, indent=1))
+        return
+    for path, classes in found:
+        print(path, *(f"  {100 * probability:6.2f} %  {name}" for name, probability in classes), sep="\n", flush=True)
 
 
 def _demo(args: argparse.Namespace) -> None:

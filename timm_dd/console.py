@@ -159,6 +159,13 @@ def grid(text: str) -> str | tuple[int, ...]:
         ) from None
 
 
+def positive(text: str) -> int:
+    """``3`` as 3."""
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**31):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
+    return int(text)
+
+
 def sizes(text: str) -> tuple[int, ...]:
     """``192x168`` as (192, 168)."""
     try:

@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import nn
 
+from . import models
 from .errors import FileError, MergeError, headline
 from .storage.atomic import replacing
 from .two_level.files import ABOUT
@@ -58,7 +59,7 @@ def _load(folder: Path) -> tuple[nn.Module, tuple[int, ...]]:
     if (folder / ABOUT).exists():
         two = TwoLevel.load(folder)
         return two, two.parts.plan.input_size
-    place = folder / "global" / "best" if (folder / "args.yaml").exists() else folder
+    place = models.of_run(folder)
     if not (place / "config.json").exists():
         raise MergeError(f"no network in {folder}; expected a run's folder, a composed model, or a two-level network")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -12,6 +13,8 @@ from torch import nn
 
 from .compat import timm_config
 from .errors import MergeError, SplitError, headline, shown
+
+IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of Pillow, by channels
 
 
 def create(name: str, pretrained: bool = False, seed: int | None = None, **kwargs: Any) -> nn.Module:
@@ -47,9 +50,10 @@ def _explain(name: str, error: Exception) -> SplitError:
     return SplitError(f"timm has no model {name!r}; {hint}")
 
 
-def config(model: nn.Module, data: Mapping[str, Any]) -> dict | None:
+def config(model: nn.Module, data: Mapping[str, Any], names: Sequence[str] | None = None) -> dict | None:
     """timm's ``config.json`` for a model, with what `data` says of its images (input_size, mean, std, interpolation,
-    crop_pct); None for what timm has no config for: your own nn.Module, features of several layers."""
+    crop_pct), and the `names` of its classes in their order, where they are known; None for what timm has no config
+    for: your own nn.Module, features of several layers."""
     if not hasattr(model, "pretrained_cfg") or not hasattr(model, "num_classes"):
         return None
     known = ("input_size", "mean", "std", "interpolation", "crop_pct")
@@ -59,7 +63,7 @@ def config(model: nn.Module, data: Mapping[str, Any]) -> dict | None:
     except (TypeError, ValueError):  # arguments that JSON has no form for
         return None
     found["pretrained_cfg"].update(given)  # timm's function writes the last two axes of a size alone
-    return found
+    return found if names is None else {**found, "label_names": list(names)}
 
 
 def registered(name: str, model: nn.Module, args: dict) -> tuple[str, dict]:
@@ -112,6 +116,20 @@ def input_size(
         several = "(height, width)" if len(size) == 2 else f"{len(size)} numbers"
         raise SplitError(f"img_size: expected pixels, or {several}, got {img_size!r}")
     return channels, *size
+
+
+def of_run(folder: Path) -> Path:
+    """Where a run's model is, that after its best epoch; another `folder` as it is.
+
+    Raises:
+        MergeError: the run has none yet.
+    """
+    if not (folder / "args.yaml").exists():
+        return folder
+    best = folder / "global" / "best"
+    if not (best / "config.json").exists():
+        raise MergeError(f"no network in {folder}: the run has no model yet; timm-dd train --resume {folder} goes on")
+    return best
 
 
 def gives_features(model: nn.Module) -> bool:

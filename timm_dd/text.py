@@ -28,6 +28,16 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
+def duration(seconds: float) -> str:
+    """In the two largest units that matter: ``40 s``, ``3 min``, ``2 h 5 min``, ``3 d 4 h``."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
 def number(value: float) -> str:
     """Two decimals; of a number below 1 three digits."""
     decimals = 2 - math.floor(math.log10(value)) if 0 < value < 1 else 2

@@ -20,6 +20,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from .. import models
 from ..errors import FileError, PushError, headline, public
 from ..storage import files
 from ..storage.atomic import output_folder
@@ -44,7 +45,8 @@ def push(
     what has arrived is not uploaded again. A card that was edited on the Hub stays as it is.
 
     Args:
-        folder: from `merge_files`, a training run, `Parts.save` or `TwoLevel.save`, with or without a ``README.md``.
+        folder: from `merge_files`, a training run, `Parts.save` or `TwoLevel.save`, with or without a ``README.md``; of
+            a run's own folder, its model after the best epoch.
         repo: ``USER/REPO``; made if it is not there.
         private: make it private.
         message: of the commit.
@@ -58,7 +60,7 @@ def push(
         PushError: the Hub refuses, or cannot be reached.
     """
     _check_name(repo)
-    found, texts = _gather(Path(folder), repo)
+    found, texts = _gather(models.of_run(Path(folder)), repo)
     with tempfile.TemporaryDirectory() as temporary:
         for name, path in found.items():
             os.symlink(path.resolve(), Path(temporary) / name)
@@ -79,7 +81,7 @@ def write_repository(folder: str | Path, repo: str, target: str | Path) -> None:
     target = Path(target)
     if target.exists() and any(target.iterdir()):
         raise FileError(f"{target} is not empty; remove it, or choose another folder")
-    found, texts = _gather(Path(folder), repo)
+    found, texts = _gather(models.of_run(Path(folder)), repo)
     with output_folder(target, sync=False) as aside:
         for name, path in found.items():
             shutil.copyfile(path, aside(name))

@@ -1,5 +1,6 @@
 """Checkpoints: of each network in training, one safetensors file with weights and optimizer, its numbers as JSON in the
-header. Written aside, synced, renamed; the last two are kept, so that one is whole whatever happens.
+header. Written aside, synced, renamed; the last ones are kept, two unless ``--checkpoint-hist`` says it, so that one is
+whole whatever happens.
 
 Random numbers need no place in it: those of an update follow from the seed, the network and the update's number, those
 of the data from the seed and the epoch.
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from ..errors import TrainError, headline
 from ..storage import tensorfile
@@ -24,11 +27,9 @@ from ..storage.atomic import replacing
 from . import options
 from .learner import Learner
 
-KEPT = 2
-
 
 def save(learner: Learner) -> None:
-    """Write a checkpoint of `learner` into its folder, and remove all but the last two."""
+    """Write a checkpoint of `learner` into its folder, and remove all but the last ones, ``--checkpoint-hist``."""
     tensors, numbers = learner.state()
     path = learner.folder / f"checkpoint-{learner.updates:09d}.safetensors"
     try:
@@ -37,7 +38,7 @@ def save(learner: Learner) -> None:
         raise TrainError(f"--opt {learner.args.opt} has a state that is not saved ({e}); choose another") from e
     with replacing(path) as temporary:
         tensorfile.write_state(temporary, tensors, {"learner": text})
-    for old in found(learner.folder)[KEPT:]:
+    for old in found(learner.folder)[learner.args.checkpoint_hist :]:
         old.unlink(missing_ok=True)
 
 
@@ -112,7 +113,7 @@ def check(folder: Path, now: dict) -> None:
         numbers = _numbers(path)
         if numbers is not None:
             try:
-                return options.check_same({k: v for k, v in numbers["options"].items() if k in now}, now)
+                return options.check_same({k: v for k, v in numbers["options"].items() if k in now}, now, longer=True)
             except ValueError as e:
                 raise _misfit(path, e) from e
 
@@ -123,6 +124,13 @@ def _restore(learner: Learner, path: Path, held: tuple[dict, dict]) -> None:
         learner.restore(*held)
     except (RuntimeError, ValueError, KeyError) as e:
         raise _misfit(path, e) from e
+    before, now = held[1]["options"]["epochs"], learner.options["epochs"]
+    if before < now:
+        tqdm.write(
+            f"{learner.name}: {before} epochs before, {now} now; after {len(learner.history)} of them the learning "
+            f"rate goes on at {learner.lr:.3g}, where a schedule of {now} epochs is by then",
+            sys.stdout,
+        )
 
 
 def _misfit(path: Path, why: Exception) -> TrainError:

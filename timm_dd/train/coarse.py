@@ -72,7 +72,7 @@ def decide_together(run: Context) -> tuple[dict[str, float], float]:
     share_cores(1)
     load_trained(run.folder.parts, run.parts)
     args = options.stage_options(run.args, "part")
-    args.mixup = 0.0  # of two images at once no label is right
+    args.mixup = args.cutmix = args.cutmix_minmax = None  # of two images at once no label is right
     train, validation = run.loaders(args, distributed=False, images=data.folds(run.args, run.sets[0])[1])
     learners = [part_learner(run, k, 1) for k in range(len(run.parts))]
     logits, labels = _logits(run, learners, validation)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import FastCollateMixup, create_dataset, create_loader, resolve_data_config
+from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision import transforms
 
 from ..errors import TrainError, headline
+from ..models import IMAGE_MODES
 from . import options, workers
 from .images import Chosen, Images, Readable, check_folders
 
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of Pillow, by channels
 SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "valid", "eval", "test")}
 
 
@@ -74,9 +75,13 @@ def datasets(args: argparse.Namespace, world: int = 1) -> tuple[Dataset, Dataset
         sets = _digits(True, image_mode(args)), _digits(False, image_mode(args))
         classes: int | None = len(Digits.classes)
     else:
-        sets = tuple(_dataset(args, which) for which in ("train", "validation"))
-        classes = _classes(*sets)
+        sets = _of_the_same_classes(args)
+        classes = _classes(sets[0])
     train, val = sets
+    if args.aug_repeats and world == 1:
+        raise TrainError(
+            "--aug-repeats: ranks that share the images see each several times; there is one, leave it out"
+        )
     if args.train_num_samples:
         train = First(train, args.train_num_samples, args.seed)
     if args.val_num_samples:
@@ -126,8 +131,10 @@ def pace(args: argparse.Namespace, train: Dataset, ranks: int) -> dict[str, int]
     counts as it goes."""
     if isinstance(train, IterableDataset):
         return {}
-    batch = images_of_an_update(args)
-    return {"updates_per_epoch": -(-len(train) // ranks) // batch, "images": batch * ranks}
+    batch, share = images_of_an_update(args), -(-len(train) // ranks)
+    if args.aug_repeats and ranks > 1:
+        share = len(RepeatAugSampler(train, ranks, 0, num_repeats=args.aug_repeats))
+    return {"updates_per_epoch": share // batch, "images": batch * ranks}
 
 
 def image_mode(args: argparse.Namespace) -> str:
@@ -137,9 +144,9 @@ def image_mode(args: argparse.Namespace) -> str:
         TrainError: it has none.
     """
     channels = options.channels(args) or 3
-    if channels not in MODES:
+    if channels not in IMAGE_MODES:
         raise TrainError(f"images have 1 to 4 channels, not {channels}; see --in-chans and --input-size")
-    return MODES[channels]
+    return IMAGE_MODES[channels]
 
 
 def _digits(train: bool, mode: str) -> Digits:
@@ -149,15 +156,49 @@ def _digits(train: bool, mode: str) -> Digits:
         raise TrainError("--dataset digits comes with scikit-learn: pip install 'timm_dd[demo]'") from e
 
 
-def _dataset(args: argparse.Namespace, which: str) -> Dataset:
+def _of_the_same_classes(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """(train, validation); classes have the numbers of the training images, of which validation may lack some.
+
+    Raises:
+        TrainError: a class that no training image has, or images outside the folders of classes.
+    """
+    train, val = (_dataset(args, which) for which in ("train", "validation"))
+    known, found = (d.class_map if isinstance(d, Images) else {} for d in (train, val))
+    for images in (train, val) if known or found else ():
+        _check_sorted(images)
+    if not (known and found) or known == found:
+        return train, val
+    if odd := sorted(set(found) - set(known)):
+        raise TrainError(
+            f"train and validation have different classes: no training image is of {odd[0]!r} ({val.example(odd[0])}); "
+            "rename or remove that folder, or add it to the training images"
+        )
+    return train, _dataset(args, "validation", known)
+
+
+def _check_sorted(images: Images) -> None:
+    """Raise TrainError if some lie in no folder of a class: timm calls that class by no name."""
+    for name in ("", "."):
+        if name in images.class_map and (example := images.example(name)):
+            at = Path(example)
+            raise TrainError(
+                f"{at} lies in no folder of a class; expected {at.parent}/CLASS/{at.name}, a folder for each class"
+            )
+
+
+def _dataset(args: argparse.Namespace, which: str, classes: Mapping[str, int] | None = None) -> Dataset:
+    """
+    Args:
+        classes: their numbers, unless the data set gives them.
+    """
     mode, split = image_mode(args), args.train_split if which == "train" else args.val_split
     try:
         if args.dataset:
             found = create_dataset(
-                args.dataset, root=args.data_dir, split=split, download=args.dataset_download, input_img_mode=mode
+                args.dataset, root=args.data_dir, split=split, download=args.dataset_download, **_reading(args, mode)
             )
         else:
-            found = _images(Path(args.data_dir), split, which, mode)
+            found = _images(Path(args.data_dir), split, which, _reading(args, mode, classes))
         return found if isinstance(found, IterableDataset) else Images(found, mode, f"{split} of {args.dataset}")
     except TrainError:
         raise
@@ -168,25 +209,41 @@ def _dataset(args: argparse.Namespace, which: str) -> Dataset:
         raise TrainError(f"no {split} images in {where}: {headline(e)}") from e
 
 
-def _images(root: Path, split: str, which: str, mode: str) -> Dataset:
+def _reading(args: argparse.Namespace, mode: str, classes: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """What timm's readers are told, of those that are given: some readers take no others."""
+    given = {
+        "class_map": classes or args.class_map,
+        "input_key": args.input_key,
+        "target_key": args.target_key,
+        "trust_remote_code": args.dataset_trust_remote_code,
+    }
+    return {"input_img_mode": mode, **{name: value for name, value in given.items() if value}}
+
+
+def _images(root: Path, split: str, which: str, reading: dict[str, Any]) -> Dataset:
     """A folder with folders or tars for each split, or one tar with folders for each."""
     names = (split, *SPLITS[which])
     if not root.exists():
         raise TrainError(f"no data folder {root}; expected a folder or a tar with train and val")
     if root.is_file():
-        return _inside_tar(root, names, mode)
+        return _inside_tar(root, names, reading)
     for name in names:
         for path in (root / name, root / f"{name}.tar"):
             if path.exists():
-                return _split(path, which, mode)
+                return _split(path, which, reading)
     expected = ", ".join(dict.fromkeys(names))
-    raise TrainError(f"{root} has no {which} images: expected one of {expected}, as a folder or a tar of class folders")
+    known = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    has = f"; it has {', '.join(path.name for path in known[:3])}{', …' if len(known) > 3 else ''}" if known else ""
+    raise TrainError(
+        f"{root} has no {which} images: expected one of {expected}, as a folder or a tar of class folders "
+        f"({root}/{names[0]}/CLASS/IMAGE){has}"
+    )
 
 
-def _split(path: Path, which: str, mode: str) -> Dataset:
+def _split(path: Path, which: str, reading: dict[str, Any]) -> Dataset:
     """A folder, or a tar, of class folders."""
     try:
-        found = create_dataset("", root=str(path), search_split=False, input_img_mode=mode)
+        found = create_dataset("", root=str(path), search_split=False, **reading)
     except Exception as e:  # of tars and file systems
         raise TrainError(f"no {which} images in {path}: {headline(e)}") from e
     if isinstance(found.reader, ReaderImageFolder):
@@ -194,8 +251,8 @@ def _split(path: Path, which: str, mode: str) -> Dataset:
     return found
 
 
-def _inside_tar(path: Path, names: Sequence[str], mode: str) -> Dataset:
-    dataset = create_dataset("", root=str(path), input_img_mode=mode)
+def _inside_tar(path: Path, names: Sequence[str], reading: dict[str, Any]) -> Dataset:
+    dataset = create_dataset("", root=str(path), **reading)
     reader = dataset.reader
     folders = [Path(s[0].path).parts for s in reader.samples]
     keep = [i for i, p in enumerate(folders) if any(n in p[:-2] for n in names)]
@@ -205,17 +262,10 @@ def _inside_tar(path: Path, names: Sequence[str], mode: str) -> Dataset:
     return dataset
 
 
-def _classes(train: Dataset, val: Dataset) -> int | None:
-    """The number of classes, the same in both sets; None where the data set does not tell."""
-    maps = [d.class_map if isinstance(d, Images) else {} for d in (train, val)]
-    if all(maps) and maps[0] != maps[1]:
-        odd = next(iter(sorted(set(maps[0]) ^ set(maps[1]))), "")
-        example = train.example(odd) or val.example(odd)
-        raise TrainError(
-            f"train and validation have different classes, such as {odd!r} ({example}); both need the same class "
-            "folders"
-        )
-    return len(maps[0]) or len(getattr(train, "classes", ())) or None
+def _classes(train: Dataset) -> int | None:
+    """The number of classes; None where the data set does not tell."""
+    numbers = train.class_map.values() if isinstance(train, Images) else ()
+    return max(numbers, default=-1) + 1 or len(getattr(train, "classes", ())) or None
 
 
 def class_names(dataset: Dataset, classes: int) -> tuple[str, ...] | None:
@@ -260,7 +310,7 @@ def loaders(
     train_loader = create_loader(
         train,
         batch_size=images_of_an_update(args),
-        collate_fn=_mixup(args) if args.mixup else None,
+        collate_fn=_mixup(args) if options.mixes(args) else None,
         is_training=True,
         no_aug=args.no_aug,
         train_crop_mode=args.train_crop_mode,
@@ -268,10 +318,16 @@ def loaders(
         ratio=args.ratio,
         hflip=args.hflip,
         vflip=args.vflip,
-        color_jitter=args.color_jitter,
+        color_jitter=None if args.shift else args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
         auto_augment=args.aa,
         re_prob=args.reprob,
-        interpolation="random",
+        re_mode=args.remode,
+        re_count=args.recount,
+        num_aug_repeats=args.aug_repeats if distributed else 0,
+        interpolation=args.train_interpolation,
         **{**common, **smaller},
     )
     workers.shield(train_loader.loader)
@@ -280,8 +336,38 @@ def loaders(
     return train_loader, _validation_loader(args, config, val, common)
 
 
-def _mixup(args: argparse.Namespace) -> FastCollateMixup:
-    return FastCollateMixup(args.mixup, label_smoothing=args.smoothing, num_classes=args.num_classes)
+class Mixing(FastCollateMixup):
+    """timm's, until a stage's epoch `off`; 0: to its end."""
+
+    off = 0
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.mixup_enabled = not self.off or epoch < self.off
+
+
+def _mixup(args: argparse.Namespace) -> Mixing:
+    mixing = Mixing(
+        args.mixup,
+        args.cutmix,
+        args.cutmix_minmax,
+        args.mixup_prob,
+        args.mixup_switch_prob,
+        args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.num_classes,
+    )
+    mixing.off = args.mixup_off_epoch
+    return mixing
+
+
+def begin_epoch(loader, seed: int, epoch: int) -> None:
+    """What an epoch's batches are follows from these numbers alone."""
+    seed_epoch(seed, epoch)
+    sampler, mixing = getattr(loader, "sampler", None), getattr(getattr(loader, "loader", None), "collate_fn", None)
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+    if isinstance(mixing, Mixing):
+        mixing.begin_epoch(epoch)
 
 
 def _validation_loader(args: argparse.Namespace, config: dict, val: Dataset, common: dict):
@@ -320,11 +406,12 @@ def _plain(args: argparse.Namespace, config: dict, transform):
     """Shifts instead of timm's crops and jitter of colours, as the CIFAR networks are trained; with its flips and its
     AutoAugment."""
     _, height, width = config["input_size"]
-    steps = [transforms.Resize((height, width))]
+    by = "bilinear" if args.train_interpolation == "random" else args.train_interpolation
+    steps = [transforms.Resize((height, width), transforms.InterpolationMode(by))]
     if args.shift:
         steps.append(transforms.RandomCrop((height, width), padding=args.shift, padding_mode="edge"))
     if not args.no_aug:
-        steps += [step for step in transform.transforms[1:-1] if not isinstance(step, transforms.ColorJitter)]
+        steps += transform.transforms[1:-1]
     return transforms.Compose([*steps, transform.transforms[-1]])
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..errors import SplitError, TrainError, headline
 from ..surgery.packed import check_alike, pack
 from .capture import Captured, CudaGraph, has_graphs
-from .learner import Learner, within_memory
+from .learner import Learner, compiled, within_memory
 
 TRIALS = 3  # updates of each engine, to choose by
 CAPTURE_AFTER = 3  # updates, in which convolutions choose their algorithms and optimizers make their states
@@ -182,8 +182,7 @@ class Packed(Engine):
         if learners != self.learners:
             self.learners, self.packed = learners, pack([n.net for n in learners])
             self.packed.share_storage(n.net for n in learners)
-            name = learners[0].args.torchcompile
-            self.forward = torch.compile(self.packed, backend=name) if name else self.packed
+            self.forward = compiled(self.packed, learners[0].args)
         self.packed.zero_grad()
 
     def logits(

@@ -20,6 +20,9 @@ PREFIXES = ("part", "joint", "together", "baseline")  # of flags for one stage a
 DIST_BN = ("reduce", "broadcast", "")
 MAY_BE_EMPTY = ("dist_bn",)  # words that say something though they are empty
 SCALES = ("sum", "mean", "temperature")
+LOSSES = ("ce", "bce", "poly", "asl")  # timm's of one label an image
+METRICS = ("top1", "top5", "loss")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of inductor
 STAGED = {
     "epochs": dict(type=int, metavar="N", help="epochs"),
     "lr": dict(type=float, metavar="LR", help="learning rate, overrides --lr-base"),
@@ -35,11 +38,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         words = sys.argv[1:] if args is None else list(args)
-        for word in words:
-            if re.fullmatch(
-                r"(--[^=]+=|-\w+)--", word
-            ):  # Python before 3.13 takes the value for the end of the options
+        for before, word in zip(["", *words], words):
+            if re.fullmatch(r"(--[^=]+=|-\w+)--", word):  # Python before 3.13 takes it for the end of the options
                 self.error(f"{word}: expected a value")
+            if word == "--" and re.fullmatch(r"--\w[^=]*|-\w", before):
+                self.error(f"{before}: expected a value, got --")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -71,12 +74,16 @@ def parser(add_help: bool = True) -> argparse.ArgumentParser:
         "-c", "--config", metavar="YAML", help="defaults for these options: a file, or one that comes with the package"
     )
     _data(p.add_argument_group("data"))
+    _augmentation(p.add_argument_group("augmentation"))
     _model(p.add_argument_group("model and parts"))
-    _optimizer(p.add_argument_group("optimizer and schedule"))
+    _loss(p.add_argument_group("loss"))
+    _optimizer(p.add_argument_group("optimizer"))
+    _schedule(p.add_argument_group("schedule"))
     _stages(
         p.add_argument_group("stages (--part-X, --joint-X, --together-X and --baseline-X set one for that stage alone)")
     )
     _run(p.add_argument_group("run"))
+    _machine(p.add_argument_group("machine"))
     console.options(p)
     return p
 
@@ -91,6 +98,7 @@ def _data(g) -> None:
         metavar="NAME",
         help="digits (comes with scikit-learn), or a timm dataset: torch/cifar10 …",
     )
+    g.add_argument("--class-map", metavar="FILE", help="the numbers of the classes: one name a line, in their order")
     g.add_argument("--train-split", default="train", metavar="NAME")
     g.add_argument("--val-split", default="validation", metavar="NAME")
     g.add_argument(
@@ -107,6 +115,11 @@ def _data(g) -> None:
         "at the first",
     )
     g.add_argument("--dataset-download", action="store_true", help="let timm download the data set")
+    g.add_argument("--dataset-trust-remote-code", action="store_true", help="let a data set of the Hub run its code")
+    g.add_argument(
+        "--input-key", metavar="KEY", help="of the images in a data set of records; of a folder .png;.jpg, its files"
+    )
+    g.add_argument("--target-key", metavar="KEY", help="of the classes in a data set of records: hfds/, tfds/, wds/")
     g.add_argument("--img-size", type=int, metavar="PX")
     g.add_argument("--in-chans", type=int, metavar="N", help="channels of the images: 1 grey, 3 colours, 4 with alpha")
     g.add_argument("--input-size", type=int, nargs=3, metavar="N", help="channels, height, width")
@@ -114,22 +127,44 @@ def _data(g) -> None:
     g.add_argument("--mean", type=float, nargs="+")
     g.add_argument("--std", type=float, nargs="+")
     g.add_argument("--interpolation", default="", metavar="NAME")
-    g.add_argument("--no-aug", action="store_true", help="no augmentation")
-    g.add_argument("--train-crop-mode", choices=["rrc", "rkrc", "rkrr"])
-    g.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of a random resized crop")
-    g.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3])
-    g.add_argument("--hflip", type=float, default=0.5)
-    g.add_argument("--vflip", type=float, default=0.0)
-    g.add_argument("--color-jitter", type=float, default=0.4)
-    g.add_argument("--aa", metavar="NAME", help="AutoAugment policy")
-    g.add_argument("--reprob", type=float, default=0.0, help="random erasing")
-    g.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="mix pairs of images and their labels")
     g.add_argument(
         "-b", "--batch-size", type=int, default=128, metavar="N", help="a part's, and a rank's in the second stage"
     )
     g.add_argument("-vb", "--validation-batch-size", type=int, metavar="N")
     g.add_argument("-j", "--workers", type=int, metavar="N", help="by default 4, or as many as there are cores")
     g.add_argument("--pin-mem", action="store_true")
+
+
+def _augmentation(g) -> None:
+    g.add_argument("--no-aug", action="store_true", help="no augmentation")
+    g.add_argument("--train-crop-mode", choices=["rrc", "rkrc", "rkrr"])
+    g.add_argument(
+        "--train-interpolation", default="random", choices=["random", "bilinear", "bicubic"], help="of training images"
+    )
+    g.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of a random resized crop")
+    g.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3])
+    g.add_argument("--hflip", type=float, default=0.5)
+    g.add_argument("--vflip", type=float, default=0.0)
+    g.add_argument("--color-jitter", type=float, default=0.4)
+    g.add_argument("--color-jitter-prob", type=float, metavar="P", help="by default every image is jittered")
+    g.add_argument("--grayscale-prob", type=float, default=0.0, metavar="P")
+    g.add_argument("--gaussian-blur-prob", type=float, default=0.0, metavar="P")
+    g.add_argument("--aa", metavar="NAME", help="AutoAugment policy")
+    g.add_argument(
+        "--aug-repeats", type=float, default=0.0, metavar="N", help="how often ranks that share the images see each"
+    )
+    g.add_argument("--reprob", type=float, default=0.0, help="random erasing")
+    g.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"], help="what erases")
+    g.add_argument("--recount", type=int, default=1, metavar="N", help="places that are erased")
+    g.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="mix pairs of images and their labels")
+    g.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA", help="paste a box of another image")
+    g.add_argument(
+        "--cutmix-minmax", type=float, nargs=2, metavar="SHARE", help="smallest and largest box, instead of an ALPHA"
+    )
+    g.add_argument("--mixup-prob", type=float, default=1.0, metavar="P", help="of mixup or cutmix")
+    g.add_argument("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="of cutmix, where both are on")
+    g.add_argument("--mixup-mode", default="batch", choices=["batch", "pair", "elem"], help="what is mixed alike")
+    g.add_argument("--mixup-off-epoch", type=int, default=0, metavar="N", help="no mixing after a stage's N-th epoch")
 
 
 def limit(text: str) -> int | str:
@@ -142,30 +177,56 @@ def limit(text: str) -> int | str:
 def _model(g) -> None:
     g.add_argument("--model", default="resnet50", metavar="NAME", help="a timm model")
     g.add_argument("--pretrained", action="store_true")
+    g.add_argument("--pretrained-path", metavar="FILE", help="of the pretrained weights, instead of timm's own")
+    g.add_argument("--initial-checkpoint", metavar="FILE", help="weights of the whole model, which are split")
     g.add_argument("--num-classes", type=int, metavar="N", help="by default the data set's")
+    g.add_argument("--gp", metavar="POOL", help="global pooling: avg, max, avgmax, catavgmax …")
     g.add_argument("--drop", type=float, metavar="P")
     g.add_argument("--drop-path", type=float, metavar="P")
+    g.add_argument("--drop-block", type=float, metavar="P")
+    g.add_argument("--bn-momentum", type=float, metavar="M", help="for networks that take it, as EfficientNets do")
+    g.add_argument("--bn-eps", type=float, metavar="EPS", help="the same")
+    g.add_argument(
+        "--grad-checkpointing",
+        action="store_true",
+        help="the whole model computes its activations again in the backward pass, instead of keeping them",
+    )
     g.add_argument("--model-kwargs", nargs="*", default={}, action=Keywords, metavar="KEY=VALUE")
     g.add_argument("--parts", type=int, default=4, metavar="K")
     console.domain_options(g)
+
+
+def _loss(g) -> None:
+    g.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    g.add_argument("--loss", choices=LOSSES, default="ce", help="cross entropy, of each class, Poly-1, asymmetric")
+    g.add_argument("--bce-loss", action="store_true", help="--loss bce")
+    g.add_argument("--bce-sum", action="store_true", help="its sum over the classes, not their mean")
+    g.add_argument("--bce-target-thresh", type=float, metavar="P", help="mixed labels above P are 1, others 0")
+    g.add_argument("--bce-pos-weight", type=float, metavar="W", help="of the classes that an image has")
+    g.add_argument("--poly-epsilon", type=float, default=2.0, metavar="EPS", help="of Poly-1; 0: cross entropy")
+    g.add_argument("--asl-gamma-pos", type=float, default=1.0, metavar="G", help="focus on an image's class")
+    g.add_argument("--asl-gamma-neg", type=float, default=4.0, metavar="G", help="focus on the others")
 
 
 def _optimizer(g) -> None:
     g.add_argument("--opt", default="sgd", metavar="NAME")
     g.add_argument("--opt-eps", type=float)
     g.add_argument("--opt-betas", type=float, nargs="+")
+    g.add_argument("--opt-kwargs", nargs="*", default={}, action=Keywords, metavar="KEY=VALUE")
     g.add_argument("--momentum", type=float, default=0.9)
     g.add_argument("--weight-decay", type=float, default=2e-5)
+    g.add_argument("--layer-decay", type=float, metavar="FACTOR", help="of the rate, from each layer to the one before")
+    g.add_argument("--layer-decay-min-scale", type=float, default=0.0, metavar="FACTOR", help="no layer has less")
     g.add_argument(
         "--grad-accum-steps", type=int, default=1, metavar="N", help="add up the gradients of N batches for an update"
     )
     g.add_argument("--clip-grad", type=float, metavar="NORM")
     g.add_argument("--clip-mode", default="norm", choices=["norm", "value", "agc"])
-    g.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     g.add_argument(
         "--model-ema", action="store_true", help="a moving average of the weights is what each training gives"
     )
     g.add_argument("--model-ema-decay", type=float, default=0.9998, metavar="DECAY")
+    g.add_argument("--model-ema-warmup", action="store_true", help="the average is shorter at first")
     g.add_argument(
         "--sync-bn", action="store_true", help="BatchNorm over the batches of all ranks, where ranks share a network"
     )
@@ -176,20 +237,42 @@ def _optimizer(g) -> None:
         help="running statistics of ranks that share a network: their mean (reduce), those of the first rank for all "
         "after each epoch (broadcast), or as DistributedDataParallel leaves them (an empty word)",
     )
-    g.add_argument("--lr-base", type=float, default=0.1, metavar="LR", help="for a batch of 256, scaled with the batch")
+
+
+def _schedule(g) -> None:
+    g.add_argument("--lr-base", type=float, default=0.1, metavar="LR", help="for --lr-base-size images, scaled")
+    g.add_argument("--lr-base-size", type=int, default=256, metavar="N")
+    g.add_argument(
+        "--lr-base-scale",
+        choices=["linear", "sqrt"],
+        help="how the rate grows with the images of an update; by default sqrt for Adam and its kin, else linear",
+    )
     g.add_argument("--sched", default="cosine", metavar="NAME")
     g.add_argument("--sched-on-updates", action="store_true", help="the rate changes update by update, not by epoch")
     g.add_argument("--warmup-lr", type=float, default=1e-5, metavar="LR")
-    g.add_argument("--warmup-prefix", action="store_true")
+    g.add_argument("--warmup-prefix", action="store_true", help="epochs of warm-up come before --epochs")
     g.add_argument("--min-lr", type=float, default=0.0, metavar="LR")
-    g.add_argument("--decay-rate", type=float, default=0.1)
-    g.add_argument("--decay-epochs", type=float, default=90)
+    g.add_argument("--decay-rate", "--dr", type=float, default=0.1)
+    g.add_argument("--decay-epochs", type=float, metavar="N", help="by default 90, of wsd and rsqrt a fifth of all")
+    g.add_argument("--cooldown-epochs", type=int, default=0, metavar="N", help="at --min-lr, after --epochs")
+    g.add_argument("--patience-epochs", type=int, default=10, metavar="N", help="of --sched plateau")
     g.add_argument(
         "--plateau-epochs",
         type=int,
         metavar="N",
         help="divide the rate by √10 after N epochs without a better accuracy",
     )
+    g.add_argument("--lr-cycle-limit", type=int, default=1, metavar="N", help="how often cosine, tanh, poly repeat")
+    g.add_argument("--lr-cycle-mul", type=float, default=1.0, metavar="FACTOR", help="of a cycle's length, to the next")
+    g.add_argument("--lr-cycle-decay", type=float, default=0.5, metavar="FACTOR", help="of its rate, to the next")
+    g.add_argument("--lr-k-decay", type=float, default=1.0, metavar="K", help="of cosine and poly")
+    g.add_argument("--lr-decay-fn", metavar="NAME", help="of wsd and rsqrt: how they decay")
+    g.add_argument("--lr-stable-timescale", type=float, metavar="N", help="of rsqrt, in epochs")
+    g.add_argument(
+        "--lr-noise", type=float, nargs="+", metavar="SHARE", help="of the epochs after which rates are noisy"
+    )
+    g.add_argument("--lr-noise-pct", type=float, default=0.67, metavar="SHARE", help="limit of the noise")
+    g.add_argument("--lr-noise-std", type=float, default=1.0, metavar="STD")
 
 
 def _stages(g) -> None:
@@ -364,17 +447,25 @@ def _run(g) -> None:
         "there",
     )
     g.add_argument(
+        "--checkpoint-hist", type=int, default=2, metavar="N", help="checkpoints that a network keeps, the last ones"
+    )
+    g.add_argument("--val-interval", type=int, default=1, metavar="N", help="evaluate every N epochs, and at the end")
+    g.add_argument(
+        "--eval-metric", default="top1", choices=METRICS, help="by which an epoch is the best, and rates are lowered"
+    )
+    g.add_argument(
+        "--log-interval", type=int, default=50, metavar="N", help="a line every N batches, where there is no terminal"
+    )
+    g.add_argument(
         "--checkpoint-every", type=float, metavar="SECONDS", help="checkpoints within epochs too, not only after each"
     )
-    _machine(g)
-    g.add_argument("--seed", type=int, default=42)
     g.add_argument("--log-tensorboard", action="store_true", help="every epoch's figures, into the run's folder")
     g.add_argument("--log-wandb", action="store_true", help="every epoch's figures, to Weights & Biases")
     g.add_argument("--wandb-project", metavar="NAME")
+    g.add_argument("--wandb-tags", nargs="*", default=[], metavar="TAG")
 
 
 def _machine(g) -> None:
-    """How a process computes."""
     g.add_argument(
         "--engine",
         choices=["auto", "sequential", "threads", "packed", "graph"],
@@ -392,6 +483,8 @@ def _machine(g) -> None:
     g.add_argument(
         "--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the networks with torch.compile"
     )
+    g.add_argument("--torchcompile-mode", choices=COMPILE_MODES)
+    g.add_argument("--seed", type=int, default=42)
     g.add_argument("--amp", action="store_true", help="mixed precision")
     g.add_argument("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"])
     g.add_argument("--channels-last", action="store_true")

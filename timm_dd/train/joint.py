@@ -14,7 +14,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from . import data, options
+from . import data, options, schedule
 from .checkpoints import SharedTimer, restore_together
 from .engines import Engine, cores_of_rank, engine
 from .learner import Learner, within_memory
@@ -106,7 +106,9 @@ def _train(run: Context, mine: Sequence[int], group: dist.ProcessGroup | None) -
         args.engine, learners, run.device, cores_of_rank(run.ranks.local_world), partial(Joint, group=group)
     ) as by:
         shared = (run.seed, timer, by, run.trackers)
-        TrainingLoop("joint", loaders, args.epochs, *shared, reports=run.ranks.primary, shared=False).fit(learners)
+        TrainingLoop("joint", loaders, schedule.epochs(args), *shared, reports=run.ranks.primary, shared=False).fit(
+            learners
+        )
     for k, learner in zip(mine, learners):
         finish_part(run, stage, run.whole.plan, k, learner, accuracy(learner, loaders, shared=False))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import create_classification_loss
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..algebra.view import Box, View
 from ..errors import TrainError, headline
-from . import optimizers, options, schedule
+from . import metrics, optimizers, options, schedule
 from .capture import capturing
 from .layout import layout
 from .views import drawn
@@ -97,7 +97,7 @@ class Learner:
     Attributes:
         updates: how many it has taken.
         options: what its weights depend on, the updates of an epoch and the images of an update among them.
-        history: loss, top1, lr, and seconds since the beginning, of each epoch that ended.
+        history: loss, top1 (None: not evaluated), lr, and seconds since the beginning, of each epoch that ended.
         seconds: of its epochs, validation included, and of what made it ready.
         sight: what it sees of a batch.
         failure: why it cannot go on; None while it can.
@@ -120,16 +120,12 @@ class Learner:
         self.name, self.model, self.args, self.device = name, model, args, device
         self.seed, self.folder = seed, folder
         self.sight = Sight(sees, args, seed, held_in)
-        self.options = {
-            **options.training_identity(args),
-            "updates_per_epoch": updates_per_epoch,
-            "images": global_batch,
-        }
-        lr = args.lr if args.lr is not None else args.lr_base * global_batch / 256
-        self.optimizer = optimizers.create(model, args, lr)
+        pace = {"updates_per_epoch": updates_per_epoch, "images": global_batch}
+        self.options = {**options.training_identity(args), **pace}
+        self.optimizer = optimizers.create(self.net, args, optimizers.rate(args, global_batch))
         self.schedule = schedule.create(args, self.optimizer, updates_per_epoch)
-        self.forward = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
-        self.ema = ModelEmaV3(self.net, decay=args.model_ema_decay) if args.model_ema else None
+        self.forward = compiled(model, args)
+        self.ema = averaged(self.net, args)
         self.criterion = criterion(args)
         self.loss = lambda logits, x, y: self.criterion(logits, y)
         self.around_step: Callable[[], AbstractContextManager] = nullcontext  # of the optimizer
@@ -225,12 +221,13 @@ class Learner:
             )
         return loss
 
-    def end_epoch(self, accuracy: float, seconds: float) -> None:
-        """Note the epoch's loss, validation accuracy and time, and go on to the next."""
+    def end_epoch(self, accuracy: float | None, seconds: float, **more: float) -> None:
+        """Note the epoch's loss and time, its validation accuracy (None if it was not evaluated) and what `more` was
+        found with that, and go on to the next."""
         loss, self.seconds = self.check_finite(), self.seconds + seconds
-        self.history.append({"loss": loss, "top1": accuracy, "lr": self.lr, "seconds": self.seconds})
+        self.history.append({"loss": loss, "top1": accuracy, "lr": self.lr, "seconds": self.seconds, **more})
         self._total, self._images = torch.zeros_like(self._total), 0
-        self.schedule.step(len(self.history), accuracy)
+        self.schedule.step(len(self.history), metrics.latest(self.history, self.args))
 
     def guard(self, work: Callable[[], Any], isolate_failures: bool) -> None:
         """Do `work`; if it fails and failures are isolated, note why."""
@@ -273,14 +270,15 @@ class Learner:
 
     def restore(self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
         """Go back to a `state`; RuntimeError, ValueError or KeyError if it is of another network or optimizer."""
-        options.check_same(numbers["options"], self.options)
+        options.check_same(numbers["options"], self.options, longer=True)
         for prefix, net in (("model.", self.net), ("ema.", self.result))[: 1 if self.ema is None else 2]:
             net.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
         self.history, self.updates = numbers["history"], numbers["updates"]
-        for epoch, row in enumerate(self.history, start=1):
-            self.schedule.step(epoch, row["top1"])
+        for epochs in range(1, len(self.history) + 1):
+            self.schedule.step(epochs, metrics.latest(self.history[:epochs], self.args))
         self.schedule.step_update(self.updates)
-        optimizers.restore(self.optimizer, tensors, numbers["optimizer"])
+        longer = numbers["options"]["epochs"] < self.options["epochs"]
+        optimizers.restore(self.optimizer, tensors, numbers["optimizer"], keep_rates=longer)
         self.scaler.load_state_dict(numbers["scaler"])
         self.seconds, self._images = numbers["seconds"], numbers["images"]
         self._total = tensors["total"].to(self.device)
@@ -330,8 +328,29 @@ def _too_large(names: str, images: int, micro_batches: int) -> TrainError:
     )
 
 
+def compiled(model: nn.Module, args: argparse.Namespace) -> Callable:
+    """By ``--torchcompile``, if that is asked for."""
+    if not args.torchcompile:
+        return model
+    return torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+
+
+def averaged(net: nn.Module, args: argparse.Namespace) -> ModelEmaV3 | None:
+    """The moving average of ``--model-ema``, if that is asked for."""
+    if not args.model_ema:
+        return None
+    return ModelEmaV3(net, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+
+
 def criterion(args: argparse.Namespace) -> nn.Module:
-    """The loss: mixed images have soft targets, smoothed already."""
-    if args.mixup:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+    """timm's loss: mixed images have soft targets, smoothed already."""
+    of_bce = {"bce_target_thresh": args.bce_target_thresh, "bce_sum": args.bce_sum, "pos_weight": args.bce_pos_weight}
+    return create_classification_loss(
+        args.loss,
+        smoothing=args.smoothing,
+        soft_targets=options.mixes(args),
+        poly_epsilon=args.poly_epsilon,
+        asl_gamma_pos=args.asl_gamma_pos,
+        asl_gamma_neg=args.asl_gamma_neg,
+        **of_bce,
+    )

@@ -14,14 +14,17 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from timm.utils import distribute_bn
 from tqdm import tqdm
 
 from ..storage.atomic import replacing
+from ..text import duration
 from .checkpoints import CheckpointTimer, save
-from .data import seed_epoch
+from .data import begin_epoch
 from .engines import Engine
 from .learner import Learner
+from .progress import Progress
 from .trackers import Trackers
 
 
@@ -37,6 +40,7 @@ class TrainingLoop:
         reports: whether it prints.
         shared: whether the ranks share the images.
         isolate_failures: whether one that fails leaves the others to go on; `Learner.failure` says why it did.
+        later: what follows them, see `Progress`.
     """
 
     title: str
@@ -51,29 +55,39 @@ class TrainingLoop:
     reports: bool = True
     shared: bool = True
     isolate_failures: bool = False
+    later: float | None = None
 
     def fit(self, learners: Sequence[Learner]) -> None:
         """Train `learners` side by side until each has a history of all epochs."""
+        interval = None if sys.stderr.isatty() else learners[0].args.log_interval
+        progress = Progress(self.title, self.epochs, len(self.loaders[0]), interval, self.later)
         for epoch in range(self.epochs):
             due, start = [n for n in _alive(learners) if len(n.history) <= epoch], time.perf_counter()
             if not due:
                 continue
-            speed = self._epoch(due, epoch)
+            speed = self._epoch(due, epoch, progress)
             due = _alive(due)
             if not due:
                 return
             for learner in due:
                 _share_statistics(learner)
-            accuracies = evaluate(due, self.loaders[1], self.engine, timer=self.timer, shared=self.shared)
+            found = self._evaluated(due, epoch)
             seconds = time.perf_counter() - start
-            for learner, accuracy in zip(due, accuracies):
-                learner.guard(partial(learner.end_epoch, accuracy, seconds), self.isolate_failures)
+            for learner, figures in zip(due, found):
+                learner.guard(partial(learner.end_epoch, seconds=seconds, **figures), self.isolate_failures)
             due = _alive(due)
             self.after_epoch()
             if self.primary:
                 self._keep(due)
             if self.reports:
-                self._say(due, epoch, f"{speed}, {seconds * (self.epochs - epoch - 1):.0f} s left")
+                self._say(due, epoch, f"{speed}, {duration(seconds * (self.epochs - epoch - 1))} left")
+
+    def _evaluated(self, learners: Sequence[Learner], epoch: int) -> list[dict]:
+        """What each is worth after an epoch; nothing between those of --val-interval."""
+        if (epoch + 1) % learners[0].args.val_interval and epoch + 1 < self.epochs:
+            return [{"accuracy": None}] * len(learners)
+        found = measure(learners, self.loaders[1], self.engine, timer=self.timer, shared=self.shared)
+        return [{"accuracy": f["top1"], "top5": f["top5"], "eval_loss": f["loss"]} for f in found]
 
     def _keep(self, learners: Sequence[Learner]) -> None:
         for learner in learners:
@@ -85,21 +99,18 @@ class TrainingLoop:
     def _say(self, learners: Sequence[Learner], epoch: int, speed: str) -> None:
         names: dict[str, list[str]] = {}  # by their figures: those of parts that decide together are the same
         for n in learners:
-            names.setdefault(f"loss {n.history[-1]['loss']:.3f}, {n.history[-1]['top1']:.2f} %;", []).append(n.name)
+            names.setdefault(_figures(n.history[-1]), []).append(n.name)
         rates = " ".join(f"{', '.join(who)}: {figures}" for figures, who in names.items())
         tqdm.write(f"{self.title} {epoch + 1}/{self.epochs}  {rates} {speed}", sys.stdout)
         sys.stdout.flush()
 
-    def _epoch(self, learners: Sequence[Learner], epoch: int) -> str:
+    def _epoch(self, learners: Sequence[Learner], epoch: int, progress: Progress) -> str:
         """The updates of an epoch that the learners have not taken yet; returns how fast they were."""
         train, start, waited, images = self.loaders[0], time.perf_counter(), 0.0, 0
         first = epoch * len(train)
         if all(n.updates >= first + len(train) for n in learners):
             return "done before"  # interrupted while it was evaluated
-        seed_epoch(self.seed, epoch)
-        sampler = getattr(train, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+        begin_epoch(train, self.seed, epoch)
         for learner in learners:
             learner.model.train()
         title = f"{self.title} {epoch + 1}/{self.epochs}"
@@ -115,9 +126,18 @@ class TrainingLoop:
                 for learner in _alive(learners):
                     learner.guard(learner.check_finite, self.isolate_failures)
                 self.timer.keep(_alive(learners))
+            if self.reports and (line := progress.line(epoch, i)):
+                tqdm.write(line, sys.stdout)
+                sys.stdout.flush()
             asked = time.perf_counter()
         seconds = time.perf_counter() - start
         return f"{images / seconds:.0f} images/s, {100 * waited / seconds:.0f} % of it waiting for data"
+
+
+def _figures(row: dict) -> str:
+    """Of an epoch, for a line."""
+    known = "" if row["top1"] is None else f", {row['top1']:.2f} %, top-5 {row['top5']:.2f} %"
+    return f"loss {row['loss']:.3f}{known};"
 
 
 def _alive(learners: Sequence[Learner]) -> list[Learner]:
@@ -138,10 +158,9 @@ def _write_summary(learner: Learner) -> None:
     """All epochs so far, in the form of timm's summary.csv."""
     with replacing(learner.folder / "summary.csv") as temporary, open(temporary, "w", newline="") as f:
         writer = csv.writer(f)
-        writer.writerow(["epoch", "train_loss", "eval_top1", "lr", "seconds"])
-        writer.writerows(
-            [i, *(row[k] for k in ("loss", "top1", "lr", "seconds"))] for i, row in enumerate(learner.history)
-        )
+        writer.writerow(["epoch", "train_loss", "eval_top1", "eval_top5", "eval_loss", "lr", "seconds"])
+        kinds = ("loss", "top1", "top5", "eval_loss", "lr", "seconds")
+        writer.writerows([i, *map(row.get, kinds)] for i, row in enumerate(learner.history))
 
 
 def evaluate(
@@ -152,7 +171,20 @@ def evaluate(
     timer: CheckpointTimer | None = None,
     shared: bool = True,
 ) -> list[float]:
-    """Top-1 accuracies in %, each learner on its view; with `together` also of the sum of their logits, last.
+    """Top-1 accuracies in %, see `measure`."""
+    return [found["top1"] for found in measure(learners, loader, engine, together, timer, shared)]
+
+
+def measure(
+    learners: Sequence[Learner],
+    loader,
+    engine: Engine,
+    together: bool = False,
+    timer: CheckpointTimer | None = None,
+    shared: bool = True,
+) -> list[dict[str, float]]:
+    """Top-1 and top-5 accuracies in %, and the cross entropy, of each learner on its view; with `together` also of the
+    sum of their logits, last.
 
     What is `shared` by the ranks of a process group, each of them counts its share of, each image once.
     """
@@ -161,17 +193,23 @@ def evaluate(
     shared = shared and dist.is_initialized()
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if shared else (1, 0)
     total, seen = len(loader.dataset), 0
-    right = [torch.zeros((), dtype=torch.long) for _ in range(len(learners) + together)]
+    sums = torch.zeros(len(learners) + together, 3, dtype=torch.float64)
     for x, y in loader:
         mine = (torch.arange(seen, seen + len(y)) * ranks + rank < total).to(y.device)  # the sampler pads with repeats
         seen += len(y)
         outputs = engine.scores(learners, x)
         for i, logits in enumerate([*outputs, sum(outputs)] if together else outputs):
-            right[i] += ((logits.argmax(1) == y) & mine).sum().cpu()
+            sums[i] += _sums(logits[mine], y[mine])
         if timer is not None and timer.due:
             timer.keep(learners)
-    counts = torch.stack(right)
     if shared:
-        counts = counts.to(learners[0].device)
-        dist.all_reduce(counts)
-    return [100 * int(c) / total for c in counts]
+        sums = sums.to(learners[0].device)
+        dist.all_reduce(sums)
+    return [{"top1": 100 * a / total, "top5": 100 * b / total, "loss": c / total} for a, b, c in sums.tolist()]
+
+
+def _sums(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Images whose class is the first, or among the first five, and the cross entropy of all."""
+    five = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
+    loss = F.cross_entropy(logits, y, reduction="sum")
+    return torch.stack([(logits.argmax(1) == y).sum(), five.any(1).sum(), loss.double()]).cpu()

@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..console import domain as domain  # of the boxes, for who trains parts without a run
-from ..errors import TrainError
+from ..errors import TrainError, shown
 from . import checks, config
 from .flags import PREFIXES, STAGED, TOGETHER, flag_of, parser
 
 MAY_CHANGE_ON_RESUME = {  # no weight depends on them
-    "checkpoint_every", "config", "cycles", "device", "engine", "experiment", "from_parts", "log_tensorboard",
-    "log_wandb", "only_parts", "output", "part_threads", "pin_mem", "quiet", "resume", "validation_batch_size",
-    "verbose", "wandb_project", "workers",
+    "checkpoint_every", "checkpoint_hist", "config", "cycles", "device", "engine", "experiment", "from_parts",
+    "log_interval", "log_tensorboard", "log_wandb", "only_parts", "output", "part_threads", "pin_mem", "quiet",
+    "resume", "validation_batch_size", "verbose", "wandb_project", "wandb_tags", "workers",
 }  # fmt: skip
+OF_A_CALL = ("config", "preset", "quiet", "verbose")  # what they said stands in the options themselves
 SCALE, JOINT = 0.625, 6  # of the recipe: how the parts see whole images; one joint epoch for so many of theirs
 STAGES = ("part", "joint", *TOGETHER, "baseline")
 SECOND_LEVEL = ("aggregate", "coarse_dropout", "coarse_epochs", "coarse_folds", "coarse_views", "coarse_widths")
@@ -36,16 +37,61 @@ COMPOSED = (  # nothing to parts and baseline
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options from YAML (``-c``), then the command line. Errors exit with status 2."""
     p = parser()
+    p.add_argument("data", nargs="?", metavar="DATA", help="as --data-dir")  # no option, and nothing for a file
     given, _ = p.parse_known_args(argv)
-    said = {} if given.config is None else config.read(p, given.config)
+    folder = run_of(given.resume)
+    begun = {} if folder is None else resumed(p, folder)
+    said = begun | ({} if given.config is None else config.read(p, given.config))
     preset = given.preset or said.get("preset")
     if preset is not None:
         p.set_defaults(**config.read(p, f"{preset}.yaml"))
     p.set_defaults(**said)
     args = p.parse_args(argv)
+    args.resume = args.resume if folder is None else str(folder)
+    _take_place(p, args, given.data_dir)
     checks.check(p, args)
     _check_together(p, args)
     return args
+
+
+def run_of(resume: str | None) -> Path | None:
+    """The run's folder that ``--resume`` names, by itself or by a file in it, as timm's checkpoints; None if none."""
+    if resume in (None, "", "auto") or "\0" in resume:
+        return None
+    path = Path(resume)
+    found = [folder for folder in (path, *path.parents)[: None if path.is_file() else 1] if _holds_run(folder)]
+    return found[-1] if found else None
+
+
+def _holds_run(folder: Path) -> bool:
+    try:
+        return (folder / "args.yaml").is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def resumed(p: argparse.ArgumentParser, folder: Path) -> dict:
+    """The options of the run in a folder, for one that goes on with it. Stages have the epochs that they had, whichever
+    get more."""
+    said = config.read(p, str(folder / "args.yaml"))
+    before = p.parse_args([])
+    vars(before).update(said)
+    return {
+        **{name: value for name, value in said.items() if name not in (*OF_A_CALL, "resume")},
+        "part_epochs": stage_options(before, "part").epochs,
+    }
+
+
+def _take_place(p: argparse.ArgumentParser, args: argparse.Namespace, data_dir: str | None) -> None:
+    """The data's folder by its place on the command line is ``--data-dir``, and ``--bce-loss`` is ``--loss bce``."""
+    if args.data is not None and data_dir not in (None, args.data):
+        p.error(f"two data folders, {shown(args.data)} and --data-dir {shown(data_dir)}; give one")
+    args.data_dir = args.data_dir if args.data is None else args.data
+    del args.data
+    if args.bce_loss and args.loss not in ("ce", "bce"):
+        p.error(f"--bce-loss is --loss bce, not --loss {args.loss}")
+    args.loss = "bce" if args.bce_loss else args.loss
+    args.bce_loss = args.loss == "bce"
 
 
 def _check_together(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -54,12 +100,16 @@ def _check_together(p: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         p.error("--calibrate is for two parts or more")
     if args.part_lr is not None and len(args.part_lr) not in (1, args.parts):
         p.error(f"--part-lr has one rate for all {args.parts} parts or one for each, got {len(args.part_lr)}")
-    for name in ("scale", "ratio"):
-        low, high = getattr(args, name)
+    for name in ("scale", "ratio", "cutmix_minmax"):
+        low, high = getattr(args, name) or (0, 1)
         if low > high:
             p.error(f"{flag_of(name)} goes from the smaller to the larger, got {low} {high}")
-    if args.mixup and args.batch_size % 2:
-        p.error(f"--mixup mixes pairs: --batch-size is even, got {args.batch_size}")
+    if mixes(args) and args.batch_size % 2:
+        p.error(f"--mixup and --cutmix mix pairs: --batch-size is even, got {args.batch_size}")
+    if args.layer_decay and args.together:
+        p.error("--layer-decay goes by the order of a network's layers, which --together has none of; leave one out")
+    if args.torchcompile_mode and args.torchcompile not in (None, "inductor"):
+        p.error(f"--torchcompile-mode is inductor's, not {shown(args.torchcompile)}'s")
     if args.input_size and channels(args) != args.input_size[0]:
         p.error(f"--in-chans {args.in_chans} and --input-size {args.input_size[0]} … are of other channels")
     stages = (None, "part", "baseline") if args.baseline else (None, "part")
@@ -71,6 +121,8 @@ def _check_together(p: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.only_parts is not None and args.from_parts is not None:
         p.error("--only-parts trains parts, --from-parts takes trained ones; give one of them")
     if not args.dataset and not args.data_dir:
+        if args.resume not in (None, "auto"):
+            p.error(f"--resume {shown(args.resume)}: no run there; give a run's folder, or auto")
         p.error("nothing to train on: give --data-dir DIR, or --dataset digits")
     for stage in (None, *STAGES):
         s = stage_options(args, stage)
@@ -142,9 +194,12 @@ def command(args: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def check_same(before: dict, now: dict) -> None:
-    """Raise ValueError unless a network goes on with the options that it began with."""
+def check_same(before: dict, now: dict, longer: bool = False) -> None:
+    """Raise ValueError unless a network goes on with the options that it began with; if it may train `longer`, with
+    more epochs."""
     other = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    if longer and before.get("epochs", 0) < now.get("epochs", 0):
+        other.remove("epochs")
     if other:
         raise ValueError(", ".join(f"{flag_of(k)} was {before.get(k)}, not {now.get(k)}" for k in sorted(other)))
 
@@ -152,6 +207,11 @@ def check_same(before: dict, now: dict) -> None:
 def follows_recipe(args: argparse.Namespace) -> bool:
     """Whether no option says what the parts see."""
     return not (args.grid or args.overlap or args.margin or args.part_scale is not None or args.views)
+
+
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether images are mixed while a network trains, and their labels."""
+    return bool(args.mixup or args.cutmix or args.cutmix_minmax)
 
 
 def channels(args: argparse.Namespace) -> int | None:
@@ -170,6 +230,10 @@ def model_arguments(args: argparse.Namespace, classes: int | None) -> dict:
         "in_chans": colours,
         "drop_rate": args.drop,
         "drop_path_rate": args.drop_path,
+        "drop_block_rate": args.drop_block,
+        "bn_momentum": args.bn_momentum,
+        "bn_eps": args.bn_eps,
+        "global_pool": args.gp,
         **args.model_kwargs,
     }
     return {k: v for k, v in given.items() if v is not None}

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ..errors import TrainError, headline
 from ..machine import memory
 from . import data, optimizers, options, schedule, trackers
+from .learner import compiled, criterion
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def rehearse(
     trackers.check(args)
     if args.torchcompile is not None:
         with _said_of(f"--torchcompile {args.torchcompile}"):
-            torch.compile(torch.nn.Linear(1, 1), backend=args.torchcompile)
+            compiled(torch.nn.Linear(1, 1), args)
     kinds = {}
     for stage in ("part", *args.together, None, *(["baseline"] if args.baseline else [])):
         staged = options.stage_options(args, stage)
@@ -62,6 +63,8 @@ def rehearse(
             optimizer = optimizers.create(torch.nn.Linear(1, 1), staged, 1.0)
         with _said_of(f"--sched {staged.sched}"):
             schedule.create(staged, optimizer, 1).step_update(1)
+        with _said_of(f"--loss {staged.loss}"):
+            criterion(staged)
         size = part_size if stage == "part" else None
         kinds[staged.shift, size and tuple(size)] = staged  # of batches
     with _undrawn():

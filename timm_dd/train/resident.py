@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from timm.data.loader import PrefetchLoader
 
+from . import options
 from .decoded import Decoded
 
 WITHOUT = ("cpu",)  # devices whose memory the images are in already
@@ -78,7 +79,8 @@ def training(
     loader: PrefetchLoader, args: argparse.Namespace, config: dict, device: torch.device
 ) -> PrefetchLoader | Resident:
     """`loader` with its images on the device, if they fit there and it does no more than to shift and flip them."""
-    plain = (args.shift or args.no_aug) and not (args.aa or args.reprob or args.mixup)
+    more = args.aa or args.reprob or args.grayscale_prob or args.gaussian_blur_prob or options.mixes(args)
+    plain = (args.shift or args.no_aug) and not more
     flips = (0.0, 0.0) if args.no_aug else (args.hflip, args.vflip)
     return _resident(loader, config, device, args.shift, flips) if plain else loader
 

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,8 @@ from ..storage.atomic import replace_json
 from ..surgery.claim import check_claim
 from ..surgery.parts import Parts
 from ..surgery.split import split
-from . import checkpoints, coarse, data, options, views
+from ..text import number
+from . import checkpoints, coarse, data, initial, options, views
 from .arrived import Arrived
 from .checkpoints import CheckpointTimer
 from .composed import reassign
@@ -39,11 +41,12 @@ from .folder import RunFolder
 from .images import left_out
 from .joint import train_joint
 from .meeting import Meeting
+from .progress import after_parts
 from .ranks import Ranks, alone
 from .rehearsal import rehearse
 from .sharing import Sharing, holder, sees
 from .stages import Context, meet, take_arrived, train_baseline, train_parts, tune
-from .summary import multiply_adds, summary_table
+from .summary import MEGA, multiply_adds, summary_table
 from .together import train_together
 from .trackers import Trackers
 
@@ -86,15 +89,18 @@ class Run:
         coarse.check(args, self.train_set)
         empty = models.create_empty(args.model, **self.model_args)
         self.data_config = data.data_config(args, empty)
+        initial.set_checkpointing(args, empty)
         self.timer = CheckpointTimer(args.checkpoint_every)
         self.place = RunFolder.of_run(args, self.meeting) if before is None else before.place.next_cycle()
         threads = args.engine, args.parts, self.ranks.local_world
         args.part_threads = args.part_threads or self.place.threads or part_threads(*threads)
-        config = models.config(empty, self.data_config)
+        self.class_names = data.class_names(self.train_set, args.num_classes)
+        config = models.config(empty, self.data_config, self.class_names)
         self.parts = self._as_seen(config)
         self.whole = self._whole(config)
         self.mine = parts_of(self.ranks.rank, self.ranks.world, self.parts, args.only_parts or range(args.parts))
         views.check(args, self.parts)
+        self.multiply_adds = multiply_adds(args, self.parts, self.whole)
         self.arrived = None
         if args.from_parts is not None and before is None and self.ranks.primary:
             self.arrived = Arrived(args.from_parts, self.parts.plan, self.place.parts, args.seed)
@@ -147,19 +153,23 @@ class Run:
             domain=domain,
             narrow=args.narrow,
             img_size=tuple(self.data_config["input_size"][1:]),
-            pretrained=args.pretrained and self.last is None,
+            pretrained=args.pretrained and not args.pretrained_path and self.last is None,
             seed=args.seed,
             **self.model_args,
         )
         if args.reassign and not parts.plan.exact:
             raise TrainError(f"--reassign: {args.model} is not the same with its channels in another order")
-        if self.last is not None:
-            parts.take(self._start(parts.plan))
+        start = self._start(parts.plan)
+        if start is not None:
+            parts.take(start)
         parts.plan = replace(parts.plan, config=config)
         return parts
 
-    def _start(self, plan: Plan) -> dict[str, torch.Tensor]:
-        """The model that this cycle splits: the last one's, its channels in another order if they are reassigned."""
+    def _start(self, plan: Plan) -> dict[str, torch.Tensor] | None:
+        """The model that this cycle splits: the last one's, its channels in another order if they are reassigned; of
+        the first cycle that of a file, if one is given."""
+        if self.last is None:
+            return initial.weights(self.args, self.data_config["input_size"][1:], self.model_args)
         state = load_file(self.last / files.MODEL)
         return reassign(state, plan) if self.args.reassign else state
 
@@ -234,22 +244,25 @@ class Run:
             parts=self.parts,
             whole=self.whole,
             model_args=self.model_args,
-            class_names=data.class_names(self.train_set, self.args.num_classes),
+            class_names=self.class_names,
             data_config=self.data_config,
             sets=sets,
             timer=self.timer,
             trackers=tracked,
+            later=after_parts(self.args, self.multiply_adds, self.mine, self.ranks.world),
         )
         return _stages(self, context)
 
-    def _about(self) -> dict[str, str]:
-        """By what the run can be repeated, and known by its models."""
-        return {
-            "command": options.command(self.args),
-            "dataset": (self.args.dataset or Path(self.args.data_dir).resolve().name).split("/")[-1],
-            "split": self.args.val_split,
-            "run": self.place.digest(self.parts.plan),
-        }
+
+def _about(run: Run) -> dict[str, Any]:
+    """By what the run can be repeated, and known by its models."""
+    return {
+        "command": options.command(run.args),
+        "dataset": (run.args.dataset or Path(run.args.data_dir).resolve().name).split("/")[-1],
+        "split": run.args.val_split,
+        **({} if run.class_names is None else {"class_names": list(run.class_names)}),
+        "run": run.place.digest(run.parts.plan),
+    }
 
 
 def _agree(run: Run, holding: ExitStack) -> None:
@@ -314,28 +327,35 @@ def _stages(run: Run, context: Context) -> dict:
         mine = run.parts.plan
         files.save_state(run.place.start, run._start(mine), mine.config, {})
     tuned = tune(context)
-    seconds["composed"] = tuned.pop("seconds")
+    seconds["composed"], top5 = tuned.pop("seconds"), tuned.pop("top5")
     summary = {
         "parts": [p["top1"] for p in trained],
         **({"two_level": second} if second else {}),
         **joint,
         **tuned,
+        "top5": {"parts": [p.get("top5") for p in trained], **top5},
         "seconds": seconds,
-        "multiply_adds": multiply_adds(context),
-        **run._about(),
+        "multiply_adds": run.multiply_adds,
+        **_about(run),
     }
     if run.args.baseline and run.cycle == 1:
-        summary["baseline"], summary["seconds"]["baseline"] = train_baseline(context)
+        baseline = train_baseline(context)
+        summary["baseline"], summary["top5"]["baseline"], summary["seconds"]["baseline"] = baseline
     return summary
 
 
 def _title(run: Run) -> str:
-    plan = run.parts.plan
+    plan, macs, batch = run.parts.plan, run.multiply_adds, data.images_of_an_update(run.args)
     verdict = "exact" if plan.exact else f"approximate in {len(plan.approximations)} places"
+    seen = dict.fromkeys("×".join(map(str, view.size)) for view in plan.views())
+    updates = data.pace(run.args, run.train_set, 1).get("updates_per_epoch")
     return (
         f"{run.args.model} in {plan.parts} parts, {plan.domain}, {verdict}; "
         f"{plan.params():,} parameters, {plan.params(0):,} in part 0\n"
+        f"images of {'×'.join(map(str, plan.input_size))}, of which parts see {' or '.join(seen)}; multiply-adds: "
+        f"{number(macs['parts'][0] / MEGA)} M in part 0, {number(macs['composed'] / MEGA)} M in the whole model\n"
         f"{len(run.train_set):,} images to train on, {len(run.val_set):,} to validate; "
+        f"{f'{updates:,} batches' if updates else 'batches'} of {batch} an epoch of the parts; "
         f"{run.ranks.world} rank(s) on {run.device.type}; {run.folder}"
     )
 

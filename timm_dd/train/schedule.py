@@ -11,6 +11,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 
 from ..errors import TrainError
+from . import metrics
 
 
 class Steps(Scheduler):
@@ -36,15 +37,20 @@ class Steps(Scheduler):
 
 
 class Plateau:
-    """Divides what a schedule says by √10 each time `patience` epochs brought no better accuracy (section 3.1.1)."""
+    """Divides what a schedule says by √10 each time `patience` epochs brought no better accuracy (section 3.1.1).
 
-    def __init__(self, schedule: Scheduler, patience: int):
-        self.schedule, self.patience = schedule, patience
+    Args:
+        sign: -1 where a smaller figure is the better one.
+    """
+
+    def __init__(self, schedule: Scheduler, patience: int, sign: int = 1):
+        self.schedule, self.patience, self.sign = schedule, patience, sign
         self.best, self.waited, self.factor = -math.inf, 0, 1.0
 
     def step(self, epoch: int, metric: float) -> None:
-        self.waited = 0 if metric > self.best else self.waited + 1
-        self.best = max(self.best, metric)
+        better = self.sign * metric
+        self.waited = 0 if better > self.best else self.waited + 1
+        self.best = max(self.best, better)
         if self.waited >= self.patience:
             self.waited, self.factor = 0, self.factor / math.sqrt(10)
         self.schedule.step(epoch, metric)
@@ -55,6 +61,19 @@ class Plateau:
         self.schedule.step_update(updates)
 
 
+def epochs(args: argparse.Namespace) -> int:
+    """Of a stage: with --warmup-prefix, --cooldown-epochs and --lr-cycle-limit more than --epochs, as in timm."""
+    if args.decay_rates or not args.epochs:
+        return args.epochs
+    optimizer = torch.optim.SGD([torch.zeros(())], lr=1.0)
+    return create_scheduler_v2(optimizer, **_arguments(args) | {"step_on_epochs": True})[1]
+
+
+def _arguments(args: argparse.Namespace) -> dict:
+    milestones = args.decay_milestones or []
+    return {**scheduler_kwargs(args), "num_epochs": max(args.epochs, 1), "decay_milestones": milestones}
+
+
 def create(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
     """The schedule of a stage; `step` after every epoch, `step_update` after every update."""
     if args.decay_rates:
@@ -62,14 +81,9 @@ def create(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_p
             optimizer, args.decay_milestones, args.decay_rates, args.warmup_epochs, args.warmup_lr
         )
     else:
-        milestones = args.decay_milestones or []
-        schedule, _ = create_scheduler_v2(
-            optimizer,
-            **{**scheduler_kwargs(args), "num_epochs": max(args.epochs, 1), "decay_milestones": milestones},
-            updates_per_epoch=updates_per_epoch,
-        )
+        schedule, _ = create_scheduler_v2(optimizer, **_arguments(args), updates_per_epoch=updates_per_epoch)
         if schedule is None:
             raise TrainError(
                 f"--sched {args.sched}: timm has no such schedule; cosine, step and poly are some that it has"
             )
-    return Plateau(schedule, args.plateau_epochs) if args.plateau_epochs else schedule
+    return Plateau(schedule, args.plateau_epochs, metrics.sign(args)) if args.plateau_epochs else schedule

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -32,7 +33,7 @@ from ..planning.plan import Plan
 from ..storage import files
 from ..storage.merge_files import write_merged
 from ..surgery.parts import Parts
-from . import data, options, resident, views
+from . import data, initial, metrics, options, resident, schedule, views
 from .arrived import Arrived, numbers
 from .checkpoints import CheckpointTimer, SharedTimer, read_newest, restore
 from .composed import add_noise, between, calibrate, rate_between, refit_head, some
@@ -40,7 +41,7 @@ from .distill import distilled
 from .engines import Engine, cores_of_rank, engine, engine_of_one, share_cores
 from .folder import PartsStage, RunFolder
 from .learner import Learner, average_statistics
-from .loop import TrainingLoop, evaluate
+from .loop import TrainingLoop, evaluate, measure
 from .meeting import Meeting
 from .momenta import carry
 from .ranks import Ranks
@@ -62,6 +63,7 @@ class Context:
         model_args: for `timm.create_model`.
         class_names: in the order of their numbers; None if not known.
         sets: (train, validation).
+        later: what follows the parts, as a multiple of this rank's work for them; None if not known.
     """
 
     args: argparse.Namespace
@@ -81,6 +83,7 @@ class Context:
     sets: Sequence[Dataset]
     timer: CheckpointTimer
     trackers: Trackers
+    later: float | None = None
 
     def loaders(
         self,
@@ -127,9 +130,11 @@ def train_parts(run: Context) -> None:
             run.folder.parts.forget_failure(k)
             learner.guard(partial(restore, learner), isolate_failures=True)
     with engine(args.engine, learners, run.device, cores_of_rank(run.ranks.local_world)) as by:
-        shared = (run.seed, run.timer, by, run.trackers, partial(_tell, run, learners, args.epochs))
+        epochs = schedule.epochs(args)
+        shared = (run.seed, run.timer, by, run.trackers, partial(_tell, run, learners, epochs))
+        how = {"shared": False, "isolate_failures": True, "later": run.later}
         shared[-1]()
-        TrainingLoop("parts", loaders, args.epochs, *shared, shared=False, isolate_failures=True).fit(learners)
+        TrainingLoop("parts", loaders, epochs, *shared, **how).fit(learners)
     for k, learner in zip(due, learners):
         if learner.failure is not None:
             run.folder.parts.fail(k, learner.failure)
@@ -150,6 +155,7 @@ def finish_part(run: Context, stage: PartsStage, plan: Plan, k: int, learner: Le
     summary = {
         "part": k,
         "top1": top1,
+        "top5": _top5(learner),
         "epochs": epochs,
         "updates": learner.updates,
         "seconds": learner.seconds,
@@ -225,9 +231,9 @@ def take_arrived(run: Context, arrived: Arrived) -> None:
 # ---- stage 2: the composed model
 
 
-def tune(run: Context) -> dict[str, float]:
+def tune(run: Context) -> dict[str, Any]:
     """Compose, re-estimate the BatchNorm statistics, and fine-tune; returns the accuracies of the parts together and
-    of the composed model after each step, and the seconds of the last."""
+    of the composed model after each step, top-5 by themselves, the best epoch, and the seconds of the last step."""
     if run.ranks.primary:
         trained, start = run.folder.trained.path, run.folder.start
         write_merged(trained, run.folder.composed, "sum", run.about("composed"), start)
@@ -237,24 +243,37 @@ def tune(run: Context) -> dict[str, float]:
     loaders = shared_loaders(run, args)
     load_trained(run.folder.parts, run.parts)
     learners = [part_learner(run, k, 1) for k in range(len(run.parts))]
-    together = evaluate(learners, loaders[1], Engine(), together=True)[-1]  # each part on its box
+    together = measure(learners, loaders[1], Engine(), together=True)[-1]  # each part on its box
     model = models.create(plan.model, **plan.model_args)
     files.load_composed(run.folder.composed, model)
+    initial.set_checkpointing(args, model)
     learner = global_learner(run, "composed model", model, args, len(loaders[0]), run.folder.tuned)
     if args.distill:
         learner.loss = distilled(learner, run.folder.two_level, args.distill)
-    found = {"together": together, "composed": evaluate([learner], loaders[1], Engine())[0]}
+    steps = {"together": together, "composed": measure([learner], loaders[1], Engine())[0]}
     start = time.perf_counter()
     data.seed_epoch(run.seed, args.epochs)
     changed = _prepare(run, learner, plan, loaders[0], args)
     learner.seconds = time.perf_counter() - start
     if changed:
-        found["updated"] = evaluate([learner], loaders[1], Engine())[0]
+        steps["updated"] = measure([learner], loaders[1], Engine())[0]
     made_of = files.summary(plan, plan.digest())
     about = {name: {**made_of, **run.about(stage)} for name, stage in (("last", "tuned"), ("best", "best"))}
-    found["tuned"] = fit(run, learner, loaders, args.epochs, "fine-tuning", partial(_save, run, learner, about))
-    found["best"] = max((row["top1"] for row in learner.history), default=found["tuned"])
-    return {**found, "seconds": learner.seconds}
+    found = {name: step["top1"] for name, step in steps.items()}
+    found["tuned"] = fit(
+        run, learner, loaders, schedule.epochs(args), "fine-tuning", partial(_save, run, learner, about)
+    )
+    best = metrics.best(learner.history, args)
+    found["best"] = found["tuned"] if best is None else learner.history[best]["top1"]
+    found["best_epoch"] = 0 if best is None else best + 1
+    top5 = {name: step["top5"] for name, step in steps.items()}
+    top5 |= {"tuned": _top5(learner), "best": None if best is None else learner.history[best].get("top5")}
+    return {**found, "top5": top5, "seconds": learner.seconds}
+
+
+def _top5(learner: Learner) -> float | None:
+    """After the last epoch; None if it was not evaluated."""
+    return learner.history[-1].get("top5") if learner.history else None
 
 
 def shared_loaders(run: Context, args: argparse.Namespace) -> tuple:
@@ -314,9 +333,10 @@ def fit(
     def keep() -> None:
         if not run.ranks.primary:
             return
-        *before, last = [row["top1"] for row in learner.history] or [0.0]
-        reached = {"epoch": str(len(learner.history)), "top1": f"{last:.2f}"}
-        for name in ["last", "best"] if last > max(before, default=-1.0) else ["last"]:
+        last = learner.history[-1]["top1"] if learner.history else None
+        reached = {"epoch": str(len(learner.history)), **({} if last is None else {"top1": f"{last:.2f}"})}
+        is_best = metrics.best(learner.history, learner.args) in (None, len(learner.history) - 1)
+        for name in ["last", "best"] if is_best else ["last"]:
             save(name, reached)
 
     run.sharing.share(learner.folder)
@@ -334,13 +354,13 @@ def _save(
     run: Context, learner: Learner, about: Mapping[str, Mapping[str, str]], name: str, reached: dict[str, str]
 ) -> None:
     """Write the global model with what is said `about` it."""
-    config = models.config(learner.result, run.data_config)
+    config = models.config(learner.result, run.data_config, run.class_names)
     files.save_model(learner.folder / name, learner.result, config, {**about.get(name, {}), **reached})
 
 
 def accuracy(learner: Learner, loaders: tuple, shared: bool) -> float:
     """The accuracy after the last epoch; now, if there was none."""
-    if learner.history:
+    if learner.history and learner.history[-1]["top1"] is not None:
         return learner.history[-1]["top1"]
     return evaluate([learner], loaders[1], Engine(), shared=shared)[0]
 
@@ -348,12 +368,12 @@ def accuracy(learner: Learner, loaders: tuple, shared: bool) -> float:
 # ---- the baseline
 
 
-def train_baseline(run: Context) -> tuple[float, float]:
-    """Train the model from a random start (GNet-R); returns accuracy and seconds."""
+def train_baseline(run: Context) -> tuple[float, float | None, float]:
+    """Train the model from a random start (GNet-R); returns its accuracy, top-5 and seconds."""
     args = options.stage_options(run.args, "baseline")
-    given = models.arguments(args.model, img_size=tuple(run.data_config["input_size"][1:]), **run.model_args)
-    model = models.create(args.model, pretrained=args.pretrained, seed=args.seed, **given)
+    model = initial.model(args, run.data_config["input_size"][1:], run.model_args)
+    initial.set_checkpointing(args, model)
     loaders = shared_loaders(run, args)
     learner = global_learner(run, "baseline", model, args, len(loaders[0]), run.folder.baseline)
-    top1 = fit(run, learner, loaders, args.epochs, "baseline", partial(_save, run, learner, {}))
-    return top1, learner.seconds
+    top1 = fit(run, learner, loaders, schedule.epochs(args), "baseline", partial(_save, run, learner, {}))
+    return top1, _top5(learner), learner.seconds

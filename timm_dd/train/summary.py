@@ -10,29 +10,32 @@ import torch
 from torch import fx
 
 from ..planning.costs import Cost, cost
+from ..surgery.parts import Parts
 from ..text import number, table
 from ..two_level.aggregate import CoarseNet
-from . import options
+from . import options, schedule
 from .dealing import costs
-from .stages import Context
 
 MEGA = 10**6
 
 
-def multiply_adds(run: Context) -> dict:
+def multiply_adds(args: argparse.Namespace, parts: Parts, joint: Parts | None) -> dict:
     """Of one image: each part on its view, all parts on the whole image where they see it, each way to decide together,
-    and the composed network; and the operations that `planning.costs` cannot count, which are not in the figures."""
-    plan, graph = run.parts.plan, copy.deepcopy(run.parts.graph)
-    whole, parts = cost(graph, plan.input_size), costs(run.parts)
-    alone = [part.multiply_adds for part in parts]
-    ways = (*run.args.aggregate, *run.args.together)
+    and the composed network; and the operations that `planning.costs` cannot count, which are not in the figures.
+
+    Args:
+        joint: the parts as they are on whole images; None if there is no joint stage.
+    """
+    whole, each = cost(copy.deepcopy(parts.graph), parts.plan.input_size), costs(parts)
+    alone = [part.multiply_adds for part in each]
+    ways = (*args.aggregate, *args.together)
     weighed = {how for how in ways if how in ("dnn", *options.TOGETHER)}
-    weighing = _of_coarse_net(run.args).multiply_adds if weighed else 0
+    weighing = _of_coarse_net(args).multiply_adds if weighed else 0
     found = {"parts": alone, "composed": whole.multiply_adds}
-    if run.whole is not None:
-        found["joint"] = sum(part.multiply_adds for part in costs(run.whole))
+    if joint is not None:
+        found["joint"] = sum(part.multiply_adds for part in costs(joint))
     found["two_level"] = {how: sum(alone) + weighing * (how in weighed) for how in ways}
-    return {**found, "uncounted": sorted({name for c in (whole, *parts) for *_, name in c.uncounted})}
+    return {**found, "uncounted": sorted({name for c in (whole, *each) for *_, name in c.uncounted})}
 
 
 def _of_coarse_net(args: argparse.Namespace) -> Cost:
@@ -43,33 +46,44 @@ def _of_coarse_net(args: argparse.Namespace) -> Cost:
 
 def summary_table(summary: dict, args: argparse.Namespace) -> str:
     """The table that ends a run."""
-    return table([("", "top-1 %", "epochs", "seconds", "multiply-adds"), *_rows(summary, args)])
+    return table([("", "top-1 %", "top-5 %", "epochs", "seconds", "multiply-adds"), *_rows(summary, args)])
 
 
 def _rows(summary: dict, args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
-    seconds, macs = summary["seconds"], summary["multiply_adds"]
+    seconds, macs, top5 = summary["seconds"], summary["multiply_adds"], summary["top5"]
     bound = "at least " if macs["uncounted"] else ""
 
-    def row(title: str, top1: float, count: int, epochs: int | None = None, took: float | None = None, note: str = ""):
-        time = "" if took is None else f"{took:.1f}{note}"
-        return title, f"{top1:.2f}", "" if epochs is None else str(epochs), time, f"{bound}{number(count / MEGA)} M"
+    def row(title: str, top1: float, count: int, epochs: int | None = None, took: float | str = "", five=None):
+        shown = f"{took:.1f}" if isinstance(took, float) else took
+        cost = f"{bound}{number(count / MEGA)} M"
+        return title, f"{top1:.2f}", _percent(five), "" if epochs is None else str(epochs), shown, cost
 
-    trained = options.stage_options(args, "part").epochs
-    for k, (top1, count) in enumerate(zip(summary["parts"], macs["parts"])):
-        yield row(f"part {k}, its own box", top1, count, trained, None if k else seconds["parts"], " for all")
-    yield row("sum of the parts, own boxes", summary["together"], sum(macs["parts"]))
+    def epochs(stage: str | None) -> int:
+        return schedule.epochs(options.stage_options(args, stage))
+
+    for k, (top1, five, count) in enumerate(zip(summary["parts"], top5["parts"], macs["parts"])):
+        took = "" if k else f"{seconds['parts']:.1f} for all"
+        yield row(f"part {k}, its own box", top1, count, epochs("part"), took, five)
+    yield row("sum of the parts, own boxes", summary["together"], sum(macs["parts"]), five=top5["together"])
     for how, top1 in summary.get("two_level", {}).items():
         took = (args.coarse_epochs, seconds["two_level"]) if how == "dnn" else ()
         if how in options.TOGETHER:
-            took = (options.stage_options(args, how).epochs, seconds[how])
+            took = (epochs(how), seconds[how])
         yield row(f"two levels, {how}", top1, macs["two_level"][how], *took)
     if "joint" in summary:
-        yield row("joint, whole images", summary["joint"], macs["joint"], args.joint_epochs, seconds["joint"])
+        yield row("joint, whole images", summary["joint"], macs["joint"], epochs("joint"), seconds["joint"])
     whole = macs["composed"]
-    yield row("composed, before fine-tuning", summary["composed"], whole, 0)
+    yield row("composed, before fine-tuning", summary["composed"], whole, 0, five=top5["composed"])
     if "updated" in summary:
-        yield row("composed, BatchNorm re-estimated", summary["updated"], whole, 0)
-    yield row("composed, after fine-tuning", summary["tuned"], whole, args.epochs, seconds["composed"])
+        yield row("composed, BatchNorm re-estimated", summary["updated"], whole, 0, five=top5["updated"])
+    tuned = seconds["composed"]
+    yield row("composed, after fine-tuning", summary["tuned"], whole, epochs(None), tuned, top5["tuned"])
+    if summary["best_epoch"]:
+        yield row("its best epoch", summary["best"], whole, summary["best_epoch"], five=top5["best"])
     if "baseline" in summary:
-        epochs = options.stage_options(args, "baseline").epochs
-        yield row("baseline, random start", summary["baseline"], whole, epochs, seconds["baseline"])
+        took = seconds["baseline"]
+        yield row("baseline, random start", summary["baseline"], whole, epochs("baseline"), took, top5["baseline"])
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

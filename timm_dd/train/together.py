@@ -14,7 +14,7 @@ import torch
 from ..surgery.parts import Parts
 from ..two_level import files
 from ..two_level.network import TwoLevel
-from . import options
+from . import options, schedule
 from .stages import Context, fit, global_learner, load_trained, shared_loaders
 
 
@@ -39,4 +39,4 @@ def train_together(run: Context, how: str, fresh: Parts) -> tuple[float, float]:
         two = learner.result
         files.save(folder / name, two.parts, two.description(), two.coarse, origin={**run.about(how), **reached})
 
-    return fit(run, learner, loaders, args.epochs, f"together, {how}", save), learner.seconds
+    return fit(run, learner, loaders, schedule.epochs(args), f"together, {how}", save), learner.seconds

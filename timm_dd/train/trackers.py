@@ -21,7 +21,7 @@ class Trackers:
 
     def log(self, name: str, epoch: int, row: dict[str, float]) -> None:
         """`row` of a network after so many epochs. Once one fails there are no more."""
-        values = {f"{name}/{key}": value for key, value in row.items()}
+        values = {f"{name}/{key}": value for key, value in row.items() if value is not None}
         try:
             if self.board is not None:
                 for key, value in values.items():
@@ -62,4 +62,5 @@ def _wandb(args: argparse.Namespace, folder: Path, rank: int):
     import wandb
 
     name = f"{folder.name}-{rank}" if rank else folder.name  # a part's figures come from the rank that trains it
-    return wandb.init(project=args.wandb_project, group=folder.name, name=name, dir=folder, config=vars(args))
+    about = {"project": args.wandb_project, "tags": args.wandb_tags, "group": folder.name, "config": vars(args)}
+    return wandb.init(name=name, dir=folder, **about)

@@ -1,0 +1,117 @@
+"""Images are named by a run, a composed model and a two-level network, with the probabilities of the network itself."""
+
+import json
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import timm_dd
+from timm_dd.cli import main
+from timm_dd.errors import FileError, MergeError
+from timm_dd.predict import Classifier
+
+NAMES = ["apple", "pear", "fig"]
+
+
+@pytest.fixture
+def image(tmp_path):
+    """A scanned digit, at an odd size."""
+    path = tmp_path / "digit.png"
+    Image.fromarray((load_digits().images[3] * 15).astype("uint8")).resize((41, 37)).save(path)
+    return path
+
+
+def composed(folder, names=None):
+    """A composed model of three classes."""
+    parts = timm_dd.split("test_resnet", 2, num_classes=3, img_size=32, seed=0)
+    parts.save(folder / "parts")
+    timm_dd.merge_files(folder / "parts", folder / "composed")
+    path = folder / "composed" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config if names is None else {**config, "label_names": names}))
+    return parts, folder / "composed"
+
+
+def as_timm(folder, path):
+    """Probabilities of the classes, by stock timm alone."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.no_grad():
+        return model(transform(Image.open(path).convert("RGB"))[None]).softmax(1)[0].tolist()
+
+
+@pytest.mark.parametrize("names", [NAMES, {"0": "apple", "1": "pear", "2": "fig"}, None])
+def test_a_composed_model(names, image, tmp_path, capsys):
+    _, folder = composed(tmp_path, names)
+    expected = dict(zip(NAMES if names else "012", as_timm(folder, image)))
+    capsys.readouterr()
+    assert main(["predict", str(folder), str(image), str(image), "--json", "--top", "2"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first == second and first["image"] == str(image)
+    best = sorted(expected, key=expected.get, reverse=True)[:2]
+    assert [c["name"] for c in first["classes"]] == best
+    assert [c["probability"] for c in first["classes"]] == pytest.approx([expected[n] for n in best], abs=1e-6)
+    assert main(["predict", str(folder), str(image)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(image) and len(lines) == 4
+    assert lines[1].split() == [f"{100 * expected[best[0]]:.2f}", "%", best[0]]
+
+
+@pytest.mark.parametrize("how", ["mean", "vote", "sum"])
+def test_a_two_level_network(how, image, tmp_path):
+    parts, _ = composed(tmp_path)
+    timm_dd.TwoLevel(parts, how, class_names=NAMES).save(tmp_path / "two")
+    two = timm_dd.TwoLevel.load(tmp_path / "two").eval()
+    data = timm.data.resolve_data_config(pretrained_cfg={**timm.get_pretrained_cfg("test_resnet").to_dict()})
+    transform = timm.data.create_transform(**{**data, "input_size": (3, 32, 32)})
+    with torch.no_grad():
+        scores = two(transform(Image.open(image).convert("RGB"))[None])[0]
+    expected = scores.softmax(0) if how == "sum" else scores
+    (found,) = Classifier.load(str(tmp_path / "two")).predict([image])
+    assert sum(p for _, p in found) == pytest.approx(1) and len(found) == 3
+    if how == "sum":  # of the others, which are far apart or not, the order is that of the scores
+        assert dict(found) == pytest.approx(dict(zip(NAMES, expected.tolist())), abs=1e-5)
+    assert found[0][0] == NAMES[int(expected.argmax())]
+
+
+def test_a_run_names_its_classes(one, image, tmp_path, capsys):
+    """The model after the best epoch, as it is named, pushed and known."""
+    config = json.loads((one / "global" / "best" / "config.json").read_text())
+    assert config["label_names"] == list("0123456789") == json.loads((one / "summary.json").read_text())["class_names"]
+    assert json.loads((one / "composed" / "config.json").read_text())["label_names"] == list("0123456789")
+    capsys.readouterr()
+    assert main(["predict", str(one), str(image), "--json", "--top", "10"]) == 0
+    found = {c["name"]: c["probability"] for c in json.loads(capsys.readouterr().out)[0]["classes"]}
+    expected = as_timm(one / "global" / "best", image)
+    assert [found[str(i)] for i in range(10)] == pytest.approx(expected, abs=1e-6)
+    assert main(["push", str(one), "user/digits", "--dry-run", str(tmp_path / "dry")]) == 0
+    assert f"{one / 'global' / 'best'}: the run's model after its best epoch" in capsys.readouterr().out
+    pushed, kept = (folder / "model.safetensors" for folder in (tmp_path / "dry", one / "global" / "best"))
+    assert pushed.read_bytes() == kept.read_bytes()
+    assert "Classes: 0, 1, 2, 3" in (tmp_path / "dry" / "README.md").read_text()
+
+
+def test_what_is_no_image_is_named(tmp_path, capsys):
+    _, folder = composed(tmp_path)
+    (tmp_path / "x.png").write_bytes(b"nothing")
+    for name in ("x.png", "nothing.png", "."):
+        with pytest.raises(FileError, match=f"{tmp_path / name}.* is not an image"):
+            list(Classifier.load(str(folder)).predict([tmp_path / name]))
+    capsys.readouterr()
+    assert main(["predict", str(folder), str(tmp_path / "x.png")]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_what_is_no_network_is_said(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.yaml").write_text("")
+    for name, why in (("nothing", "no network in"), (".", "no network in"), ("run", "has no model yet")):
+        with pytest.raises(MergeError, match=why):
+            Classifier.load(str(tmp_path / name))
+    for top in ("0", "-1", "x"):
+        with pytest.raises(SystemExit):
+            main(["predict", "x", "y", "--top", top])
+        assert "from 1 up" in capsys.readouterr().err
