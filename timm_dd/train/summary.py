@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterator
 
 import torch
 from torch import fx
 
 from ..planning.costs import Cost, cost
+from ..reports import outcome
 from ..surgery.parts import Parts
-from ..text import number, table
+from ..text import table
 from ..two_level.aggregate import CoarseNet
 from . import options
 from .stages import Context
-
-MEGA = 10**6
 
 
 def multiply_adds(run: Context) -> dict:
@@ -56,33 +54,6 @@ def _of_coarse_net(args: argparse.Namespace) -> Cost:
 
 def summary_table(summary: dict, args: argparse.Namespace) -> str:
     """The table that ends a run."""
-    return table([("", "top-1 %", "epochs", "seconds", "multiply-adds"), *_rows(summary, args)])
-
-
-def _rows(summary: dict, args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
-    seconds, macs = summary["seconds"], summary["multiply_adds"]
-    bound = "at least " if macs["uncounted"] else ""
-
-    def row(title: str, top1: float, count: int, epochs: int | None = None, took: float | None = None, note: str = ""):
-        time = "" if took is None else f"{took:.1f}{note}"
-        return title, f"{top1:.2f}", "" if epochs is None else str(epochs), time, f"{bound}{number(count / MEGA)} M"
-
-    trained = options.stage_options(args, "part").epochs
-    for k, (top1, count) in enumerate(zip(summary["parts"], macs["parts"])):
-        yield row(f"part {k}, its own box", top1, count, trained, None if k else seconds["parts"], " for all")
-    yield row("sum of the parts, own boxes", summary["together"], sum(macs["parts"]))
-    for how, top1 in summary.get("two_level", {}).items():
-        took = (args.coarse_epochs, seconds["two_level"]) if how == "dnn" else ()
-        if how in options.TOGETHER:
-            took = (options.stage_options(args, how).epochs, seconds[how])
-        yield row(f"two levels, {how}", top1, macs["two_level"][how], *took)
-    if "joint" in summary:
-        yield row("joint, whole images", summary["joint"], macs["joint"], args.joint_epochs, seconds["joint"])
-    whole = macs["composed"]
-    yield row("composed, before fine-tuning", summary["composed"], whole, 0)
-    if "updated" in summary:
-        yield row("composed, BatchNorm re-estimated", summary["updated"], whole, 0)
-    yield row("composed, after fine-tuning", summary["tuned"], whole, args.epochs, seconds["composed"])
-    if "baseline" in summary:
-        epochs = options.stage_options(args, "baseline").epochs
-        yield row("baseline, random start", summary["baseline"], whole, epochs, seconds["baseline"])
+    epochs = {name: options.stage_options(args, name).epochs for name in ("part", *options.TOGETHER, "baseline")}
+    epochs |= {"joint": args.joint_epochs, "dnn": args.coarse_epochs, "composed": args.epochs}
+    return table([outcome.HEADING, *(row.cells() for row in outcome.rows(summary, epochs))])
