@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "Box": "algebra.view", "BugError": "errors", "Domain": "algebra.domain", "FileError": "errors",
     "MergeError": "errors", "PushError": "errors", "ReportError": "errors", "SplitError": "errors",
-    "TimmDDError": "errors", "TrainError": "errors", "merge_files": "storage.merge_files", "push": "hub.push", "merge": "surgery.merge",
-    "Plan": "planning.plan", "Profile": "reports.profile", "profile": "reports.profile", "Parts": "surgery.parts",
-    "plan": "surgery.split", "split": "surgery.split", "Report": "reports.verify", "verify": "reports.verify",
-    "TwoLevel": "two_level.network", "report": "train.pages",
+    "TimmDDError": "errors", "TrainError": "errors", "merge_files": "storage.merge_files", "push": "hub.push",
+    "merge": "surgery.merge", "Plan": "planning.plan", "Profile": "reports.profile", "profile": "reports.profile",
+    "Parts": "surgery.parts", "plan": "surgery.split", "split": "surgery.split", "Report": "reports.verify",
+    "verify": "reports.verify", "TwoLevel": "two_level.network", "report": "train.pages",
 }  # fmt: skip
 
 __all__ = [*_HOMES, "__version__"]

@@ -106,7 +106,7 @@ def _add_report(commands) -> None:
     p.add_argument(
         "--images",
         metavar="DIR|N",
-        help="images to show to the networks: a folder, or so many of the run's own validation images (500); 0: none",
+        help="images to show to the networks: a folder, or so many of the run's own validation images (300); 0: none",
     )
     p.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="other runs, beside it in the curves")
     p.add_argument("--layers", nargs="+", metavar="PATH", help="of the feature maps, by default some of the plan")

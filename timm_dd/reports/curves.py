@@ -78,6 +78,7 @@ def curve(table: Sequence[Mapping[str, Any]], value: str, over: str) -> Drawing:
         hover[f"line{i}"] = [f"{name}, epoch {row['epoch']}, {row['seconds']:.1f} s: {row[key]:.4g}" for row in of]
     ax.set(xlabel=x, ylabel=label)
     ax.margins(x=0.02)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     draw.legend(fig)
     what = {"accuracy": "Top-1 accuracy on the validation images", "loss": "Loss on the training images"}[value]
     caption = f"{what} over {over}. What goes on with trained parts begins when they are done."
@@ -126,6 +127,7 @@ def bands(table: Sequence[Mapping[str, Any]], value: str, over: str) -> Drawing:
         )
         hover[f"line{i}"] = list(words)
     ax.set(xlabel=x, ylabel=VALUES[value][1])
+    ax.xaxis.get_major_locator().set_params(integer=True)
     draw.legend(fig, 1)
     caption = f"{VALUES[value][1].capitalize()} over {over}: the mean over seeds; the band is their range."
     return Drawing(f"compared-{value}-over-{over}", caption, f"{caption} {', '.join(groups)}.", found, fig, hover)
@@ -225,7 +227,8 @@ def time_bars(table: Sequence[Mapping[str, Any]]) -> Drawing:
         ax.plot([limit, limit], [at - 0.42, at + 0.42], color=SERIES["baseline"], linewidth=2.5, label=label)
     for at, bar in enumerate(bars):
         total = sum(row["seconds"] for row in table if row["bar"] == bar)
-        ax.annotate(f" {total:.1f} s", (total, at), va="center", fontsize=8, color=MUTED)
+        beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+        ax.annotate(f"{total:.1f} s", (total, at), **beside, fontsize=8, color=MUTED)
     ax.invert_yaxis()
     ax.margins(x=0.18)
     ax.set(xlabel="seconds")

@@ -16,11 +16,9 @@ from .draw import BAD, GOOD, INK, SERIES, Drawing, Panel
 from .networks import Samples, picture
 
 BINS = 10
-TITLES = {"sum": "sum of the logits", "tuned": "fine-tuned", "mean": "mean", "vote": "vote", "dnn": "dense net"}
-LIKE = {
-    "tuned": "composed", "composed": "joint", "dnn": "two_level", "mean": "parts", "vote": "transfer",
-    "sum": "coherent",
-}  # fmt: skip
+TITLES = {"tuned": "fine-tuned", "dnn": "dense net"}
+LIKE = {"tuned": "composed", "composed": "joint", "dnn": "two_level", "mean": "parts", "vote": "transfer"}
+MANY = 20  # classes from which on a matrix has no numbers of classes
 ALREADY = ("mean", "vote")  # whose scores are probabilities
 Scores = Mapping[str, torch.Tensor]
 
@@ -90,17 +88,28 @@ def confusion(scores: torch.Tensor, labels: torch.Tensor, classes: int) -> np.nd
     return counts.numpy()
 
 
-def confusions(chosen: Scores, labels: torch.Tensor, classes: int) -> Drawing:
+def confusions(chosen: Scores, samples: Samples, classes: int) -> Drawing:
     """Confusion matrices of some networks' decisions."""
-    table = [{"network": n, "counts": confusion(c, labels, classes)} for n, c in chosen.items()]
-    found = []
-    for row in table:
+    assert samples.labels is not None
+    table = [{"network": n, "counts": confusion(c, samples.labels, classes)} for n, c in chosen.items()]
+    rows = -(-len(table) // 2)
+    fig = draw.figure(2.45 * rows)
+    places = draw.axes(fig, rows, 2).flat
+    for place in places:
+        place.axis("off")
+    for place, row in zip(fig.axes, table):
         right = 100 * np.trace(row["counts"]) / max(row["counts"].sum(), 1)
         share = row["counts"] / np.maximum(row["counts"].sum(1, keepdims=True), 1)
-        found.append(Panel(f"{_title(row['network'])}: {right:.1f} %", share, limits=(0, 1), map="cividis"))
-    caption = "Confusion: row i, column j is the share of the images of class i that are taken for class j."
+        place.axis("on")
+        place.grid(False)
+        place.imshow(share, vmin=0, vmax=1, cmap="cividis", interpolation="none")
+        ticks = range(classes) if classes <= MANY else ()
+        place.set(title=f"{_title(row['network'])}: {right:.1f} %", xticks=ticks, yticks=ticks)
+        place.tick_params(labelsize=7, length=0)
+    names = f" Classes: {', '.join(f'{i} {samples.name(i)}' for i in range(classes))}." if classes <= MANY else ""
+    caption = f"Confusion: row i, column j is the share of the images of class i that are taken for class j.{names}"
     worst = "; ".join(f"{row['network']}: {_worst(row['counts'])}" for row in table)
-    return Drawing("confusion", caption, f"{caption} Most often confused: {worst}.", table, draw.panels(found, 2))
+    return Drawing("confusion", caption, f"{caption} Most often confused: {worst}.", table, fig)
 
 
 def _worst(counts: np.ndarray) -> str:
@@ -173,9 +182,7 @@ def agreements(chosen: Scores) -> Drawing:
         ax.text(j, i, f"{100 * shares[i, j]:.0f}", ha="center", va="center", fontsize=7, color=colour)
     pairs = [shares[i, j] for i in range(len(names)) for j in range(i)]
     mean = f"{100 * sum(pairs) / len(pairs):.0f} %" if pairs else "all"
-    caption = (
-        f"On how many images, in %, two networks agree; on the mean {mean}. Numbers are parts."
-    )
+    caption = f"On how many images, in %, two networks agree; on the mean {mean}. Numbers are parts."
     return Drawing("agreement", caption, caption, table, fig)
 
 

@@ -5,6 +5,7 @@ In a page a figure's text takes the page's colours, light or dark, by CSS variab
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import re
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 WIDTH = 4.8  # inches of a figure, so that 9 points are readable on a phone
 INK, MUTED, LINES, GOOD, BAD = "#1d2129", "#59606c", "#d5dae1", "#1a7f38", "#c0262e"
 VARIABLES = {INK: "--ink", MUTED: "--muted", LINES: "--lines", GOOD: "--good", BAD: "--bad"}  # in a page
+PAPER = "#fffffe"  # of figures and axes, which a page's is to be seen through
 SERIES = {  # readable on white and on black
     "composed": "#2f7de0", "baseline": "#d9660b", "joint": "#0c9577", "coherent": "#a85bd0", "transfer": "#d3477f",
     "two_level": "#8d7a18", "parts": "#7d8796",
@@ -35,6 +37,7 @@ SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
+    "axes.facecolor": PAPER,
     "font.size": 9,
     "axes.titlesize": 9,
     "text.color": INK,
@@ -73,18 +76,18 @@ class Drawing:
 
     def png(self) -> bytes:
         """On white."""
-        return self._saved("png", dpi=150, facecolor="white", metadata={"Software": None})
+        return self._saved("png", dpi=150, metadata={"Software": None})
 
+    @functools.cached_property
     def svg(self) -> bytes:
         """On white, a document of its own."""
-        return self._saved("svg", facecolor="white", metadata={"Date": None, "Creator": None})
+        return self._saved("svg", metadata={"Date": None, "Creator": None})
 
     def inline(self) -> str:
         """For a page: transparent, in its colours, with values to hover over, and with ids that no other figure has."""
-        text = self._saved("svg", transparent=True, metadata={"Date": None, "Creator": None}).decode()
         for prefix, space in (("", SVG), ("xlink", XLINK)):
             ElementTree.register_namespace(prefix, space)
-        root = ElementTree.fromstring(text)
+        root = ElementTree.fromstring(self.svg)
         for name in ("width", "height"):
             root.attrib.pop(name, None)
         for child in root.findall(f"{{{SVG}}}metadata"):
@@ -95,7 +98,7 @@ class Drawing:
         text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", text)
         for colour, variable in VARIABLES.items():
             text = text.replace(colour, f"var({variable})")
-        return text
+        return text.replace(PAPER, "none")
 
     def _add_titles(self, root: ElementTree.Element) -> None:
         for group in root.iter(f"{{{SVG}}}g"):
@@ -108,7 +111,8 @@ class Drawing:
 
         file = io.BytesIO()
         with rc_context({**STYLE, "svg.hashsalt": self.name}):
-            self.figure.savefig(file, format=form, **options)
+            self.figure.savefig(file, format=form, facecolor=PAPER, **options)
+        self.figure.set_layout_engine("none")  # laid out once, whatever is written
         return file.getvalue()
 
 
@@ -167,16 +171,34 @@ class Panel:
 
 def panels(found: Sequence[Panel], columns: int = COLUMNS) -> Figure:
     """Images side by side, in as many rows as it takes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     columns = min(columns, len(found))
     count, aspect = math.ceil(len(found) / columns), max(p.pixels.shape[0] / p.pixels.shape[1] for p in found)
-    side = WIDTH / columns
-    fig = figure(count * (side * min(aspect, 2.0) + 0.2 + 0.14 * max(p.title.count("\n") for p in found)))
-    places = axes(fig, count, columns).flat
-    for place in places:
-        place.axis("off")
-    for place, panel in zip(fig.axes, found):
-        _show(place, panel)
+    above = 0.08 + 0.14 * max(1 + p.title.count("\n") for p in found)  # inches for a title
+    side, gap = WIDTH / columns, 0.06
+    tall = side * min(aspect, 2.0)
+    height = count * (tall + above)
+    with rc_context(STYLE):
+        fig = Figure(figsize=(WIDTH, height))
+        for i, panel in enumerate(found):
+            row, column = divmod(i, columns)
+            bottom = height - (row + 1) * (tall + above)
+            size = ((side - gap) / WIDTH, (tall - gap) / height)
+            place = fig.add_axes((column * side / WIDTH, bottom / height, *size))
+            place.axis("off")
+            _show(place, panel)
     return fig
+
+
+def _tinted(over: np.ndarray) -> np.ndarray:
+    """Colours (height, width, 4) through which an image is seen; the higher a number the more it covers."""
+    from matplotlib import colormaps
+
+    colours = colormaps["turbo"](np.nan_to_num(over))
+    colours[..., 3] = np.where(np.isnan(over), 0, 0.25 + 0.4 * np.nan_to_num(over))
+    return colours
 
 
 def _show(place: Axes, panel: Panel) -> None:
@@ -187,5 +209,5 @@ def _show(place: Axes, panel: Panel) -> None:
     if panel.over is not None:
         step = math.ceil(max(panel.over.shape) / MOST)
         over = panel.over[::step, ::step]
-        place.imshow(over, cmap="turbo", vmin=0, vmax=1, alpha=0.55 * ~np.isnan(over), **whole)
+        place.imshow(_tinted(over), **whole)
     place.set_title(panel.title, fontsize=8, color=panel.colour, pad=3)

@@ -46,7 +46,8 @@ def rows(
     compared = pairs(nets, plan, wanted, boxes, Given.of(parts.graph, x), [k])
     found = [_row(pair) for pair in compared if pair.part.ndim == x.ndim]
     if layers is None:
-        return evenly([row for row in found if min(row["part"].shape[1:]) > 1], LAYERS)
+        wide = [row for row in found if min(row["part"].shape[1:]) > 1]
+        return evenly([row for row in wide if row["error"] is not None] or wide, LAYERS)
     paths = {row["layer"]: row for row in found}
     unknown = [path for path in layers if path not in paths]
     if unknown:
@@ -81,9 +82,13 @@ def maps(row: Mapping[str, Any], number: int) -> Drawing:
     found += [Panel(f"part {k}", y, limits=(low, high)) for y in row["part"]]
     found += [Panel("difference", d, limits=(0, high - low or 1.0), map="magma") for d in difference]
     on_field = 100 * float(row["field"].mean())
-    said = "nothing to compare" if row["error"] is None else f"at most {row['error']:.0e} of the largest number"
+    said = (
+        "nothing can be compared"
+        if row["error"] is None
+        else f"they differ by at most {row['error']:.0e} of the largest number"
+    )
     caption = (
         f"{row['layer'] or row['operation']}: channels of part {k} and of the composed network on the same positions. "
-        f"The activation field of the box has {on_field:.0f} % of them; there they differ by {said}."
+        f"The activation field of the box has {on_field:.0f} % of them; there {said}."
     )
     return Drawing(f"maps-{number}", caption, caption, [row], draw.panels(found, count))

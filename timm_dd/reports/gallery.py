@@ -126,7 +126,7 @@ def _by_class(section: Section, samples: Samples, scores: dict, chosen: dict[str
     labels = samples.labels
     classes = max(int(labels.max()) + 1, *(decisions.sure(n, z[:1]).shape[1] for n, z in scores.items()))
     some = {name: chosen[name] for name in ("mean", "dnn", "composed", "tuned", "baseline") if name in chosen}
-    section.drawings.append(decisions.confusions(some, labels, classes))
+    section.drawings.append(decisions.confusions(some, samples, classes))
     section.drawings.append(decisions.class_bars(decisions.by_class(some, samples, classes)))
     sure = [name for name in ("dnn", "composed", "tuned", "baseline") if name in scores and scores[name].shape[1] > 1]
     if sure and len(labels) >= decisions.BINS:

@@ -180,7 +180,7 @@ def scores(networks: Networks, x: torch.Tensor) -> dict[str, torch.Tensor]:
         own = _batched(parts, x, 1)
         if own.ndim == 3:
             found |= {f"part {k}": z for k, z in zip(parts.members, own)}
-            found |= {how: decide(own) for how, decide in WITHOUT_WEIGHTS.items()}
+            found |= {how: WITHOUT_WEIGHTS[how](own) for how in ("mean", "vote")}
             if networks.dnn is not None:
                 found["dnn"] = _batched(networks.dnn.decide, own, 0, 1)
     for name, model in networks.whole.items():

@@ -46,7 +46,9 @@ def write(output: Path, title: str, sections: Sequence[Section]) -> None:
     """Write the page, and beside it its figures, for ``report.html`` into ``report-figures/``; what was there before
     stays if that fails."""
     html = render(title, sections)
-    files = {f"{d.name}.{form}": getattr(d, form)() for d in _drawings(sections) for form in ("svg", "png")}
+    files = {
+        f"{d.name}.{form}": content for d in _drawings(sections) for form, content in (("svg", d.svg), ("png", d.png()))
+    }
     with output_folder(output.parent, sync=False) as page, output_folder(figures_of(output), sync=False) as aside:
         page(output.name).write_text(html, encoding="utf-8")
         for name, content in files.items():

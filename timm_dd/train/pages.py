@@ -18,7 +18,7 @@ from ..reports.networks import Samples
 from ..reports.record import Record, read
 from . import data, flags
 
-IMAGES = 500  # of the run's data set, unless said otherwise
+IMAGES = 300  # of the run's data set, unless said otherwise
 NO_DATA = "No training run made this, so there are no images of its data set; --images takes a folder."
 
 
