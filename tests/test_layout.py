@@ -38,8 +38,8 @@ ROOMS = {
     "surgery": ["emit", "trial", "source", "packed", "parts", "merge", "claim", "split"],
     "two_level": ["aggregate", "files", "network"],
     "reports": (
-        "profile claims maps verify picture record outcome draw curves boxes blocks networks features cam decisions page "
-        "sections gallery make"
+        "profile claims maps verify picture record outcome draw curves boxes blocks networks features cam decisions "
+        "page sections gallery make"
     ).split(),
     "train": (
         "views flags config checks options workers images data decoded resident composed optimizers schedule layout "

@@ -10,7 +10,7 @@ import numpy as np
 from ..algebra.domain import spatial
 from ..planning.plan import Plan
 from . import draw
-from .draw import BAD, INK, Drawing, colour_of_part
+from .draw import BAD, BADGE, INK, Drawing, colour_of_part
 
 
 def rows(plan: Plan) -> list[dict[str, Any]]:
@@ -78,8 +78,8 @@ def _on_image(table: Sequence[dict[str, Any]], size: Sequence[int], image: np.nd
         frame = {"fill": False, "edgecolor": colour, "linewidth": 2.2}
         ax.add_patch(Rectangle(corner, right - left - 2 * inset, bottom - top - 2 * inset, **frame))
         at = ((left + right - 1) / 2, (top + bottom - 1) / 2)
-        badge = {"boxstyle": "round,pad=0.25", "facecolor": "#ffffff", "edgecolor": colour}
-        ax.text(*at, name, ha="center", va="center", fontsize=9, color="#000000", bbox=badge)
+        badge = {"boxstyle": "round,pad=0.25", "facecolor": BADGE, "edgecolor": colour}
+        ax.text(*at, name, ha="center", va="center", fontsize=9, color=INK, bbox=badge)
     if handles:
         draw.legend(fig, handles=handles)
     return fig

@@ -174,12 +174,13 @@ def agreements(chosen: Scores) -> Drawing:
     fig = draw.figure(4.2)
     ((ax,),) = draw.axes(fig)
     ax.grid(False)
-    ax.imshow(shares, vmin=0, vmax=1, cmap="cividis", interpolation="none")
+    tint = np.empty((*shares.shape, 4))
+    tint[..., :3], tint[..., 3] = (0x2F / 255, 0x7D / 255, 0xE0 / 255), 0.5 * shares  # words are readable on it
+    ax.imshow(tint, interpolation="none")
     ax.set_xticks(range(len(names)), names, rotation=60 if len(names) > 6 else 0, fontsize=8)
     ax.set_yticks(range(len(names)), names, fontsize=8)
     for i, j in np.ndindex(*shares.shape) if len(names) <= 12 else ():
-        colour = "#000000" if shares[i, j] > 0.55 else "#ffffff"
-        ax.text(j, i, f"{100 * shares[i, j]:.0f}", ha="center", va="center", fontsize=7, color=colour)
+        ax.text(j, i, f"{100 * shares[i, j]:.0f}", ha="center", va="center", fontsize=7)
     pairs = [shares[i, j] for i in range(len(names)) for j in range(i)]
     mean = f"{100 * sum(pairs) / len(pairs):.0f} %" if pairs else "all"
     caption = f"On how many images, in %, two networks agree; on the mean {mean}. Numbers are parts."

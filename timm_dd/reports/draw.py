@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 WIDTH = 4.8  # inches of a figure, so that 9 points are readable on a phone
 INK, MUTED, LINES, GOOD, BAD = "#1d2129", "#59606c", "#d5dae1", "#1a7f38", "#c0262e"
-VARIABLES = {INK: "--ink", MUTED: "--muted", LINES: "--lines", GOOD: "--good", BAD: "--bad"}  # in a page
+BADGE = "#fffffd"  # behind words on an image
+VARIABLES = {
+    INK: "--ink", MUTED: "--muted", LINES: "--lines", GOOD: "--good", BAD: "--bad", BADGE: "--paper",
+}  # in a page  # fmt: skip
 PAPER = "#fffffe"  # of figures and axes, which a page's is to be seen through
 SERIES = {  # readable on white and on black
     "composed": "#2f7de0", "baseline": "#d9660b", "joint": "#0c9577", "coherent": "#a85bd0", "transfer": "#d3477f",
@@ -90,8 +93,10 @@ class Drawing:
         root = ElementTree.fromstring(self.svg)
         for name in ("width", "height"):
             root.attrib.pop(name, None)
-        for child in root.findall(f"{{{SVG}}}metadata"):
-            root.remove(child)
+        for child in [c for c in root if c.tag == f"{{{SVG}}}metadata" or c.find(f"{{{SVG}}}style") is not None]:
+            root.remove(child)  # the page has the rule for its lines' ends
+        for image in root.iter(f"{{{SVG}}}image"):
+            image.attrib.pop("id", None)  # the same pixels twice have one id
         root.attrib.update({"role": "img", "aria-label": self.alt})
         self._add_titles(root)
         text = ElementTree.tostring(root, encoding="unicode")
@@ -108,7 +113,10 @@ class Drawing:
 
     def _saved(self, form: str, **options: Any) -> bytes:
         from matplotlib import rc_context
+        from matplotlib.text import Text
 
+        for text in self.figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_color() == "black"):
+            text.set_color(INK)  # what has no colour of its own
         file = io.BytesIO()
         with rc_context({**STYLE, "svg.hashsalt": self.name}):
             self.figure.savefig(file, format=form, facecolor=PAPER, **options)

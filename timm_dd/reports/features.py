@@ -58,7 +58,7 @@ def rows(
 def _row(pair) -> dict[str, Any]:
     y, clean = pair.whole[pair.at], pair.field
     error = float((y - pair.part)[clean].abs().max() / pair.whole.abs().max()) if clean.any() else None
-    strongest = pair.part[0].flatten(1).std(1).argsort(descending=True)[:CHANNELS].sort().values
+    strongest = pair.part[0].flatten(1).std(1, unbiased=False).argsort(descending=True)[:CHANNELS].sort().values
     numbers = pair.at[1].flatten() if len(pair.at) == 1 else pair.at[1][0, :, 0, 0]
     return {
         "layer": pair.claim.path,
@@ -82,10 +82,8 @@ def maps(row: Mapping[str, Any], number: int) -> Drawing:
     found += [Panel(f"part {k}", y, limits=(low, high)) for y in row["part"]]
     found += [Panel("difference", d, limits=(0, high - low or 1.0), map="magma") for d in difference]
     on_field = 100 * float(row["field"].mean())
-    said = (
-        "nothing can be compared"
-        if row["error"] is None
-        else f"they differ by at most {row['error']:.0e} of the largest number"
+    said = {None: "nothing can be compared", 0.0: "they are the same"}.get(
+        row["error"], f"they differ by at most {row['error'] or 0:.0e} of the largest number"
     )
     caption = (
         f"{row['layer'] or row['operation']}: channels of part {k} and of the composed network on the same positions. "

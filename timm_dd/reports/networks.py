@@ -21,6 +21,7 @@ from ..storage import files
 from ..surgery.parts import Parts
 from ..two_level.aggregate import WITHOUT_WEIGHTS
 from ..two_level.network import TwoLevel
+from .outcome import counted
 from .record import Record, read_json
 
 BATCH = 64
@@ -88,7 +89,7 @@ def of_folder(folder: str | Path, record: Record, count: int) -> Samples:
         names if known else None,
         config["mean"],
         config["std"],
-        f"{len(images)} images of {folder}",
+        f"{counted(len(images), 'image')} of {folder}",
     )
 
 
@@ -184,7 +185,7 @@ def scores(networks: Networks, x: torch.Tensor) -> dict[str, torch.Tensor]:
             if networks.dnn is not None:
                 found["dnn"] = _batched(networks.dnn.decide, own, 0, 1)
     for name, model in networks.whole.items():
-        z = _batched(model, x, 0)
+        z = None if models.gives_features(model) else _batched(model, x, 0)
         if isinstance(z, torch.Tensor) and z.ndim == 2:
             found[name] = z
     return found

@@ -102,7 +102,7 @@ def warnings(record: Record) -> list[str]:
     if plan is None:
         return found
     places = Counter(reason for *_, reason in plan.approximations)
-    found += [f"Approximate in {_times(n, 'place')}: {reason}." for reason, n in places.most_common()]
+    found += [f"Approximate in {counted(n, 'place')}: {reason}." for reason, n in places.most_common()]
     if plan.narrow:
         kept = ", ".join(f"{where} of {n}" for where, n in plan.narrow)
         found.append(f"Too few channels for {plan.divisor} parts, so whole in every part: {kept}.")
@@ -111,5 +111,6 @@ def warnings(record: Record) -> list[str]:
     return found
 
 
-def _times(n: int, what: str) -> str:
+def counted(n: int, what: str) -> str:
+    """``1 image``, ``2 images``."""
     return f"{n} {what}{'s' * (n != 1)}"

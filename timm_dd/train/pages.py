@@ -15,6 +15,7 @@ from ..errors import TrainError, headline, public
 from ..reports import networks
 from ..reports.make import make
 from ..reports.networks import Samples
+from ..reports.outcome import counted
 from ..reports.record import Record, read
 from . import data, flags
 
@@ -81,5 +82,5 @@ def _of_run(record: Record, count: int) -> Samples:
     loader = data.loader_of(args, config, val)
     batches = list(islice(loader, -(-count // loader.loader.batch_size)))
     x, y = (torch.cat(column)[:count] for column in zip(*batches))
-    source = f"{len(x)} images of the {args.val_split} split of {args.dataset or Path(args.data_dir).name}"
+    source = f"{counted(len(x), 'image')} of the {args.val_split} split of {args.dataset or Path(args.data_dir).name}"
     return Samples(x, y, names, config["mean"], config["std"], source)
