@@ -43,8 +43,8 @@ ROOMS = {
     ).split(),
     "train": (
         "views flags config checks options workers images data decoded resident composed optimizers schedule layout "
-        "capture learner checkpoints engines trackers loop distill folder momenta stages joint coarse together summary "
-        "rehearsal pages run demo __main__"
+        "capture learner checkpoints engines pages trackers loop distill folder momenta stages joint coarse together "
+        "summary rehearsal run demo __main__"
     ).split(),
 }
 

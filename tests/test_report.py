@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from timm_dd.cli import main
 from timm_dd.reports import blocks, boxes, cam, curves, decisions, draw, features, outcome, sections
 from timm_dd.reports.networks import Samples
 from timm_dd.reports.record import read
-from timm_dd.train import pages
+from timm_dd.train import options, pages, trackers
 
 pytest.importorskip("matplotlib")
 
@@ -96,6 +97,20 @@ def test_times_add_up_to_those_of_the_run(one):
     (limit,) = {row["limit"] for row in table if row["bar"] == "parts, the slowest"}
     assert limit == pytest.approx(2 * tuned * sum(macs["parts"]) / macs["composed"])
     drawn(curves.time_bars(table))
+
+
+def test_seconds_that_were_no_training(one):
+    """Of each epoch in times.csv; of the statistics in the summary."""
+    seconds, table = json_of(one / "summary.json")["seconds"], curves.times(read(one))
+    found = {(row["bar"], row["kind"]): row["seconds"] for row in table}
+    with open(one / "global" / "times.csv") as f:
+        (spent,) = csv.DictReader(f)
+    assert spent["epoch"] == "0" and found["compose", "training"] == seconds["compose"] > 0
+    assert found["fine-tuning", "statistics"] == seconds["statistics"] > 0
+    for kind in ("waiting", "evaluation"):
+        assert found["fine-tuning", kind] == float(spent[kind]) > 0
+    of_all = sum(s for (bar, _), s in found.items() if bar == "fine-tuning")
+    assert of_all == pytest.approx(seconds["composed"])
 
 
 def test_parts_on_several_ranks_have_two_bars(one, tmp_path):
@@ -396,7 +411,7 @@ def test_decisions_are_those_of_the_networks(page, one):
     """Counted again by timm's model on the same images."""
     shown = re.findall(r"fine-tuned: ([\d.]+) %", page.read_text())
     record = read(one)
-    given = pages._of_run(record, 40)
+    given = pages._of_run(record, record.plan, 40)
     model = timm.create_model(f"local-dir:{one / 'global/last'}", pretrained=True).eval()
     with torch.no_grad():
         right = 100 * float((model(given.images).argmax(1) == given.labels).double().mean())
@@ -522,6 +537,51 @@ def test_data_that_is_elsewhere(one, tmp_path, undrawn):
     args = yaml.safe_load((run / "args.yaml").read_text())
     (run / "args.yaml").write_text(yaml.safe_dump({**args, "dataset": "", "data_dir": "nowhere"}))
     assert "images are not to be had: no data folder nowhere" in without(page_of(run, tmp_path), "cam")
+
+
+# ---- while it trains
+
+TINY = [
+    "--dataset", "digits", "--model", "test_resnet", "--parts", "2", "--part-epochs", "2", "--epochs", "1", "-b", "8",
+    "--train-num-samples", "16", "--val-num-samples", "8", "-j", "0", "--warmup-epochs", "0", "--joint-epochs", "0",
+    "--engine", "sequential", "--device", "cpu", "--experiment", "run",
+]  # fmt: skip
+
+
+def test_training_writes_the_page(tmp_path, undrawn, monkeypatch):
+    """Every second epoch of a stage what the files say, at the end with images."""
+    seen = []
+
+    def noted(run, output, images=None, **others):
+        timm_dd.train.pages.report.__wrapped__(run, output, images=images, **others)
+        seen.append((images, [len(c.rows) for c in read(run).curves], (run / "summary.json").exists()))
+
+    monkeypatch.setattr(trackers, "pages", types.SimpleNamespace(report=noted))
+    assert main(["train", *TINY, "--report-every", "2", "--output", str(tmp_path)]) == 0
+    assert seen == [(0, [2, 2], False), (None, [2, 2, 1], True)]
+    assert "figure-decisions-0" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_page_that_fails_does_not_end_the_run(tmp_path, undrawn, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "report-figures").write_text("a file where the folder should be")
+    assert main(["train", *TINY, "--report", "--output", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "no report: cannot write to" in said and (tmp_path / "run" / "summary.json").exists()
+
+
+def test_training_without_matplotlib_says_so_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["train", *TINY, "--report", "--output", str(tmp_path)]) == 1
+    assert "pip install timm_dd[report]" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_the_figures(one):
+    board = types.SimpleNamespace(found=[], add_figure=lambda name, figure, close: board.found.append(name))
+    tracked = trackers.Trackers(options.parse(TINY), one, 0)
+    tracked.board = board
+    tracked.end_run()
+    assert {"curves/accuracy-over-epochs", "times/times", "boxes/boxes", "weights/blocks"} <= set(board.found)
 
 
 # ---- what is wrong

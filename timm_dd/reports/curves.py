@@ -18,8 +18,11 @@ TITLES = {
 }  # fmt: skip
 MANY = 8  # parts from which on they have one colour
 LATER = {"joint": ("part",), "transfer": ("part",), "composed": ("part", "joint")}  # go on with these stages
+LABELS = {"waiting": "waiting for data"}
 SLOWEST, ALL = "parts, the slowest", "parts, all processes"
-KINDS = {"training": 1.0, "waiting": 0.55, "evaluation": 0.3}  # of seconds, and how strong they are drawn
+KINDS = {  # of seconds, and how they are drawn
+    "training": "#2f7de0", "statistics": "#0c9577", "evaluation": "#8fb9ee", "waiting": "#a3a9b3",
+}  # fmt: skip
 
 
 def rows(record: Record) -> list[dict[str, Any]]:
@@ -165,13 +168,10 @@ def times(record: Record) -> list[dict[str, Any]]:
     seconds = {} if record.summary is None else record.summary["seconds"]
     if "two_level" in seconds:
         found.append({"bar": "two levels, dnn", "kind": "training", "seconds": seconds["two_level"]})
-    found += [
-        {"bar": "compose, statistics", "kind": "training", "seconds": seconds[name]}
-        for name in ("compose", "statistics")
-        if name in seconds
-    ]
-    for stage in ("composed", "baseline"):
-        found += _kinds("fine-tuning" if stage == "composed" else "baseline", _stage(record, stage))
+    if "compose" in seconds:
+        found.append({"bar": "compose", "kind": "training", "seconds": seconds["compose"]})
+    found += _kinds("fine-tuning", _stage(record, "composed"), seconds.get("statistics", 0.0))
+    found += _kinds("baseline", _stage(record, "baseline"))
     limits = _limits(record)
     return [{**row, "limit": limits.get(row["bar"])} for row in found]
 
@@ -186,10 +186,11 @@ def _processes(record: Record) -> list[list[Curve]]:
     return [[c for c in parts if c.seconds == seconds] for seconds in dict.fromkeys(c.seconds for c in parts)]
 
 
-def _kinds(bar: str, curves: Sequence[Curve]) -> list[dict[str, Any]]:
+def _kinds(bar: str, curves: Sequence[Curve], statistics: float = 0.0) -> list[dict[str, Any]]:
     if not curves:
         return []
     spent = {kind: sum(row.get(kind, 0.0) for c in curves for row in c.rows) for kind in ("waiting", "evaluation")}
+    spent |= {"statistics": statistics}
     spent = {"training": sum(c.seconds for c in curves) - sum(spent.values()), **spent}
     return [{"bar": bar, "kind": kind, "seconds": s} for kind, s in spent.items() if s > 0]
 
@@ -215,12 +216,12 @@ def time_bars(table: Sequence[Mapping[str, Any]]) -> Drawing:
     bars = list(dict.fromkeys(row["bar"] for row in table))
     fig = draw.figure(0.9 + 0.36 * len(bars))
     ((ax,),) = draw.axes(fig)
-    for kind, strength in KINDS.items():
+    for kind, colour in KINDS.items():
         of = {row["bar"]: row["seconds"] for row in table if row["kind"] == kind}
         if of:
             left = [sum(r["seconds"] for r in table if r["bar"] == b and _before(r["kind"], kind)) for b in bars]
             widths = [of.get(bar, 0.0) for bar in bars]
-            ax.barh(bars, widths, left=left, color=SERIES["composed"], alpha=strength, label=kind, height=0.62)
+            ax.barh(bars, widths, left=left, color=colour, label=LABELS.get(kind, kind), height=0.62)
     limits = {row["bar"]: row["limit"] for row in table if row["limit"] is not None}
     for i, (bar, limit) in enumerate(limits.items()):
         at, label = bars.index(bar), "limit of the multiply-adds" if i == 0 else None

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from . import draw, page, sections
 from .gallery import NO_IMAGES, gallery, shown
 from .networks import Samples
+from .page import Section
 from .record import Record
 
 
@@ -35,9 +38,13 @@ def make(
     draw.check_matplotlib()
     flat = samples is not None and samples.images.ndim == 4
     image = samples.picture(shown(samples, 1)[0]) if flat else None
-    found = [sections.happened(record), sections.learning(record)]
-    if compare:
-        found.append(sections.compared(sections.grouped([record, *compare])))
-    found += [sections.times(record), sections.sight(record, image), sections.weights(record)]
-    found += [*gallery(record, samples, layers, why), sections.again(record)]
+    learned, *others = of_files(record, image)
+    side_by_side = [sections.compared(sections.grouped([record, *compare]))] if compare else []
+    asked = gallery(record, samples, layers, why)
+    found = [sections.happened(record), learned, *side_by_side, *others, *asked, sections.again(record)]
     page.write(output, f"{record.name}: a report", found)
+
+
+def of_files(record: Record, image: np.ndarray | None = None) -> list[Section]:
+    """The sections with figures of what the run's files say; the boxes on an `image`."""
+    return [sections.learning(record), sections.times(record), sections.sight(record, image), sections.weights(record)]

@@ -19,7 +19,7 @@ from ..storage.tensorfile import READ_ERRORS, TensorFile
 from ..two_level.files import ABOUT, describe
 
 COLUMNS = {"epoch": "epoch", "train_loss": "loss", "eval_top1": "top1", "seconds": "seconds"}  # of summary.csv
-OF_AN_EPOCH = ("waiting", "evaluation")  # seconds; older runs have no such columns
+SPENT = ("waiting", "evaluation")  # seconds of an epoch that are no training
 TOGETHER = ("coherent", "transfer")
 
 
@@ -163,7 +163,10 @@ def _curves(folder: Path) -> tuple[Curve, ...]:
     paths += [(how, how, folder / "together" / how) for how in TOGETHER]
     paths += [("composed", "composed", folder / "global"), ("baseline", "baseline", folder / "baseline")]
     found = ((name, stage, path / "summary.csv") for name, stage, path in paths)
-    curves = (Curve(name, stage, _rows(path)) for name, stage, path in found if path.is_file())
+    curves = []
+    for name, stage, path in found:
+        with _readable(path):
+            curves.append(Curve(name, stage, _rows(path)))
     return tuple(curve for curve in curves if curve.rows)
 
 
@@ -172,13 +175,18 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _rows(path: Path) -> tuple[dict[str, float], ...]:
-    with _readable(path), open(path, newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
-        found = [{ours: float(row[theirs]) for theirs, ours in COLUMNS.items()} for row in rows]
-        for row, raw in zip(found, rows):
-            row["epoch"] += 1
-            row |= {name: float(raw[name]) for name in OF_AN_EPOCH if raw.get(name)}
-        return tuple(found)
+    found = [{ours: float(row[theirs]) for theirs, ours in COLUMNS.items()} for row in _csv(path)]
+    for row, spent in zip(found, _csv(path.with_name("times.csv"))):
+        row |= {kind: float(spent[kind]) for kind in SPENT if spent[kind]}
+    return tuple({**row, "epoch": row["epoch"] + 1} for row in found)
+
+
+def _csv(path: Path) -> list[dict[str, str]]:
+    """None where there is no such file, as older runs have no times.csv."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as f:
+        return list(csv.DictReader(f))
 
 
 def _failures(parts: Path) -> dict[int, str]:

@@ -18,7 +18,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a whole number from 1 up": (
         lambda n: n >= 1,
         "batch_size coarse_views coarse_widths cycles grad_accum_steps img_size in_chans input_size num_classes "
-        "parts plateau_epochs train_num_samples val_num_samples validation_batch_size",
+        "parts plateau_epochs report_every train_num_samples val_num_samples validation_batch_size",
     ),
     "a whole number from 2 up": (lambda n: n >= 2, "coarse_folds"),
     "a whole number from 0 up": (

@@ -364,6 +364,12 @@ def _run(g) -> None:
     g.add_argument("--log-tensorboard", action="store_true", help="every epoch's figures, into the run's folder")
     g.add_argument("--log-wandb", action="store_true", help="every epoch's figures, to Weights & Biases")
     g.add_argument("--wandb-project", metavar="NAME")
+    g.add_argument(
+        "--report", action="store_true", help="at the end a page with figures, report.html in the run's folder"
+    )
+    g.add_argument(
+        "--report-every", type=int, metavar="N", help="the page every N epochs too, without what needs images"
+    )
     g.add_argument("--device", metavar="NAME", help="cuda or cpu, by default cuda where there is one")
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class Learner:
     Attributes:
         updates: how many it has taken.
         options: what its weights depend on, the updates of an epoch and the images of an update among them.
-        history: loss, top1, lr, and seconds since the beginning, of each epoch that ended.
+        history: loss, top1, lr, seconds since the beginning, and those that were no training, of each epoch that ended.
         seconds: of its epochs, validation included, and of what made it ready.
         sight: what it sees of a batch.
         failure: why it cannot go on; None while it can.
@@ -224,10 +225,11 @@ class Learner:
             )
         return loss
 
-    def end_epoch(self, accuracy: float, seconds: float) -> None:
-        """Note the epoch's loss, validation accuracy and time, and go on to the next."""
+    def end_epoch(self, accuracy: float, seconds: float, spent: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Note the epoch's loss, validation accuracy and time, what of that was `spent` on other than training, and go
+        on to the next."""
         loss, self.seconds = self.check_finite(), self.seconds + seconds
-        self.history.append({"loss": loss, "top1": accuracy, "lr": self.lr, "seconds": self.seconds})
+        self.history.append({"loss": loss, "top1": accuracy, "lr": self.lr, "seconds": self.seconds, **spent})
         self._total, self._images = torch.zeros_like(self._total), 0
         self.schedule.step(len(self.history), accuracy)
 

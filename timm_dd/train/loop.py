@@ -57,17 +57,18 @@ class TrainingLoop:
             due, start = [n for n in _alive(learners) if len(n.history) <= epoch], time.perf_counter()
             if not due:
                 continue
-            speed = self._epoch(due, epoch)
+            speed, waited = self._epoch(due, epoch)
             due = _alive(due)
             if not due:
                 return
             for learner in due:
                 _share_averages(learner)
-            timer = self.timer if self.primary else None
+            timer, trained = self.timer if self.primary else None, time.perf_counter()
             accuracies = evaluate(due, self.loaders[1], self.engine, timer=timer, shared=self.shared)
             seconds = time.perf_counter() - start
+            spent = {"waiting": waited, "evaluation": time.perf_counter() - trained}
             for learner, accuracy in zip(due, accuracies):
-                learner.guard(partial(learner.end_epoch, accuracy, seconds), self.isolate_failures)
+                learner.guard(partial(learner.end_epoch, accuracy, seconds, spent), self.isolate_failures)
             due = _alive(due)
             self.after_epoch()
             if self.primary:
@@ -81,6 +82,8 @@ class TrainingLoop:
             save(learner)
         for learner in learners:
             self.trackers.log(learner.name, len(learner.history), learner.history[-1])
+        if learners:
+            self.trackers.end_epoch(len(learners[0].history))
 
     def _say(self, learners: Sequence[Learner], epoch: int, speed: str) -> None:
         names: dict[str, list[str]] = {}  # by their figures: those of parts that decide together are the same
@@ -90,12 +93,13 @@ class TrainingLoop:
         tqdm.write(f"{self.title} {epoch + 1}/{self.epochs}  {rates} {speed}", sys.stdout)
         sys.stdout.flush()
 
-    def _epoch(self, learners: Sequence[Learner], epoch: int) -> str:
-        """The updates of an epoch that the learners have not taken yet; returns how fast they were."""
+    def _epoch(self, learners: Sequence[Learner], epoch: int) -> tuple[str, float]:
+        """The updates of an epoch that the learners have not taken yet; returns how fast they were, and the seconds
+        that they waited for data."""
         train, start, waited, images = self.loaders[0], time.perf_counter(), 0.0, 0
         first = epoch * len(train)
         if all(n.updates >= first + len(train) for n in learners):
-            return "done before"  # interrupted while it was evaluated
+            return "done before", 0.0  # interrupted while it was evaluated
         seed_epoch(self.seed, epoch)
         sampler = getattr(train, "sampler", None)
         if hasattr(sampler, "set_epoch"):
@@ -117,7 +121,7 @@ class TrainingLoop:
                 self.timer.keep(_alive(learners))
             asked = time.perf_counter()
         seconds = time.perf_counter() - start
-        return f"{images / seconds:.0f} images/s, {100 * waited / seconds:.0f} % of it waiting for data"
+        return f"{images / seconds:.0f} images/s, {100 * waited / seconds:.0f} % of it waiting for data", waited
 
 
 def _alive(learners: Sequence[Learner]) -> list[Learner]:
@@ -133,13 +137,13 @@ def _share_averages(learner: Learner) -> None:
 
 
 def _write_summary(learner: Learner) -> None:
-    """All epochs so far, in the form of timm's summary.csv."""
-    with replacing(learner.folder / "summary.csv") as temporary, open(temporary, "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["epoch", "train_loss", "eval_top1", "lr", "seconds"])
-        writer.writerows(
-            [i, *(row[k] for k in ("loss", "top1", "lr", "seconds"))] for i, row in enumerate(learner.history)
-        )
+    """All epochs so far, in the form of timm's summary.csv; and what of their seconds was no training."""
+    columns = {"train_loss": "loss", "eval_top1": "top1", "lr": "lr", "seconds": "seconds"}
+    for name, of in ("summary.csv", columns), ("times.csv", {kind: kind for kind in ("waiting", "evaluation")}):
+        with replacing(learner.folder / name) as temporary, open(temporary, "w", newline="") as f:
+            writer = csv.writer(f)
+            writer.writerow(["epoch", *of])
+            writer.writerows([i, *(row.get(key, "") for key in of.values())] for i, row in enumerate(learner.history))
 
 
 def evaluate(

@@ -19,7 +19,8 @@ from .flags import PREFIXES, STAGED, TOGETHER, flag_of, parser
 
 MAY_CHANGE_ON_RESUME = {  # no weight depends on them
     "checkpoint_every", "config", "cycles", "device", "engine", "experiment", "log_tensorboard", "log_wandb", "output",
-    "part_threads", "pin_mem", "quiet", "resume", "validation_batch_size", "verbose", "wandb_project", "workers",
+    "part_threads", "pin_mem", "quiet", "report", "report_every", "resume", "validation_batch_size", "verbose",
+    "wandb_project", "workers",
 }  # fmt: skip
 SCALE, JOINT = 0.625, 6  # of the recipe: how the parts see whole images; one joint epoch for so many of theirs
 STAGES = ("part", "joint", *TOGETHER, "baseline")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
 
 from .. import models
 from ..errors import TrainError, headline, public
-from ..reports import networks
-from ..reports.make import make
+from ..planning.plan import Plan
+from ..reports import draw, networks
+from ..reports.make import make, of_files
 from ..reports.networks import Samples
 from ..reports.outcome import counted
 from ..reports.record import Record, read
@@ -54,6 +56,14 @@ def report(
     make(record, Path(output), samples, compare=others, layers=layers, why=why)
 
 
+def figures(folder: Path) -> Iterator[tuple[str, Any]]:
+    """(name, matplotlib's Figure) of what a run's files say; errors as of `report`."""
+    draw.check_matplotlib()
+    for section in of_files(read(folder)):
+        for drawing in section.drawings:
+            yield f"{section.name}/{drawing.name}", drawing.figure
+
+
 def _samples(record: Record, images: str | Path | int | None) -> tuple[Samples | None, str]:
     """Images, or why there are none."""
     count = IMAGES if images is None else images
@@ -66,16 +76,16 @@ def _samples(record: Record, images: str | Path | int | None) -> tuple[Samples |
     if networks.missing(record):
         return None, ""
     try:
-        return _of_run(record, count), ""
+        return _of_run(record, record.plan, count), ""
     except TrainError as e:  # the data set is elsewhere
         return None, f"The run's images are not to be had: {headline(e)}. --images takes a folder of others."
 
 
-def _of_run(record: Record, count: int) -> Samples:
+def _of_run(record: Record, plan: Plan, count: int) -> Samples:
     """The first of a fixed shuffle of the run's validation images."""
     args = argparse.Namespace(**{**vars(flags.parser(add_help=False).parse_args([])), **record.args, "workers": 0})
-    plan, val = record.plan, data.validation_set(args)
-    config = data.data_config(args, models.create_empty(plan.model, **plan.model_args))
+    val = data.validation_set(args)
+    config = data.data_config(args, models.create_empty(args.model, **plan.model_args))
     names = data.class_names(val, args.num_classes)
     if not isinstance(val, IterableDataset):
         val = data.First(val, count, seed=0)

@@ -172,8 +172,10 @@ class Run:
         rank, explained = self.ranks.rank, _explained(self.timer, self.folder)
         with self.timer, Trackers(self.args, self.folder, rank) as tracked, explained:
             summary = self._carry_out(tracked, sets)
+            if self.ranks.primary:
+                replace_json(self.place.summary, summary)
+            tracked.end_run()
         if self.ranks.primary:
-            replace_json(self.place.summary, summary)
             where = f"{self.folder}: composed/ before fine-tuning, global/best after"
             print(f"\n{summary_table(summary, self.args)}\n\n{where}", flush=True)
         if self.ranks.world > 1:
@@ -225,8 +227,8 @@ class Run:
         if self.place.start is not None and self.ranks.primary:
             mine = self.parts.plan
             files.save_state(self.place.start, self._start(mine), mine.config, {})
-        tuned = tune(context)
-        seconds["composed"] = tuned.pop("seconds")
+        tuned, took = tune(context)
+        seconds |= took
         summary = {
             "parts": [p["top1"] for p in trained],
             **({"two_level": second} if second else {}),

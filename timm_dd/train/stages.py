@@ -175,14 +175,16 @@ def meet(run: Context) -> None:
 # ---- stage 2: the composed model
 
 
-def tune(run: Context) -> dict[str, float]:
+def tune(run: Context) -> tuple[dict[str, float], dict[str, float]]:
     """Compose, re-estimate the BatchNorm statistics, and fine-tune; returns the accuracies of the parts together and
-    of the composed model after each step, and the seconds of the last."""
+    of the composed model after each step, and the seconds of each: those of `composed` are with the statistics."""
+    begun = time.perf_counter()
     if run.ranks.primary:
         trained, start = run.folder.trained.path, run.folder.start
         write_merged(trained, run.folder.composed, "sum", run.about("composed"), start)
     if run.ranks.world > 1:
         dist.barrier()
+    seconds = {"compose": time.perf_counter() - begun}
     plan, args = run.parts.plan, options.stage_options(run.args, None)
     loaders = shared_loaders(run, args)
     load_trained(run.folder.parts, run.parts)
@@ -197,14 +199,14 @@ def tune(run: Context) -> dict[str, float]:
     start = time.perf_counter()
     data.seed_epoch(run.seed, args.epochs)
     changed = _prepare(run, learner, plan, loaders[0], args)
-    learner.seconds = time.perf_counter() - start
+    learner.seconds = seconds["statistics"] = time.perf_counter() - start
     if changed:
         found["updated"] = evaluate([learner], loaders[1], Engine())[0]
     made_of = files.summary(plan, plan.digest())
     about = {name: {**made_of, **run.about(stage)} for name, stage in (("last", "tuned"), ("best", "best"))}
     found["tuned"] = fit(run, learner, loaders, args.epochs, "fine-tuning", partial(_save, run, learner, about))
     found["best"] = max((row["top1"] for row in learner.history), default=found["tuned"])
-    return {**found, "seconds": learner.seconds}
+    return found, {**seconds, "composed": learner.seconds}
 
 
 def shared_loaders(run: Context, args: argparse.Namespace) -> tuple:
