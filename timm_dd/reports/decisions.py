@@ -104,9 +104,11 @@ def confusions(chosen: Scores, samples: Samples, classes: int) -> Drawing:
         place.grid(False)
         place.imshow(share, vmin=0, vmax=1, cmap="cividis", interpolation="none")
         ticks = range(classes) if classes <= MANY else ()
-        place.set(title=f"{_title(row['network'])}: {right:.1f} %", xticks=ticks, yticks=ticks)
+        place.set(xticks=ticks, yticks=ticks)
+        place.set_title(f"{_title(row['network'])}: {right:.1f} %", fontsize=9)
         place.tick_params(labelsize=7, length=0)
-    names = f" Classes: {', '.join(f'{i} {samples.name(i)}' for i in range(classes))}." if classes <= MANY else ""
+    said = [f"{i} {samples.name(i)}" for i in range(classes) if samples.name(i) != str(i)]
+    names = f" Classes: {', '.join(said)}." if said and classes <= MANY else ""
     caption = f"Confusion: row i, column j is the share of the images of class i that are taken for class j.{names}"
     worst = "; ".join(f"{row['network']}: {_worst(row['counts'])}" for row in table)
     return Drawing("confusion", caption, f"{caption} Most often confused: {worst}.", table, fig)
@@ -203,7 +205,7 @@ def temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
     with torch.enable_grad():
         optimizer.step(loss)
-    return float(logarithm.detach().clamp(-5, 5).exp())
+    return float(logarithm.detach().clamp(-3, 3).exp())
 
 
 def calibration(p: torch.Tensor, labels: torch.Tensor) -> list[dict[str, Any]]:
@@ -255,7 +257,8 @@ def calibrations(table: Sequence[Mapping[str, Any]]) -> Drawing:
             ]
             error, t = calibration_error(of), of[0]["temperature"]
             said.append(f"{_title(network)} {when}: {100 * error:.1f} %" + (f" at {t:.2f}" if when == "after" else ""))
-        place.set(xlabel="probability", xlim=(0, 1), ylim=(0, 1), title=f"{when} the temperature")
+        place.set(xlabel="probability", xlim=(0, 1), ylim=(0, 1))
+        place.set_title(f"{when} the temperature", fontsize=9)
     fig.axes[0].set_ylabel("share that is right")
     draw.legend(fig)
     caption = "How sure networks are and how often they are right; on the dotted line both are equal."
