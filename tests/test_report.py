@@ -389,6 +389,7 @@ def page(one, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_the_page_is_whole(page, one):
     text = page.read_text()
     assert re.findall(r'<section id="(\w+)">', text) == SECTIONS
@@ -407,6 +408,7 @@ def test_the_page_is_whole(page, one):
     assert html.escape(summary["command"]) in text and "test_resnet in 4 parts" in text
 
 
+@pytest.mark.slow
 def test_decisions_are_those_of_the_networks(page, one):
     """Counted again by timm's model on the same images."""
     shown = re.findall(r"fine-tuned: ([\d.]+) %", page.read_text())

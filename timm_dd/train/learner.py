@@ -226,8 +226,7 @@ class Learner:
         return loss
 
     def end_epoch(self, accuracy: float, seconds: float, spent: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Note the epoch's loss, validation accuracy and time, what of that was `spent` on other than training, and go
-        on to the next."""
+        """Note the epoch's loss, validation accuracy and time, and what of it was no training; go on to the next."""
         loss, self.seconds = self.check_finite(), self.seconds + seconds
         self.history.append({"loss": loss, "top1": accuracy, "lr": self.lr, "seconds": self.seconds, **spent})
         self._total, self._images = torch.zeros_like(self._total), 0
