@@ -217,6 +217,25 @@ def test_a_model_knows_the_run_that_made_it(one, tmp_path):
     assert results(tmp_path / "run" / "global" / "best", tmp_path) == []
 
 
+def test_a_card_shows_curves_and_boxes(one, tmp_path, monkeypatch):
+    """Of the run; the folder of a dry run is pushed with them. A model that no run made has none."""
+    pytest.importorskip("matplotlib")
+    shown = {"accuracy-over-seconds.png", "boxes.png"}
+    write_repository(one / "global" / "best", REPO, tmp_path / "staged")
+    write_repository(tmp_path / "staged", REPO, tmp_path / "again")
+    for folder in (tmp_path / "staged", tmp_path / "again"):
+        text = (folder / "README.md").read_text()
+        assert {p.name for p in folder.glob("*.png")} == shown == set(re.findall(r"!\[[^\]]+\]\((.*)\)", text))
+        assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in shown)
+    shutil.copytree(one / "global" / "best", tmp_path / "alone")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for place, target in ((tmp_path / "alone", "a"), (one / "composed", "b")):  # the second without matplotlib
+        write_repository(place, REPO, tmp_path / target)
+        assert (
+            list((tmp_path / target).glob("*.png")) == [] and "![" not in (tmp_path / target / "README.md").read_text()
+        )
+
+
 def test_a_card_says_what_lies_between_the_blocks(one, tmp_path):
     for onto, text in (
         (None, "are zero"),

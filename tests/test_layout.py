@@ -26,7 +26,8 @@ LAYERS = [
     {"storage"},
     {"surgery"},
     {"two_level"},
-    {"reports", "hub", "train", "export", "predict"},
+    {"reports"},
+    {"hub", "train", "export", "predict"},
     {"cli", ""},
 ]
 # Inside a room, in the order of its story.
@@ -36,10 +37,14 @@ ROOMS = {
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
     "surgery": ["emit", "trial", "source", "packed", "parts", "merge", "claim", "split"],
     "two_level": ["aggregate", "files", "network"],
+    "reports": (
+        "profile claims maps verify picture record outcome draw curves boxes blocks networks features cam decisions "
+        "page sections gallery make"
+    ).split(),
     "train": (
         "views flags config checks options workers images data decoded resident composed initial metrics dealing "
-        "capture optimizers schedule layout learner checkpoints engines trackers progress loop distill ranks meeting "
-        "sharing folder arrived momenta stages joint coarse together summary rehearsal run demo __main__"
+        "capture optimizers schedule layout learner checkpoints engines pages trackers progress loop distill ranks "
+        "meeting sharing folder arrived momenta stages joint coarse together summary rehearsal run demo __main__"
     ).split(),
 }
 

@@ -15,7 +15,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .algebra.domain import Domain
     from .algebra.view import Box
-    from .errors import BugError, FileError, MergeError, PushError, SplitError, TimmDDError, TrainError
+    from .errors import BugError, FileError, MergeError, PushError, ReportError, SplitError, TimmDDError, TrainError
     from .hub.push import push
     from .planning.plan import Plan
     from .reports.profile import Profile, profile
@@ -24,15 +24,16 @@ if TYPE_CHECKING:
     from .surgery.merge import merge
     from .surgery.parts import Parts
     from .surgery.split import plan, split
+    from .train.pages import report
     from .two_level.network import TwoLevel
 
 _HOMES = {
     "Box": "algebra.view", "BugError": "errors", "Domain": "algebra.domain", "FileError": "errors",
-    "MergeError": "errors", "PushError": "errors", "SplitError": "errors", "TimmDDError": "errors",
-    "TrainError": "errors", "merge_files": "storage.merge_files", "push": "hub.push", "merge": "surgery.merge",
-    "Plan": "planning.plan", "Profile": "reports.profile", "profile": "reports.profile", "Parts": "surgery.parts",
-    "plan": "surgery.split", "split": "surgery.split", "Report": "reports.verify", "verify": "reports.verify",
-    "TwoLevel": "two_level.network",
+    "MergeError": "errors", "PushError": "errors", "ReportError": "errors", "SplitError": "errors",
+    "TimmDDError": "errors", "TrainError": "errors", "merge_files": "storage.merge_files", "push": "hub.push",
+    "merge": "surgery.merge", "Plan": "planning.plan", "Profile": "reports.profile", "profile": "reports.profile",
+    "Parts": "surgery.parts", "plan": "surgery.split", "split": "surgery.split", "Report": "reports.verify",
+    "verify": "reports.verify", "TwoLevel": "two_level.network", "report": "train.pages",
 }  # fmt: skip
 
 __all__ = [*_HOMES, "__version__"]

@@ -33,6 +33,7 @@ def parser(whole: bool = False) -> argparse.ArgumentParser:
     _add_train(commands, whole)
     _add_merge(commands)
     _add_verify(commands)
+    _add_report(commands)
     _add_push(commands)
     _add_export(commands)
     _add_predict(commands)
@@ -97,6 +98,20 @@ def _add_verify(commands) -> None:
     p.add_argument("--data-dir", metavar="DIR", help="validation images: losses, accuracies and the bound (2.19)")
     p.add_argument("--dataset", default="", metavar="NAME", help="digits, or a timm dataset, instead of a folder")
     p.add_argument("--val-split", default="validation", metavar="NAME")
+
+
+def _add_report(commands) -> None:
+    what, example = "a run as one HTML page with figures", "report runs/x -o report.html"
+    p = _command(commands, "report", _report, what, example)
+    p.add_argument("folder", metavar="RUN", help="a run's folder, done or not, parts, or a composed model")
+    p.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the page; figures go beside it")
+    p.add_argument(
+        "--images",
+        metavar="DIR|N",
+        help="images to show to the networks: a folder, or so many of the run's own validation images (300); 0: none",
+    )
+    p.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="other runs, beside it in the curves")
+    p.add_argument("--layers", nargs="+", metavar="PATH", help="of the feature maps, by default some of the plan")
 
 
 def _add_push(commands) -> None:
@@ -246,6 +261,14 @@ def _labelled_images(args: argparse.Namespace, model, size: Sequence[int]):
     vars(given).update({k: saved[k] for k in ("mean", "std", "interpolation", "crop_pct") if k in saved})
     given.input_size = size
     return data.validation(given, data.data_config(given, model))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from .train.pages import report
+
+    images = int(args.images) if args.images is not None and args.images.isdecimal() else args.images
+    report(args.folder, args.output, images=images, compare=args.compare, layers=args.layers)
+    print(f"{args.output}: open it in a browser")
 
 
 def _push(args: argparse.Namespace) -> None:

@@ -39,6 +39,10 @@ class PushError(TimmDDError):
     """A push that the Hub refuses, or that does not reach it."""
 
 
+class ReportError(TimmDDError):
+    """A folder that a report cannot be made of, or images that it cannot show."""
+
+
 class BugError(TimmDDError):
     """What nobody has foreseen: the place, and the request to report it."""
 

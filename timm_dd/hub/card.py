@@ -7,15 +7,20 @@ above the model's. A model that no run made, or that lies elsewhere, has a card 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..errors import MergeError, headline
+from ..errors import MergeError, TimmDDError, headline
+from ..reports import boxes, curves
+from ..reports.draw import Drawing
+from ..reports.record import read
 from ..storage import files
 from ..storage.tensorfile import READ_ERRORS, TensorFile
 from ..two_level import files as two_level
@@ -26,8 +31,8 @@ STAGES = ("composed", "tuned", "best")  # the models of a run: what its summary 
 TWO_LEVEL = ("two_level", "coherent", "transfer")
 
 
-def of_model(repo: str, folder: Path) -> str:
-    """The card of a composed model.
+def of_model(repo: str, folder: Path, images: Mapping[str, Drawing] = MappingProxyType({})) -> str:
+    """The card of a composed model, with `images` by their files.
 
     Raises:
         MergeError: there is none in `folder`, or none of ours, or timm could not load it from the Hub.
@@ -48,7 +53,22 @@ def of_model(repo: str, folder: Path) -> str:
     )
     ours = timm.is_model(architecture) and timm.model_entrypoint(architecture).__module__.startswith("timm_dd")
     stage = about.get("stage")
-    return _render(data, "composed.md.jinja", repo=repo, about=about, config=config, run=run, stage=stage, ours=ours)
+    given = {"about": about, "config": config, "run": run, "stage": stage, "images": images}
+    return _render(data, "composed.md.jinja", repo=repo, ours=ours, **given)
+
+
+def images(folder: Path) -> dict[str, Drawing]:
+    """Curves and boxes of the run that made a composed model, by the files of a repository; none of a model that no run
+    made, and none without matplotlib. Errors as of `of_model`."""
+    run = _run(folder, _metadata(folder / files.MODEL))
+    if run is None or importlib.util.find_spec("matplotlib") is None:
+        return {}
+    try:
+        record = read(run["folder"])
+    except TimmDDError:  # another file of the run is damaged, or of an older version; the model is whole
+        return {}
+    curve, seen = curves.curve(curves.rows(record), "accuracy", "seconds"), boxes.boxes(record.plan)
+    return {f"{drawing.name}.png": drawing for drawing in (curve, seen)}
 
 
 def of_parts(repo: str, parts: files.PartsFolder) -> str:
@@ -106,7 +126,8 @@ def _config(path: Path) -> dict:
 
 
 def _run(folder: Path, about: Mapping[str, str], stages: Sequence[str] = STAGES) -> dict | None:
-    """The summary of the run that made a model; None if there is none above `folder`, or the run is not done."""
+    """The summary of the run that made a model, and its folder; None if there is none above the model's, or the run is
+    not done."""
     if "run" not in about or about.get("stage") not in stages:
         return None
     for above in folder.resolve().parents:
@@ -114,7 +135,7 @@ def _run(folder: Path, about: Mapping[str, str], stages: Sequence[str] = STAGES)
         if summary.is_file() and described.is_file() and sha256(described.read_bytes()).hexdigest() == about["plan"]:
             found = _summary(summary)
             if found["run"] == about["run"]:  # not another cycle, or another run, of the same plan
-                return found
+                return {**found, "folder": above}
     return None
 
 

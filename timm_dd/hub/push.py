@@ -60,12 +60,12 @@ def push(
         PushError: the Hub refuses, or cannot be reached.
     """
     _check_name(repo)
-    found, texts = _gather(models.of_run(Path(folder)), repo)
+    found, made = _gather(models.of_run(Path(folder)), repo)
     with tempfile.TemporaryDirectory() as temporary:
         for name, path in found.items():
             os.symlink(path.resolve(), Path(temporary) / name)
-        for name, text in texts.items():
-            (Path(temporary) / name).write_text(text, encoding="utf-8")
+        for name, content in made.items():
+            (Path(temporary) / name).write_bytes(content)
         with _talking_to_the_hub(repo):
             return _upload(Path(temporary), repo, private, message or f"{repo} by timm_dd {__version__}", tag)
 
@@ -81,12 +81,12 @@ def write_repository(folder: str | Path, repo: str, target: str | Path) -> None:
     target = Path(target)
     if target.exists() and any(target.iterdir()):
         raise FileError(f"{target} is not empty; remove it, or choose another folder")
-    found, texts = _gather(models.of_run(Path(folder)), repo)
+    found, made = _gather(models.of_run(Path(folder)), repo)
     with output_folder(target, sync=False) as aside:
         for name, path in found.items():
             shutil.copyfile(path, aside(name))
-        for name, text in texts.items():
-            aside(name).write_text(text, encoding="utf-8")
+        for name, content in made.items():
+            aside(name).write_bytes(content)
 
 
 def _check_name(repo: str) -> None:
@@ -98,12 +98,13 @@ def _check_name(repo: str) -> None:
         raise PushError(f"{repo!r} is not the name of a repository, USER/REPO ({headline(e)})") from e
 
 
-def _gather(folder: Path, repo: str) -> tuple[dict[str, Path], dict[str, str]]:
-    """The files of a repository by their names in it, and the texts of others: its card is the folder's ``README.md``,
-    or one of ours."""
-    texts = {}
+def _gather(folder: Path, repo: str) -> tuple[dict[str, Path], dict[str, bytes]]:
+    """The files of a repository by their names in it, and what others hold: its card is the folder's ``README.md``,
+    with the images beside it, or one of ours."""
+    made: dict[str, bytes] = {}
     if (folder / two_level.ABOUT).exists():
-        texts[two_level.ABOUT], found = two_level.gather(folder)
+        about, found = two_level.gather(folder)
+        made[two_level.ABOUT] = about.encode()
         text = card.of_two_level(repo, folder)
     elif (folder / files.PLAN).exists():
         with files.PartsFolder(folder) as parts:
@@ -113,10 +114,14 @@ def _gather(folder: Path, repo: str) -> tuple[dict[str, Path], dict[str, str]]:
             text = card.of_parts(repo, parts)
         found = {path.name: path for path in (folder / files.PLAN, *paths)}
     else:
-        text = card.of_model(repo, folder)
+        images = card.images(folder)
+        text = card.of_model(repo, folder, images)
         found = {name: folder / name for name in (files.MODEL, "config.json")}
+        made |= {name: drawing.png() for name, drawing in images.items()}
     given = folder / CARD
-    return found, {**texts, CARD: given.read_text(encoding="utf-8") if given.is_file() else _sign(text)}
+    if given.is_file():
+        return {**found, **{path.name: path for path in folder.glob("*.png")}}, {**made, CARD: given.read_bytes()}
+    return found, {**made, CARD: _sign(text).encode()}
 
 
 def _upload(staged: Path, repo: str, private: bool, message: str, tag: str | None) -> str:

@@ -9,31 +9,26 @@ whole images alone.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..algebra.axes import FrozenAxis, block
 from ..algebra.domain import Domain, spatial
 from ..algebra.view import Box
-from ..compat import tree_map_only
 from ..errors import SplitError, public
-from ..planning.graphs import Graph
-from ..planning.inputs import Inputs, as_call
+from ..planning.inputs import as_call
 from ..planning.plan import Plan
 from ..planning.planner import analyse
 from ..planning.rules.laws import Kind
 from ..storage.merge_files import check_mergeable
-from ..surgery.emit import emit_whole
 from ..surgery.parts import Parts
 from ..text import table
 from .claims import Claim, claims
+from .maps import Given, in_float64, pairs, windows
 
 EXACT = 1e-9  # relative, for tensors stored in float64
 SCALED = "(2.15) does not apply to scaled views, whose maps are on another grid than the composed network's."
@@ -183,12 +178,12 @@ def verify(
     check_mergeable(plan, head)
     labelled = None if batches is None else _labelled(model, parts, batches)
     rows, outputs = claims(analyse(parts.graph, plan.divisor, plan.domain, size, output=plan.output))
-    nets, every = _in_float64(model, parts, head), [*rows, *outputs]
-    given = _Given.random(parts.graph) if x is None else _Given.of(parts.graph, x)
+    nets, every = in_float64(model, parts, head), [*rows, *outputs]
+    given = Given.random(parts.graph) if x is None else Given.of(parts.graph, x)
     full = Domain.full(plan.parts).boxes(spatial(size))
     scaled = any(view.scaled for view in plan.views())
     box = _Differences() if scaled else _compare(nets, plan, every, plan.boxes(), given)
-    comparable = not _windows(plan)
+    comparable = not windows(plan)
     as_box = plan.boxes() == full and not scaled
     whole = box if as_box else _compare(nets, plan, every, full, given) if comparable else _Differences()
     return Report(
@@ -205,26 +200,11 @@ def verify(
     )
 
 
-def _in_float64(model: nn.Module, parts: Parts, head: str) -> list[fx.GraphModule]:
-    """Copies of the composed network and of the parts, on the CPU, as they add up."""
-    nets = [copy.deepcopy(net).to("cpu", torch.float64).eval() for net in (emit_whole(parts.graph, model), *parts)]
-    for part in nets[1:] if head == "mean" else ():
-        for name in parts.plan.head:
-            part.get_parameter(name).data.div_(parts.plan.parts)  # (2.22)
-    return nets
-
-
 def _tolerance(plan: Plan, state: Mapping[str, torch.Tensor]) -> float:
     """Blocks keep every digit where they are placed; what merge sums or averages is rounded as it is stored."""
     rounded = [state[name] for name, t in plan.tensors.items() if t.reduce != "place" or t.outside == "mean"]
     eps = max((torch.finfo(t.dtype).eps for t in rounded if t.is_floating_point()), default=0.0)
     return max(EXACT, min(ROUNDINGS * eps, COARSEST))
-
-
-def _windows(plan: Plan) -> dict[str, tuple[FrozenAxis | None, ...]]:
-    """The weights that read only some positions in a part, and the axes of what they read."""
-    read = {name: t.axes[1:] for name, t in plan.tensors.items() if len(t.axes) > 1}
-    return {name: axes for name, axes in read.items() if any(a is not None and a.is_windowed for a in axes)}
 
 
 # ---- theorem 2.1
@@ -255,112 +235,22 @@ class _Differences:
         return sum(n for n, _ in counts) / max(sum(total for _, total in counts), 1)
 
 
-@dataclass(frozen=True)
-class _Given:
-    """The arguments to compute with, in float64: those that the graph takes, and how."""
-
-    inputs: Inputs
-    trees: tuple
-    values: tuple
-
-    @classmethod
-    def random(cls, graph: Graph) -> _Given:
-        inputs, generator = graph.inputs, torch.Generator().manual_seed(0)
-        trees = tuple(inputs.taken(graph.signature).values())
-        return cls(inputs, trees, tuple(inputs.random(tree, graph.batch, generator) for tree in trees))
-
-    @classmethod
-    def of(cls, graph: Graph, x: Any) -> _Given:
-        given = graph.inputs.checked(graph.signature, *as_call(x, graph.signature))
-        values = tree_map_only(torch.Tensor, _in_double, tuple(given.values()))
-        return cls(graph.inputs, tuple(graph.inputs.taken(graph.signature).values()), values)
-
-    def on_images(self, change: Callable[[torch.Tensor], torch.Tensor]) -> tuple:
-        """The arguments, their images changed."""
-        return tuple(self.inputs.on_images(change, tree, v) for tree, v in zip(self.trees, self.values))
-
-
-def _in_double(t: torch.Tensor) -> torch.Tensor:
-    return t.to("cpu", torch.float64 if t.is_floating_point() else t.dtype)
-
-
 def _compare(
-    nets: Sequence[fx.GraphModule], plan: Plan, wanted: Sequence[Claim], boxes: Sequence[Box], given: _Given
+    nets: Sequence[fx.GraphModule], plan: Plan, wanted: Sequence[Claim], boxes: Sequence[Box], given: Given
 ) -> _Differences:
     """The maps of the composed network, nets[0], against those of the parts on their boxes."""
-    composed, *parts = nets
-    nodes, full = {c.node for c in wanted}, [box.extent == spatial(plan.input_size) for box in boxes]
-    y, result = _Maps(composed, nodes).of(given.values), _Differences()
-    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    comparable = {c.node: c for c in wanted if c.aligned or all(full)}
-    for k, (part, box) in enumerate(zip(parts, boxes)):
-        maps = _Maps(part, nodes).of(given.on_images(box.crop))
-        alone = partial(_nan_outside, box=box)
-        inside = y if full[k] else _Maps(composed, nodes, _Outside(plan, k)).of(given.on_images(alone))
-        for node, claim in comparable.items():
-            axes = [c or (None if full[k] else p) for c, p in zip(claim.channels, claim.places)]
-            at = block(y[node].shape, [None, *axes], k, plan.divisor)
-            outside = inside[node][at].isnan() & ~y[node][at].isnan()  # a NaN from the weights is a failure
-            if claim.kind is Kind.PARTIAL:
-                total, clean = sums.setdefault(node, (torch.zeros_like(y[node]), torch.ones_like(y[node]).bool()))
-                total[at] += maps[node]
-                clean[at] &= ~outside
-            else:
-                result.add(node, y[node][at], maps[node], ~outside)
-    for node, (total, clean) in sums.items():
-        result.add(node, y[node], total, clean)
+    result, sums = _Differences(), dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
+    for pair in pairs(nets, plan, wanted, boxes, given):
+        node, y, at = pair.claim.node, pair.whole, pair.at
+        if pair.claim.kind is Kind.PARTIAL:
+            _, total, clean = sums.setdefault(node, (y, torch.zeros_like(y), torch.ones_like(y).bool()))
+            total[at] += pair.part
+            clean[at] &= pair.field
+        else:
+            result.add(node, y[at], pair.part, pair.field)
+    for node, compared in sums.items():
+        result.add(node, *compared)
     return result
-
-
-class _Outside:
-    """What part k's weights do not read, of those that read only some positions: set to zero, as their blocks are."""
-
-    def __init__(self, plan: Plan, k: int):
-        self.plan, self.k, self.windows = plan, k, _windows(plan)
-
-    def hide(self, module: str, x: torch.Tensor) -> torch.Tensor:
-        axes = next((axes for name, axes in self.windows.items() if name.startswith(module + ".")), None)
-        if axes is None:
-            return x
-        whole = [None] * (x.ndim - len(axes))
-        at = block(x.shape, [*whole, *axes], self.k, self.plan.divisor)
-        hidden = torch.zeros_like(x)
-        hidden[at] = x[at]
-        return hidden
-
-
-class _Maps(fx.Interpreter):
-    """Runs a graph and keeps the maps of some nodes; of several results the first."""
-
-    def __init__(self, gm: fx.GraphModule, nodes: set[str], outside: _Outside | None = None):
-        super().__init__(gm)
-        self.nodes, self.outside = nodes, outside
-        self.kept: dict[str, torch.Tensor] = {}
-
-    @torch.no_grad()
-    def of(self, arguments: Sequence) -> Mapping[str, torch.Tensor]:
-        self.run(*arguments)
-        return self.kept
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.name in self.nodes:
-            first = result
-            while isinstance(first, (tuple, list)):
-                first = first[0]
-            self.kept[n.name] = first.clone()  # an activation in place may follow
-        return result
-
-    def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        if self.outside is not None:
-            args = (self.outside.hide(target, args[0]), *args[1:])
-        return super().call_module(target, args, kwargs)
-
-
-def _nan_outside(x: torch.Tensor, box: Box) -> torch.Tensor:
-    masked = torch.full_like(x, torch.nan)
-    box.crop(masked).copy_(box.crop(x))
-    return masked
 
 
 # ---- theorem 2.2

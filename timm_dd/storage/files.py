@@ -147,15 +147,20 @@ def load_composed(folder: str | Path, model: nn.Module) -> None:
     Raises:
         MergeError: no such file, damaged, or of another model.
     """
-    path = _model_path(Path(folder))
-    with reading(path, "compose the parts again"):
-        state = load_file(path)
+    path, state = _model_path(Path(folder)), load_state(folder)
     try:
         for name, t in model.state_dict(keep_vars=True).items():
             t.data = t.data.to(state[name].dtype if name in state else t.dtype)
         model.load_state_dict(state)  # copied: a model is not to be trained in the pages of a mapped file
     except RuntimeError as e:
         raise MergeError(f"{path} is of another model ({headline(e)}); use the one composed of these parts") from e
+
+
+def load_state(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict of a composed model in `folder`; MergeError if there is none, or it is damaged."""
+    path = _model_path(Path(folder))
+    with reading(path, "compose the parts again"):
+        return load_file(path)
 
 
 def is_correction(folder: str | Path) -> bool:

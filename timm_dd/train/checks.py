@@ -19,7 +19,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda n: n >= 1,
         "batch_size checkpoint_hist coarse_views coarse_widths cycles grad_accum_steps img_size in_chans input_size "
         "log_interval lr_base_size lr_cycle_limit num_classes parts patience_epochs plateau_epochs recount "
-        "train_num_samples val_interval val_num_samples validation_batch_size",
+        "report_every train_num_samples val_interval val_num_samples validation_batch_size",
     ),
     "a whole number from 2 up": (lambda n: n >= 2, "coarse_folds"),
     "a whole number from 0 up": (

@@ -384,7 +384,16 @@ def _validation_loader(args: argparse.Namespace, config: dict, val: Dataset, com
 
 def validation(args: argparse.Namespace, config: dict):
     """timm's loader for the validation images alone, on the CPU."""
-    val = _digits(False, image_mode(args)) if args.dataset == "digits" else _dataset(args, "validation")
+    return loader_of(args, config, validation_set(args))
+
+
+def validation_set(args: argparse.Namespace) -> Dataset:
+    """All images to validate; errors as of `datasets`."""
+    return _digits(False, image_mode(args)) if args.dataset == "digits" else _dataset(args, "validation")
+
+
+def loader_of(args: argparse.Namespace, config: dict, val: Dataset):
+    """timm's loader for some validation images, on the CPU."""
     return _validation_loader(args, config, val, _common(args, config, torch.device("cpu"), distributed=False))
 
 

@@ -463,6 +463,12 @@ def _run(g) -> None:
     g.add_argument("--log-wandb", action="store_true", help="every epoch's figures, to Weights & Biases")
     g.add_argument("--wandb-project", metavar="NAME")
     g.add_argument("--wandb-tags", nargs="*", default=[], metavar="TAG")
+    g.add_argument(
+        "--report", action="store_true", help="at the end a page with figures, report.html in the run's folder"
+    )
+    g.add_argument(
+        "--report-every", type=int, metavar="N", help="the page every N epochs too, without what needs images"
+    )
 
 
 def _machine(g) -> None:

@@ -97,7 +97,8 @@ class Learner:
     Attributes:
         updates: how many it has taken.
         options: what its weights depend on, the updates of an epoch and the images of an update among them.
-        history: loss, top1 (None: not evaluated), lr, and seconds since the beginning, of each epoch that ended.
+        history: loss, top1 (None: not evaluated), lr, seconds since the beginning, and those that were no training, of
+            each epoch that ended.
         seconds: of its epochs, validation included, and of what made it ready.
         sight: what it sees of a batch.
         failure: why it cannot go on; None while it can.

@@ -65,16 +65,18 @@ class TrainingLoop:
             due, start = [n for n in _alive(learners) if len(n.history) <= epoch], time.perf_counter()
             if not due:
                 continue
-            speed = self._epoch(due, epoch, progress)
+            speed, waited = self._epoch(due, epoch, progress)
             due = _alive(due)
             if not due:
                 return
             for learner in due:
                 _share_statistics(learner)
+            trained = time.perf_counter()
             found = self._evaluated(due, epoch)
             seconds = time.perf_counter() - start
+            spent = {"seconds": seconds, "waiting": waited, "evaluation": time.perf_counter() - trained}
             for learner, figures in zip(due, found):
-                learner.guard(partial(learner.end_epoch, seconds=seconds, **figures), self.isolate_failures)
+                learner.guard(partial(learner.end_epoch, **spent, **figures), self.isolate_failures)
             due = _alive(due)
             self.after_epoch()
             if self.primary:
@@ -95,6 +97,8 @@ class TrainingLoop:
             save(learner)
         for learner in learners:
             self.trackers.log(learner.name, len(learner.history), learner.history[-1])
+        if learners:
+            self.trackers.end_epoch(len(learners[0].history))
 
     def _say(self, learners: Sequence[Learner], epoch: int, speed: str) -> None:
         names: dict[str, list[str]] = {}  # by their figures: those of parts that decide together are the same
@@ -104,12 +108,13 @@ class TrainingLoop:
         tqdm.write(f"{self.title} {epoch + 1}/{self.epochs}  {rates} {speed}", sys.stdout)
         sys.stdout.flush()
 
-    def _epoch(self, learners: Sequence[Learner], epoch: int, progress: Progress) -> str:
-        """The updates of an epoch that the learners have not taken yet; returns how fast they were."""
+    def _epoch(self, learners: Sequence[Learner], epoch: int, progress: Progress) -> tuple[str, float]:
+        """The updates of an epoch that the learners have not taken yet; returns how fast they were, and the seconds
+        that they waited for data."""
         train, start, waited, images = self.loaders[0], time.perf_counter(), 0.0, 0
         first = epoch * len(train)
         if all(n.updates >= first + len(train) for n in learners):
-            return "done before"  # interrupted while it was evaluated
+            return "done before", 0.0  # interrupted while it was evaluated
         begin_epoch(train, self.seed, epoch)
         for learner in learners:
             learner.model.train()
@@ -131,7 +136,7 @@ class TrainingLoop:
                 sys.stdout.flush()
             asked = time.perf_counter()
         seconds = time.perf_counter() - start
-        return f"{images / seconds:.0f} images/s, {100 * waited / seconds:.0f} % of it waiting for data"
+        return f"{images / seconds:.0f} images/s, {100 * waited / seconds:.0f} % of it waiting for data", waited
 
 
 def _figures(row: dict) -> str:
@@ -155,12 +160,14 @@ def _share_statistics(learner: Learner) -> None:
 
 
 def _write_summary(learner: Learner) -> None:
-    """All epochs so far, in the form of timm's summary.csv."""
-    with replacing(learner.folder / "summary.csv") as temporary, open(temporary, "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["epoch", "train_loss", "eval_top1", "eval_top5", "eval_loss", "lr", "seconds"])
-        kinds = ("loss", "top1", "top5", "eval_loss", "lr", "seconds")
-        writer.writerows([i, *map(row.get, kinds)] for i, row in enumerate(learner.history))
+    """All epochs so far, in the form of timm's summary.csv; and what of their seconds was no training."""
+    columns = {"train_loss": "loss", **{f"eval_{name}": name for name in ("top1", "top5")}, "eval_loss": "eval_loss"}
+    columns |= {"lr": "lr", "seconds": "seconds"}
+    for name, of in ("summary.csv", columns), ("times.csv", {kind: kind for kind in ("waiting", "evaluation")}):
+        with replacing(learner.folder / name) as temporary, open(temporary, "w", newline="") as f:
+            writer = csv.writer(f)
+            writer.writerow(["epoch", *of])
+            writer.writerows([i, *map(row.get, of.values())] for i, row in enumerate(learner.history))
 
 
 def evaluate(

@@ -20,7 +20,7 @@ from .flags import PREFIXES, STAGED, TOGETHER, flag_of, parser
 MAY_CHANGE_ON_RESUME = {  # no weight depends on them
     "checkpoint_every", "checkpoint_hist", "config", "cycles", "device", "engine", "experiment", "from_parts",
     "log_interval", "log_tensorboard", "log_wandb", "only_parts", "output", "part_threads", "pin_mem", "quiet",
-    "resume", "validation_batch_size", "verbose", "wandb_project", "wandb_tags", "workers",
+    "report", "report_every", "resume", "validation_batch_size", "verbose", "wandb_project", "wandb_tags", "workers",
 }  # fmt: skip
 OF_A_CALL = ("config", "preset", "quiet", "verbose")  # what they said stands in the options themselves
 SCALE, JOINT = 0.625, 6  # of the recipe: how the parts see whole images; one joint epoch for so many of theirs

@@ -51,6 +51,7 @@ def rehearse(
 
     Raises:
         TrainError: an optimizer, a schedule, a batch of images or a tracker cannot be made.
+        ReportError: nor a report.
     """
     trackers.check(args)
     if args.torchcompile is not None:

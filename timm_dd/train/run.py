@@ -206,10 +206,12 @@ class Run:
         rank, explained = self.ranks.rank, _explained(self.timer, self.folder)
         with self.timer, Trackers(self.args, self.folder, rank) as tracked, explained:
             summary = self._carry_out(tracked, sets)
-        if self.args.only_parts is not None:
-            return summary
+            if self.args.only_parts is not None:
+                return summary
+            if self.ranks.primary:
+                replace_json(self.place.summary, summary)
+            tracked.end_run()
         if self.ranks.primary:
-            replace_json(self.place.summary, summary)
             where = f"{self.folder}: composed/ before fine-tuning, global/best after"
             print(f"\n{summary_table(summary, self.args)}\n\n{where}", flush=True)
         self.meeting.gate()  # the next cycle reads what the first rank wrote
@@ -326,8 +328,8 @@ def _stages(run: Run, context: Context) -> dict:
     if run.place.start is not None and run.ranks.primary:
         mine = run.parts.plan
         files.save_state(run.place.start, run._start(mine), mine.config, {})
-    tuned = tune(context)
-    seconds["composed"], top5 = tuned.pop("seconds"), tuned.pop("top5")
+    tuned, top5, took = tune(context)
+    seconds |= took
     summary = {
         "parts": [p["top1"] for p in trained],
         **({"two_level": second} if second else {}),

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterator
 
 import torch
 from torch import fx
 
 from ..planning.costs import Cost, cost
+from ..reports import outcome
 from ..surgery.parts import Parts
-from ..text import number, table
+from ..text import table
 from ..two_level.aggregate import CoarseNet
 from . import options, schedule
 from .dealing import costs
-
-MEGA = 10**6
 
 
 def multiply_adds(args: argparse.Namespace, parts: Parts, joint: Parts | None) -> dict:
@@ -46,44 +44,6 @@ def _of_coarse_net(args: argparse.Namespace) -> Cost:
 
 def summary_table(summary: dict, args: argparse.Namespace) -> str:
     """The table that ends a run."""
-    return table([("", "top-1 %", "top-5 %", "epochs", "seconds", "multiply-adds"), *_rows(summary, args)])
-
-
-def _rows(summary: dict, args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
-    seconds, macs, top5 = summary["seconds"], summary["multiply_adds"], summary["top5"]
-    bound = "at least " if macs["uncounted"] else ""
-
-    def row(title: str, top1: float, count: int, epochs: int | None = None, took: float | str = "", five=None):
-        shown = f"{took:.1f}" if isinstance(took, float) else took
-        cost = f"{bound}{number(count / MEGA)} M"
-        return title, f"{top1:.2f}", _percent(five), "" if epochs is None else str(epochs), shown, cost
-
-    def epochs(stage: str | None) -> int:
-        return schedule.epochs(options.stage_options(args, stage))
-
-    for k, (top1, five, count) in enumerate(zip(summary["parts"], top5["parts"], macs["parts"])):
-        took = "" if k else f"{seconds['parts']:.1f} for all"
-        yield row(f"part {k}, its own box", top1, count, epochs("part"), took, five)
-    yield row("sum of the parts, own boxes", summary["together"], sum(macs["parts"]), five=top5["together"])
-    for how, top1 in summary.get("two_level", {}).items():
-        took = (args.coarse_epochs, seconds["two_level"]) if how == "dnn" else ()
-        if how in options.TOGETHER:
-            took = (epochs(how), seconds[how])
-        yield row(f"two levels, {how}", top1, macs["two_level"][how], *took)
-    if "joint" in summary:
-        yield row("joint, whole images", summary["joint"], macs["joint"], epochs("joint"), seconds["joint"])
-    whole = macs["composed"]
-    yield row("composed, before fine-tuning", summary["composed"], whole, 0, five=top5["composed"])
-    if "updated" in summary:
-        yield row("composed, BatchNorm re-estimated", summary["updated"], whole, 0, five=top5["updated"])
-    tuned = seconds["composed"]
-    yield row("composed, after fine-tuning", summary["tuned"], whole, epochs(None), tuned, top5["tuned"])
-    if summary["best_epoch"]:
-        yield row("its best epoch", summary["best"], whole, summary["best_epoch"], five=top5["best"])
-    if "baseline" in summary:
-        took = seconds["baseline"]
-        yield row("baseline, random start", summary["baseline"], whole, epochs("baseline"), took, top5["baseline"])
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+    epochs = {name: schedule.epochs(options.stage_options(args, name)) for name in (*options.STAGES, None)}
+    epochs = {**epochs, "composed": epochs.pop(None), "dnn": args.coarse_epochs}
+    return table([outcome.HEADING, *(row.cells() for row in outcome.rows(summary, epochs))])

@@ -1,21 +1,26 @@
-"""Where a run's figures are shown besides its files: TensorBoard and Weights & Biases, each if asked for."""
+"""Where a run's figures are shown besides its files: TensorBoard, Weights & Biases and a page, each if asked for."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..errors import TrainError, headline
+from ..reports import draw
+from . import pages
 
 
 class Trackers:
     """The figures of every epoch, under the network's name, to all that `args` asks for, see `check`."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, rank: int):
+        self.args, self.folder, self.primary = args, folder, rank == 0
         self.board = _tensorboard(folder) if args.log_tensorboard else None
         self.wandb = _wandb(args, folder, rank) if args.log_wandb else None
 
@@ -32,6 +37,24 @@ class Trackers:
             tqdm.write(f"no more figures to trackers: {headline(e)}", sys.stdout)
             self.board = self.wandb = None
 
+    def end_epoch(self, epoch: int) -> None:
+        """Write the page, if it is due after so many epochs of a stage."""
+        if self.primary and self.args.report_every and epoch % self.args.report_every == 0:
+            self._page(0)
+
+    def end_run(self) -> None:
+        """The page with all that there is, and figures of the run's files to TensorBoard."""
+        if self.primary and (self.args.report or self.args.report_every):
+            self._page(None)
+        if self.primary and self.board is not None:
+            with _going_on("no figures"):
+                for name, figure in pages.figures(self.folder):
+                    self.board.add_figure(name, figure, close=False)
+
+    def _page(self, images: int | None) -> None:
+        with _going_on("no report"):
+            pages.report(self.folder, self.folder / "report.html", images=images)
+
     def __enter__(self) -> Trackers:
         return self
 
@@ -42,8 +65,19 @@ class Trackers:
             self.wandb.finish()
 
 
+@contextlib.contextmanager
+def _going_on(what: str) -> Iterator[None]:
+    """A run is not to fail of what only shows it."""
+    try:
+        yield
+    except Exception as e:  # of disks, of networks that cannot be shown
+        tqdm.write(f"{what}: {headline(e)}", sys.stdout)
+
+
 def check(args: argparse.Namespace) -> None:
-    """Raise TrainError if what is asked for is not installed."""
+    """Raise TrainError or ReportError if what is asked for is not installed."""
+    if args.report or args.report_every:
+        draw.check_matplotlib()
     for name, module in (("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")):
         if getattr(args, f"log_{name}"):
             try:

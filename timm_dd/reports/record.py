@@ -1,0 +1,255 @@
+"""What lies in a folder that a report is about, as plain tables: a run, parts, or a composed model alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ReportError, headline
+from ..planning.plan import Plan
+from ..storage import files
+from ..storage.tensorfile import READ_ERRORS, TensorFile
+from ..two_level.files import ABOUT, describe
+
+COLUMNS = {"epoch": "epoch", "train_loss": "loss", "eval_top1": "top1", "seconds": "seconds"}  # of summary.csv
+SPENT = ("waiting", "evaluation")  # seconds of an epoch that are no training
+TOGETHER = ("coherent", "transfer")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A network's epochs, as its ``summary.csv`` has them.
+
+    Attributes:
+        name: ``part 0``, ``joint``, ``composed``, ``coherent``, ``transfer`` or ``baseline``.
+        stage: the name without the number.
+        rows: of each epoch, numbered from 1: epoch, loss, top1 in % (NaN where it was not evaluated), and seconds
+            since the stage began; what it waited for data and what its evaluation took, in seconds, where that is
+            known.
+    """
+
+    name: str
+    stage: str
+    rows: tuple[dict[str, float], ...]
+
+    @property
+    def seconds(self) -> float:
+        return self.rows[-1]["seconds"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a report is made of; None and empty for what is not there.
+
+    Attributes:
+        args: of a training run, by name.
+        summary: of a run that is done.
+        failures: why parts failed, by number.
+        own: the folder of the parts after the stage of their own.
+        trained: that of the parts which were composed: `own`, or the joint stage's.
+        models: the folders of ``composed``, ``tuned`` and ``baseline``, those that are there.
+        two_level: the folder of the parts' common decision.
+        about: the metadata of the composed model.
+    """
+
+    folder: Path
+    plan: Plan | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, Any] | None = None
+    curves: tuple[Curve, ...] = ()
+    failures: Mapping[int, str] = field(default_factory=dict)
+    own: Path | None = None
+    trained: Path | None = None
+    models: Mapping[str, Path] = field(default_factory=dict)
+    two_level: Path | None = None
+    about: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def parts(self) -> int | None:
+        """K, where anything says it."""
+        return self.plan.parts if self.plan is not None else int(self.about.get("parts", 0)) or None
+
+    def epochs(self) -> dict[str, int]:
+        """Of each stage that has begun."""
+        found = {curve.stage: len(curve.rows) for curve in self.curves}
+        return {**found, "dnn": int(self.args.get("coarse_epochs", 0))}
+
+
+def read(folder: str | Path) -> Record:
+    """What lies in `folder`.
+
+    Raises:
+        ReportError: nothing to show, or damaged.
+        MergeError: a plan or a two-level network is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ReportError(f"no folder {folder}; expected a run's folder, parts, or a composed model")
+    args = _yaml(folder / "args.yaml")
+    own = next((p for p in (folder / "parts", folder) if (p / files.PLAN).is_file() and _has_parts(p)), None)
+    two = next((p for p in (folder / "two-level", folder) if (p / ABOUT).is_file()), None)
+    if own is None and two is not None:
+        own = describe(two)[1].parts
+    described = next((p for p in (folder, own) if p is not None and (p / files.PLAN).is_file()), None)
+    models, joint = _models(folder), folder / "joint"
+    if described is None and not models:
+        raise ReportError(
+            f"{folder} holds neither a run nor parts nor a composed model: no args.yaml, {files.PLAN} or {files.MODEL}"
+        )
+    plan = None if described is None else _plan(described)
+    return Record(
+        folder=folder,
+        plan=plan,
+        args=args,
+        summary=_summary(folder / "summary.json", plan) if args else None,
+        curves=_curves(folder),
+        failures=_failures(folder / "parts"),
+        own=own,
+        trained=joint if own is not None and _has_parts(joint) else own,
+        models=models,
+        two_level=two,
+        about=_about(models),
+    )
+
+
+def _plan(folder: Path) -> Plan:
+    with files.PartsFolder(folder) as opened:
+        return opened.plan
+
+
+def _has_parts(folder: Path) -> bool:
+    return any(folder.glob("part-*.safetensors")) or any(folder.glob("*/part-*.safetensors"))
+
+
+def _models(folder: Path) -> dict[str, Path]:
+    places = {
+        "composed": (folder / "composed", folder),
+        "tuned": (folder / "global" / "last",),
+        "baseline": (folder / "baseline" / "last",),
+    }
+    found = {name: next((p for p in paths if (p / files.MODEL).is_file()), None) for name, paths in places.items()}
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def _about(models: Mapping[str, Path]) -> dict[str, str]:
+    if "composed" not in models:
+        return {}
+    path = models["composed"] / files.MODEL
+    try:
+        with TensorFile(path) as file:
+            about = dict(file.metadata)
+        int(about.get("parts", 0))
+        return about
+    except (*READ_ERRORS, ValueError) as e:
+        raise ReportError(f"{path} cannot be read ({headline(e)}); compose the parts again") from e
+
+
+# ---- what a run writes
+
+
+def _curves(folder: Path) -> tuple[Curve, ...]:
+    paths = [(f"part {p.name}", "part", p) for p in _numbered(folder / "parts")]
+    paths += [("joint", "joint", folder / "joint" / "0")]
+    paths += [(how, how, folder / "together" / how) for how in TOGETHER]
+    paths += [("composed", "composed", folder / "global"), ("baseline", "baseline", folder / "baseline")]
+    found = ((name, stage, path / "summary.csv") for name, stage, path in paths)
+    curves = []
+    for name, stage, path in found:
+        with _readable(path):
+            curves.append(Curve(name, stage, _rows(path)))
+    return tuple(curve for curve in curves if curve.rows)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("*") if p.is_dir() and p.name.isdecimal()), key=lambda p: int(p.name))
+
+
+def _rows(path: Path) -> tuple[dict[str, float], ...]:
+    found = [{ours: float(row[theirs] or "nan") for theirs, ours in COLUMNS.items()} for row in _csv(path)]
+    for row, spent in zip(found, _csv(path.with_name("times.csv"))):
+        row |= {kind: float(spent[kind]) for kind in SPENT if spent[kind]}
+    return tuple({**row, "epoch": row["epoch"] + 1} for row in found)
+
+
+def _csv(path: Path) -> list[dict[str, str]]:
+    """None where there is no such file, as older runs have no times.csv."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as f:
+        return list(csv.DictReader(f))
+
+
+def _failures(parts: Path) -> dict[int, str]:
+    found = {}
+    for path in _numbered(parts):
+        if (path / "failure.json").is_file():
+            found[int(path.name)] = str(read_json(path / "failure.json"))
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """What a file of a run holds; ReportError if it is damaged."""
+    with _readable(path):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    """Of a training run, empty for what is none."""
+    if not path.is_file():
+        return {}
+    with _readable(path):
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+            raise ValueError("no options and values")
+        return {"parts": None, **found}
+
+
+def _summary(path: Path, plan: Plan | None) -> dict[str, Any] | None:
+    """None of a run that is not done."""
+    if not path.is_file():
+        return None
+    with _readable(path):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        macs, seconds, k = found["multiply_adds"], found["seconds"], None if plan is None else plan.parts
+        numbers = [found["together"], found["composed"], found["tuned"], seconds["parts"], seconds["composed"]]
+        numbers += [*found["parts"], *macs["parts"], macs["composed"], *found.get("two_level", {}).values()]
+        numbers += [*seconds.values(), *macs.get("two_level", {}).values()]
+        numbers += [found[name] for name in ("joint", "updated", "baseline", "best") if name in found]
+        numbers += [macs["joint"]] if "joint" in found else []
+        timed = {"joint": "joint", "baseline": "baseline"}
+        missing = [name for name, at in timed.items() if name in found and at not in seconds]
+        if missing or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+            raise ValueError(f"no number of {', '.join(missing) or 'some stage'}")
+        if k is not None and not len(found["parts"]) == len(macs["parts"]) == k:
+            raise ValueError(f"expected {k} parts")
+        if not isinstance(macs["uncounted"], list) or found.get("two_level", {}).keys() - macs["two_level"].keys():
+            raise ValueError("multiply-adds are missing")
+        return found
+
+
+class _readable:
+    """What is wrong with a file of a run, in one line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        wrong = (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, yaml.YAMLError, RecursionError)
+        if isinstance(error, wrong):
+            raise ReportError(
+                f"{self.path} is damaged ({type(error).__name__}: {headline(error)}); let the run write it again"
+            ) from error
