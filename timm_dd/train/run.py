@@ -24,6 +24,7 @@ from .. import console, models
 from ..algebra.domain import Domain
 from ..errors import SplitError, TrainError, headline
 from ..planning.plan import Plan
+from ..reports.outcome import MEGA
 from ..storage import files
 from ..storage.atomic import replace_json
 from ..surgery.claim import check_claim
@@ -46,7 +47,7 @@ from .ranks import Ranks, alone
 from .rehearsal import rehearse
 from .sharing import Sharing, holder, sees
 from .stages import Context, meet, take_arrived, train_baseline, train_parts, tune
-from .summary import MEGA, multiply_adds, summary_table
+from .summary import multiply_adds, summary_table
 from .together import train_together
 from .trackers import Trackers
 

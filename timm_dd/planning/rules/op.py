@@ -161,12 +161,14 @@ class Op:
     Attributes:
         node, module, path: the node, its module if it calls one, and the path of that or of the module around.
         out: the result at the global size, on the meta device.
+        given_for: what the rules gave for earlier nodes.
         resize: set by a rule, stands in for an operation that cannot run at a part's sizes with the global parameters.
-        takes_sizes: set by a rule, if the numbers that it is given are sizes, though not all show in its result.
+        takes_sizes: set by a rule, if all numbers that it is given are sizes.
     """
 
     def __init__(self, notes: Notes, node: fx.Node, module: nn.Module | None, path: str, out: Any):
         self._notes, self.node, self.module, self.path, self.out = notes, node, module, path, out
+        self.given_for = notes.env
         self.resize: Callable | None = None
         self.takes_sizes = False
         self._rows: list[Sequence[Axis | None]] = []  # the axes of weights whose rows are normalised
@@ -273,15 +275,8 @@ class Op:
         self._rows.append(axes)
 
     def trained(self, value: Value | None) -> str | None:
-        """The name of a parameter that is read from the graph, however its dims are arranged; None for anything
-        computed or fixed."""
-        while (
-            value is not None
-            and value.law is linear
-            and len(value.inputs) == 1
-            and value.numel == value.inputs[0].numel
-        ):
-            (value,) = value.inputs
+        """The name of a parameter that the graph reads, however arranged; None for anything computed or fixed."""
+        value = _as_given(value)
         if value is None or value.op.node.op != "get_attr":
             return None
         name = self._notes.alias.get(value.op.node.target)
@@ -318,35 +313,9 @@ class Op:
             at = getattr(at, step) if isinstance(at, slice) else at[step]
         return at
 
-    def shaped_as(self, where: Sequence[str | int]) -> Value | None:
-        """The tensor whose whole shape the argument at `where` is: ``x.shape`` or ``x.size()``."""
-        given = self.given(where)
-        if isinstance(given, fx.Node) and (given.target, *given.args[1:]) in ((getattr, "shape"), ("size",)):
-            tensor = self._notes.env[given.args[0]]
-            return tensor if isinstance(tensor, Value) else None
-        return None
-
-    def gives_zero(self) -> bool:
-        """Whether the operation gives zero where all of its tensors are zero."""
-        args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), self._zero)
-        try:
-            with torch.no_grad():
-                if self.module is not None:
-                    return not self.module(*args, **kwargs).any()
-                if self.node.op == "call_method":
-                    return not getattr(args[0], self.node.target)(*args[1:], **kwargs).any()
-                return not self.node.target(*args, **kwargs).any()
-        except Exception:  # any operation may refuse a single number in its own way
-            return False
-
-    def _zero(self, node: fx.Node) -> Any:
-        value = self._notes.sizes.envs[0][node]
-        return torch.zeros((), dtype=value.dtype) if isinstance(value, torch.Tensor) else value
-
-    def field(self, name: str) -> int:
-        """The place of a named tuple's entry in it, where the operation reads it from its first argument."""
-        of = self._notes.sizes.envs[0][self.node.args[0]]
-        return next(i for i, entry in enumerate(of) if entry is getattr(of, name))
+    def example(self, node: fx.Node) -> Any:
+        """What an earlier node gives at the global size, on the meta device."""
+        return self._notes.sizes.envs[0][node]
 
     def listed(self, given: Sequence, position: int = 1, keyword: str = "") -> list[tuple[Any, tuple | None]]:
         """Sizes or dims (see `unpacked`), each with its place in the call; the place is None where they are another
@@ -395,6 +364,24 @@ def _key(module: nn.Module, param: str) -> str | None:
     if getattr(of, leaf, None) is None:
         return None
     return f"{owner}.parametrizations.{leaf}{NORMS_OF_ROWS}".lstrip(".") if is_parametrized(of, leaf) else param
+
+
+def _as_given(value: Value | None) -> Value | None:
+    """A tensor before its dims were arranged otherwise."""
+    while value is not None and value.law is linear and len(value.inputs) == 1:
+        if value.numel != value.inputs[0].numel:
+            break
+        (value,) = value.inputs
+    return value
+
+
+def shaped_as(op: Op, where: Sequence[str | int]) -> Value | None:
+    """The tensor whose whole shape an operation's argument at `where` is: ``x.shape`` or ``x.size()``."""
+    given = op.given(where)
+    if isinstance(given, fx.Node) and (given.target, *given.args[1:]) in ((getattr, "shape"), ("size",)):
+        tensor = op.given_for[given.args[0]]
+        return tensor if isinstance(tensor, Value) else None
+    return None
 
 
 def unpacked(given: Sequence) -> Sequence:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import operator
+from functools import partial
+from typing import Any
 
 import timm.layers as tl
 import torch
 import torch.nn.functional as F
 from timm.layers import activations as ta
-from torch import nn
+from torch import fx, nn
 
 from ...algebra.widths import Axis, Width
 from ..modes import detached
 from . import laws
-from .op import Op, Value, rule
+from .op import Op, Value, rule, shaped_as
 
 ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid,
@@ -49,7 +51,7 @@ QUOTIENTS = (operator.truediv, operator.itruediv, torch.div, "div", "div_")
 def activation(op: Op, *args, **kwargs) -> Value:
     """Of one tensor; a power's exponent or a clamp's bound may be another."""
     values = (*args, *kwargs.values())
-    return op.result(broadcast(op, *values), laws.keeping_zero(op.gives_zero), *values)
+    return op.result(broadcast(op, *values), laws.keeping_zero(partial(gives_zero, op)), *values)
 
 
 @rule(nn.PReLU, tl.PReLU)
@@ -120,7 +122,7 @@ def addcmul(op: Op, a, b, c, *, value=1) -> Value:
 def choice(op: Op, *args, **kwargs) -> Value:
     """Element by element of three tensors."""
     values = (*args, *kwargs.values())
-    return op.result(broadcast(op, *values), laws.keeping_zero(op.gives_zero), *values)
+    return op.result(broadcast(op, *values), laws.keeping_zero(partial(gives_zero, op)), *values)
 
 
 @rule("zero_")
@@ -157,7 +159,7 @@ def made_for(op: Op, x: Value, *given, size=None, **kwargs) -> Value:
 
 def _made(op: Op, given, position: int) -> Value:
     """Of the sizes `given` from an argument's `position` on, or by keyword."""
-    like = op.shaped_as(op.argument(position, "size"))
+    like = shaped_as(op, op.argument(position, "size"))
     if like is not None:
         return _constant(op, like.axes)
     axes = [None] * len(op.out.shape)
@@ -171,9 +173,27 @@ def _made(op: Op, given, position: int) -> Value:
 def _constant(op: Op, axes) -> Value:
     def law(context: laws.Context) -> laws.Relation:
         dims = context.cut_dims(axes)
-        return laws.Relation(laws.Kind.SHARD, blocks=dims if op.gives_zero() else 0) if dims else laws.COPY
+        return laws.Relation(laws.Kind.SHARD, blocks=dims if gives_zero(op) else 0) if dims else laws.COPY
 
     return op.result(axes, law)
+
+
+def gives_zero(op: Op) -> bool:
+    """Whether an operation gives zero where all of its tensors are zero."""
+
+    def zero(node: fx.Node) -> Any:
+        value = op.example(node)
+        return torch.zeros((), dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+
+    args, kwargs = fx.node.map_arg((op.node.args, op.node.kwargs), zero)
+    call = op.module if op.module is not None else op.node.target
+    if op.node.op == "call_method":
+        call = getattr(torch.Tensor, call)
+    try:
+        with torch.no_grad():
+            return not call(*args, **kwargs).any()
+    except Exception:  # any operation may refuse a single number in its own way
+        return False
 
 
 def _shifted(context, *inputs):

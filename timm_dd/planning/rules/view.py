@@ -17,7 +17,7 @@ from torchvision.ops import StochasticDepth, drop_block2d, drop_block3d, stochas
 from ...algebra.widths import Axis, Width, make_whole, unify
 from ..modes import TrainingOnly
 from . import laws
-from .op import Op, Value, rule, unpacked
+from .op import Op, Value, rule, shaped_as, unpacked
 from .pieces import split_into
 
 DROPOUTS = (
@@ -94,7 +94,7 @@ def reshape(op: Op, x: Value, *shape, **kwargs) -> Value:
     if len(op.node.all_input_nodes) > 2:  # the graph computes more than the batch: right at any image size
         op.resize = lambda t, *sizes, **named: t.reshape(*sizes, **named)
     given = [kwargs["shape"]] if "shape" in kwargs else shape
-    like = op.shaped_as(op.argument(1, "shape"))
+    like = shaped_as(op, op.argument(1, "shape"))
     if like is not None:
         _match_sizes(op, value, like)
     for dim, (size, where) in enumerate(op.listed(given, keyword="shape")):
@@ -268,7 +268,8 @@ def t(op: Op, x: Value) -> Value:
 def attribute(op: Op, x, name: str) -> Value:
     """A tensor's transpose, or its data; of a named tuple, as operations with several results give it, an entry."""
     if not isinstance(x, Value):
-        return x[op.field(name)]
+        entries = op.example(op.node.args[0])
+        return next(v for v, entry in zip(x, entries) if entry is getattr(entries, name))
     if name == "T":
         return t(op, x)
     if name in ("mT", "mH"):
