@@ -459,6 +459,11 @@ def _run(g) -> None:
     g.add_argument(
         "--checkpoint-every", type=float, metavar="SECONDS", help="checkpoints within epochs too, not only after each"
     )
+    _tracking(g)
+
+
+def _tracking(g) -> None:
+    """Who is told of a run."""
     g.add_argument("--log-tensorboard", action="store_true", help="every epoch's figures, into the run's folder")
     g.add_argument("--log-wandb", action="store_true", help="every epoch's figures, to Weights & Biases")
     g.add_argument("--wandb-project", metavar="NAME")
