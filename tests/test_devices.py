@@ -27,9 +27,9 @@ def accelerators(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
-    before = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32
-    yield chosen
-    torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32 = before
+    for name in ("cudnn", "cuda"):
+        monkeypatch.setattr(torch.backends, name, SimpleNamespace(matmul=SimpleNamespace()))
+    return chosen
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,18 @@ def test_a_rank_that_died_while_it_waited_is_waited_for(victim, store):
     assert len({r.group for r in ranks}) == 1
 
 
+def test_who_answered_and_died_is_not_taken_for_one_who_is_there(store):
+    """Though its answer stands in the store when the last rank comes."""
+    first, victim = Process(0, store), Process(1, store)
+    while not store.check(["first-1.1/here/1"]):
+        time.sleep(0.001)
+    victim.kill()
+    last = Process(2, store)
+    last.thread.join(0.5)
+    assert first.thread.is_alive() and last.thread.is_alive()
+    assert len({r.group for r in (first, Process(1, store), last)}) == 1
+
+
 def test_some_ranks_never_came_before_the_others_were_started_again(store):
     """Rank 0 lives for the third time, rank 1 for the second, rank 2 for the first."""
     for rank in (0, 1, 0):

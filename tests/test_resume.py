@@ -95,12 +95,13 @@ def test_a_run_that_was_killed_five_times_ends_with_the_same_bits(whole, tmp_pat
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_rank_again(whole, tmp_path):
-    """With --max-restarts no --resume is needed."""
+@pytest.mark.parametrize("rank, lines", [(0, 4), (1, 3), (1, 9)])
+def test_torchrun_starts_a_killed_rank_again(rank, lines, whole, tmp_path):
+    """Either of them, while parts train and in a process group; with --max-restarts no --resume is needed."""
     command = [*TORCHRUN, "2", "--max-restarts", "1", *MODULE]
     process = start(command, "--output", str(tmp_path), "--experiment", "run")
-    after_lines(process, 4)
-    os.kill(workers(process)[0], signal.SIGKILL)
+    after_lines(process, lines)
+    os.kill(workers(process)[rank], signal.SIGKILL)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert same(tmp_path / "run", whole)

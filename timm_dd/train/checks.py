@@ -74,7 +74,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if isinstance(value, str):
             _check_text(p, flag_of(name), value, empty=defaults[name] == "" or name in MAY_BE_EMPTY)
     if args.device is not None and not _is_device(args.device):
-        p.error(f"--device is cpu, cuda, cuda:1 or what else torch trains on, got {shown(args.device)}")
+        p.error(f"--device is cpu, cuda, cuda:1 or the like of this machine's accelerators, got {shown(args.device)}")
 
 
 def _check_text(p: argparse.ArgumentParser, flag: str, text: str, empty: bool) -> None:
@@ -96,7 +96,8 @@ def _given(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[str, fl
 
 def _is_device(name: str) -> bool:
     try:
-        return torch.device(name).type != "meta"
+        here = torch.accelerator.current_accelerator()
+        return torch.device(name).type in ("cpu", "cuda", here and here.type)
     except RuntimeError:
         return False
 

@@ -97,6 +97,7 @@ class RunFolder:
         root: of the whole run.
         path: of this cycle; of the first one it is the root.
         goes_on: whether the first rank has said that the run goes on with what lies there.
+        copy: whether this is a folder of a machine that does not see the first rank's.
     """
 
     root: Path
@@ -106,6 +107,7 @@ class RunFolder:
     ranks: Ranks
     meeting: Meeting
     goes_on: bool = False
+    copy: bool = False
 
     @classmethod
     def of_run(cls, args: argparse.Namespace, meeting: Meeting) -> RunFolder:
@@ -194,9 +196,11 @@ class RunFolder:
         """
         mine = self.args.only_parts
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_held(self.root, mine is None, None if mine is None else self.remove_decoded))
+            who = f"{socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%F %T')}, {self._signature}"
+            last = None if mine is None else self.remove_decoded
+            stack.enter_context(_held(self.root, who, mine is None, last))
             for k in mine or ():
-                stack.enter_context(_held(self.parts.part(k), True))
+                stack.enter_context(_held(self.parts.part(k), who, True))
             yield
 
     @property
@@ -229,7 +233,9 @@ class RunFolder:
             self.write_plan(self.parts, plan)
             with output_folder(self.path, wait=mine is not None) as aside:
                 aside(files.PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
-                aside("args.yaml").write_text(f"{self._signature}\n{given}")  # the last to land: with it there is a run
+                aside("args.yaml").write_text(
+                    f"# {self._signature}\n{given}"
+                )  # the last to land: with it there is a run
         for folder in [self.path] if mine is None else map(self.parts.part, mine):
             remove_temporaries(folder, begun)
 
@@ -258,7 +264,7 @@ class RunFolder:
 
     def _check_run(self, plan: Plan) -> None:
         signature = (self.path / "args.yaml").read_text().split("\n", 1)[0]
-        restarted = self.resuming and signature == self._signature
+        restarted = self.resuming and signature.startswith(f"# run {self.meeting.run}")
         if self.args.resume is None and not restarted and not self.joins:
             raise TrainError(f"{self.path} holds a run already; go on with --resume, or choose another --experiment")
         if files.PartsFolder(self.path).digest != plan.digest():
@@ -266,8 +272,8 @@ class RunFolder:
 
     @property
     def _signature(self) -> str:
-        """The first line of args.yaml: by it torchrun's second start knows the run of its first."""
-        return f"# run {self.meeting.run}"
+        """Of the run: in the first line of args.yaml, by which torchrun's second start knows the run of its first."""
+        return f"run {self.meeting.run}" + (", a copy" if self.copy else "")
 
     def digest(self, plan: Plan) -> str:
         """Names the run in its models and in its summary: of the plan, the cycle, and all options on which the models'
@@ -286,8 +292,8 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def _held(folder: Path, alone: bool, last: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold a folder, and say by whom; `alone`, or with others who are not. It is made, and removed if it stays empty.
+def _held(folder: Path, who: str, alone: bool, last: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a folder, and say `who` does; `alone`, or with others who are not. It is made, and removed if it is empty.
 
     Args:
         last: done by that one, unless it failed.
@@ -299,7 +305,7 @@ def _held(folder: Path, alone: bool, last: Callable[[], None] | None = None) -> 
     with output_folder(folder, wait=True):  # made, if it is not there, and writable
         pass
     try:
-        with _locked(folder / LOCAL, alone, last):
+        with _locked(folder / LOCAL, who, alone, last):
             yield
     finally:
         for path in made:  # those of a run that was refused
@@ -308,7 +314,7 @@ def _held(folder: Path, alone: bool, last: Callable[[], None] | None = None) -> 
 
 
 @contextlib.contextmanager
-def _locked(path: Path, alone: bool, last: Callable[[], None] | None) -> Iterator[None]:
+def _locked(path: Path, who: str, alone: bool, last: Callable[[], None] | None) -> Iterator[None]:
     """Hold a file, which says by whom and is removed by the last to go; as `_held`."""
     with contextlib.ExitStack() as stack:
         while True:
@@ -323,7 +329,7 @@ def _locked(path: Path, alone: bool, last: Callable[[], None] | None) -> Iterato
             if _is_open_as(lock, path):  # and was not removed by its last holder just before
                 break
         lock.truncate(0)
-        lock.write(f"{socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%F %T')}")
+        lock.write(who)
         lock.flush()
         done = False
         try:

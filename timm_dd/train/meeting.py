@@ -70,7 +70,7 @@ class Meeting:
     # ---- before there is a group
 
     def agree(self, name: str, find: Callable[[], Any], check: Callable[[], None] = lambda: None) -> Any:
-        """What the first rank finds, for all; as JSON. One that is started again finds it again, but for `lasting`."""
+        """What the first rank finds, for all; as JSON. One that is started again finds it again."""
         if self.ranks.primary:
             found = find()
             self._set(f"{self._first}/{name}", found)

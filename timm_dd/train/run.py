@@ -45,7 +45,7 @@ from .meeting import Meeting
 from .progress import after_parts
 from .ranks import Ranks, alone
 from .rehearsal import rehearse
-from .sharing import Sharing, holder, sees
+from .sharing import Sharing, sees
 from .stages import Context, meet, take_arrived, train_baseline, train_parts, tune
 from .summary import multiply_adds, summary_table
 from .together import train_together
@@ -277,8 +277,7 @@ def _agree(run: Run, holding: ExitStack) -> None:
             run.arrived.check_complete()
         arrived = run.arrived.parts if run.arrived is not None else ()
         done = [k for k in range(run.args.parts) if k in arrived or run.place.parts.is_done(k)]
-        told = {"threads": run.args.part_threads, "done": done, "holder": holder(run.place.root)}
-        return {"goes_on": run.place.resuming, **told}
+        return {"goes_on": run.place.resuming, "threads": run.args.part_threads, "done": done}
 
     if run.ranks.primary and run.before is None:
         holding.enter_context(run.place.held())
@@ -288,19 +287,20 @@ def _agree(run: Run, holding: ExitStack) -> None:
     if run.before is not None:
         run.sharing = run.before.sharing
     else:
-        run.sharing = Sharing(run.folder, run.ranks.primary or _is_apart(run, told["holder"]))
-    if run.sharing.keeps and not run.ranks.primary:
+        run.place = replace(run.place, copy=not run.ranks.primary and _is_apart(run))
+        run.sharing = Sharing(run.folder, run.ranks.primary or run.place.copy)
+    if run.place.copy:
         if run.before is None:
             holding.enter_context(run.place.held())
         run.place.check(run.parts.plan, run.train_set)
 
 
-def _is_apart(run: Run, first: str) -> bool:
+def _is_apart(run: Run) -> bool:
     """Whether this rank has to keep a folder, since its machine does not see that of the first rank."""
     until = time.monotonic() + SEEN
-    while not (seen := sees(run.folder, first)) and time.monotonic() < until:
+    while not (seen := sees(run.folder, run.meeting.run)) and time.monotonic() < until:
         time.sleep(0.1)
-    if not seen:
+    if not seen and run.ranks.local_rank == 0:
         who, folder = f"rank {run.ranks.rank} on {socket.gethostname()}", run.folder
         print(f"{who} does not see the first rank's {folder}: it sends its parts once all are trained", flush=True)
     return not seen and run.ranks.local_rank == 0

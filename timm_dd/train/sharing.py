@@ -17,6 +17,7 @@ from ..storage.atomic import replacing
 
 PIECE = 1 << 26  # bytes that are sent at a time
 LOCAL = "lock"  # a file that says who trains here, and is no part of the run
+ARGUMENTS = "args.yaml"
 
 
 class Sharing:
@@ -91,15 +92,18 @@ class Sharing:
         return piece
 
 
-def holder(root: Path) -> str:
-    """Who holds a run's folder, in words that nobody else has."""
-    return (root / LOCAL).read_text(encoding="utf-8")
-
-
-def sees(root: Path, text: str) -> bool:
-    """Whether the folder `root` is that of the rank whose `holder` is `text`."""
+def sees(root: Path, run: str) -> bool:
+    """Whether the folder `root` is that of a run's first rank, not a copy: by what lies there while that one holds it,
+    and from the time on when it has begun."""
     try:
         os.listdir(root)  # a network's file system looks again
-        return holder(root) == text
     except OSError:
         return False
+    return any(_first_line(root / name).endswith(run) for name in (LOCAL, ARGUMENTS))
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").partition("\n")[0]
+    except OSError:
+        return ""
