@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_rules import ROWS
 
 import timm_dd
@@ -131,3 +132,14 @@ def test_the_picture_is_drawn(tmp_path):
     runpy.run_path(str(folder / "picture.py"))["main"](tmp_path / "method.svg")
     drawn, shown = (tmp_path / "method.svg").read_text(), (folder / "method.svg").read_text()
     assert drawn.count('id="patch_') == shown.count('id="patch_') > 100 and len(shown) < 150_000
+
+
+@pytest.mark.slow
+def test_the_picture_of_a_report_is_drawn(one, tmp_path):
+    """By its script, of any run; the demo's in the README is small enough for a page."""
+    pytest.importorskip("matplotlib")
+    folder = Path(__file__).parent.parent / "docs"
+    runpy.run_path(str(folder / "report.py"))["draw"](one, tmp_path / "report.png")
+    drawn, shown = (Image.open(path / "report.png").convert("RGB") for path in (tmp_path, folder))
+    assert drawn.width == shown.width and len(drawn.getcolors(1 << 24)) > 1000
+    assert (folder / "report.png").stat().st_size < 300_000

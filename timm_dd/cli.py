@@ -20,11 +20,12 @@ def parser(whole: bool = False) -> argparse.ArgumentParser:
     """Of all commands; with the options of `train`, which parses its arguments itself, if it shall be `whole`."""
     p = argparse.ArgumentParser(
         prog="timm-dd",
+        usage="%(prog)s [--version] [--print-completion SHELL] COMMAND ...",  # in one line of a screen
         description="Split a timm model's width into K parts, train each alone, merge them back.",
     )
     p.add_argument("--version", action="version", version=f"timm-dd {__version__}")
     shtab.add_argument_to(p, help="print the completion for a shell")
-    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND", prog=p.prog)
     _add_demo(commands)
     _add_plan(commands)
     _add_profile(commands)
