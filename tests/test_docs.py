@@ -21,7 +21,14 @@ from timm_dd.train.run import train
 
 PACKAGE = Path(timm_dd.__file__).parent
 PAGE = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text()
-ORDER = ["algebra", "planning", "storage", "surgery", "reports", "train"]  # of imports; the other rooms are on neither walk
+ORDER = [
+    "algebra",
+    "planning",
+    "storage",
+    "surgery",
+    "reports",
+    "train",
+]  # of imports; the other rooms are on neither walk
 HANDED_DOWN = {"rows"}  # given to the merge, which asks for rows of the parts' tensors
 TRAIN = (
     "--dataset digits --model resnet10t --parts 2 --train-num-samples 8 --val-num-samples 8 -j 0 -b 4 --part-epochs 1 "

@@ -2,6 +2,7 @@
 
 import csv
 import html
+import io
 import json
 import math
 import re
@@ -576,6 +577,17 @@ def test_training_without_matplotlib_says_so_first(tmp_path, capsys, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["train", *TINY, "--report", "--output", str(tmp_path)]) == 1
     assert "pip install timm_dd[report]" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_terminal_shows_one_bar_for_all_parts(tmp_path, monkeypatch):
+    """Over all epochs, with images/s, the time that is left, and each part's last accuracy."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main(["train", *TINY, "--output", str(tmp_path)]) == 0
+    first, second = (float(summary_csv(tmp_path / "run" / "parts" / k)[0]["eval_top1"]) for k in "01")
+    shown = [line for line in terminal.getvalue().split("\r") if line.startswith("parts 2/2")]
+    assert f"top-1 {first:.1f} {second:.1f} %" in shown[-1] and "images/s" in shown[-1] and "| 16/32 [" in shown[0]
 
 
 def test_tensorboard_gets_the_figures(one):

@@ -106,8 +106,7 @@ class TrainingLoop:
             sampler.set_epoch(epoch)
         for learner in learners:
             learner.model.train()
-        title = f"{self.title} {epoch + 1}/{self.epochs}"
-        bar = tqdm(train, desc=title, leave=False, disable=not (self.reports and sys.stderr.isatty()))
+        bar = self._bar(learners, epoch)
         asked = time.perf_counter()
         for i, (x, y) in enumerate(bar):
             waited += time.perf_counter() - asked
@@ -122,6 +121,24 @@ class TrainingLoop:
             asked = time.perf_counter()
         seconds = time.perf_counter() - start
         return f"{images / seconds:.0f} images/s, {100 * waited / seconds:.0f} % of it waiting for data", waited
+
+    def _bar(self, learners: Sequence[Learner], epoch: int) -> tqdm:
+        """The batches of an epoch; on a terminal as one bar of all learners over all epochs, with images/s, the time
+        that is left, and the last accuracies."""
+        train, title = self.loaders[0], f"{self.title} {epoch + 1}/{self.epochs}"
+        known = " ".join(f"{n.history[-1]['top1']:.1f}" for n in learners if n.history)
+        return tqdm(
+            train,
+            title,
+            total=self.epochs * len(train),
+            initial=epoch * len(train),
+            unit=" images",
+            unit_scale=learners[0].options["images"],
+            postfix=f"top-1 {known} %" if known else None,
+            dynamic_ncols=True,
+            leave=False,
+            disable=not (self.reports and sys.stderr.isatty()),
+        )
 
 
 def _alive(learners: Sequence[Learner]) -> list[Learner]:
