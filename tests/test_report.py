@@ -70,6 +70,17 @@ def test_curves_are_those_of_the_csv(one):
         assert f"{row['name']}, epoch {row['epoch']}, {row['seconds']:.1f} s: {row['top1']:.4g}</title>" in text
 
 
+def test_a_loss_that_is_not_finite_is_said_and_moves_no_title(one, tmp_path):
+    run = shutil.copytree(one, tmp_path / "run")
+    path = run / "baseline" / "summary.csv"
+    rows = summary_csv(run / "baseline")
+    path.write_text(path.read_text().replace(rows[1]["train_loss"], "inf"))
+    record = read(run)
+    assert "The loss of baseline is not finite in 1 epoch, the first is 2." in outcome.warnings(record)
+    text = drawn(curves.curve(curves.rows(record), "loss", "epochs"))
+    assert re.findall(r"baseline, epoch (\d)", text.partition("</svg>")[0].split("aria-label")[-1])[-2:] == ["1", "3"]
+
+
 def point(stage, seconds, top1):
     return {"stage": stage, "seconds": seconds, "top1": top1}
 
@@ -442,6 +453,8 @@ def test_runs_side_by_side(one, tmp_path, undrawn):
     report(one, "-o", tmp_path / "r.html", "--images", 0, "--compare", other)
     text = (tmp_path / "r.html").read_text()
     assert 'id="compared"' in text and "No image was asked for" in text
+    timm_dd.report(one, tmp_path / "s.html", images=0, compare=other)
+    assert 'id="compared"' in (tmp_path / "s.html").read_text()
 
 
 # ---- what there is not
@@ -614,6 +627,9 @@ BROKEN = {
         run / "summary.json", lambda t: json.dumps({**json.loads(t), "parts": [1.0]})
     ),
     "options": lambda run: damage(run / "args.yaml", lambda t: "a: [1"),
+    "options of text": lambda run: damage(
+        run / "args.yaml", lambda t: t.replace("coarse_epochs: 50", "coarse_epochs: x")
+    ),
     "options of a list": lambda run: damage(run / "args.yaml", lambda t: "[1]"),
     "plan": lambda run: damage(run / "plan.json", lambda t: t[:-99]),
     "curve without loss": lambda run: damage(run / "global" / "summary.csv", lambda t: t.replace("train_loss", "x")),
