@@ -42,7 +42,8 @@ def report(
         run: a run's folder, whether it is done or not; a folder of parts; or a composed model.
         output: the page; for ``report.html`` the figures go into ``report-figures/``.
         images: to show to the networks: a folder, or how many of the run's own validation images; 0 for none.
-        compare: another run, or several, side by side with this one; those that differ in their seed alone are one curve.
+        compare: another run, or several, side by side with this one; those that differ in their seed alone are one
+            curve.
         layers: of the feature maps, by path; by default some, evenly from the first to the last.
 
     Raises:
@@ -51,7 +52,8 @@ def report(
         FileError: the page cannot be written.
     """
     record = read(run)
-    others = [read(other) for other in ([compare] if isinstance(compare, (str, Path)) else compare)]
+    named = [compare] if isinstance(compare, (str, Path)) else compare
+    others = [read(other) for other in named]
     samples, why = _samples(record, images)
     make(record, Path(output), samples, compare=others, layers=layers, why=why)
 
