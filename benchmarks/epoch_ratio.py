@@ -29,6 +29,8 @@ from common import provenance, write_table
 import timm_dd
 from timm_dd import Domain, models
 from timm_dd.algebra.view import View
+from timm_dd.reports.draw import axes as axes_of
+from timm_dd.reports.draw import figure
 from timm_dd.train import options
 from timm_dd.train.engines import cores_of_rank, engine, part_threads, share_cores
 from timm_dd.train.learner import Learner
@@ -179,11 +181,9 @@ def rows(names: list[str], rounds: int):
 
 def draw(table: list[dict], path: Path) -> None:
     """Bars of the ratios, with the limit as a line over each setting."""
-    from matplotlib.figure import Figure
-
     names, width = list(dict.fromkeys(row["setting"] for row in table)), 0.8 / len(ENGINES)
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    axes = figure.subplots()
+    fig = figure(4, 12)
+    ((axes,),) = axes_of(fig)
     for i, by in enumerate(ENGINES):
         ratios = [float(row["ratio"]) for row in table if row["engine"] == by]
         places = [n + (i - (len(ENGINES) - 1) / 2) * width for n in range(len(names))]
@@ -197,7 +197,7 @@ def draw(table: list[dict], path: Path) -> None:
     axes.set_ylim(bottom=1)
     axes.set_ylabel("seconds of the global network over all parts'")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    fig.savefig(path, dpi=150)
 
 
 def main() -> None:

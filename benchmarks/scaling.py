@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import timm_dd
 from timm_dd import Box, Domain, models
+from timm_dd.reports.draw import axes as axes_of
+from timm_dd.reports.draw import figure
 from timm_dd.train import options
 from timm_dd.train.learner import Learner
 
@@ -121,10 +123,8 @@ def row(kind: str, what: str, parts: int, ranks: int, step: float, base: float) 
 
 
 def draw(table: list[dict], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    fig = figure(4, 6)
+    ((axes,),) = axes_of(fig)
     groups = {(r["kind"], r["what"]): [] for r in table}
     for r in table:
         groups[r["kind"], r["what"]].append((int(r["ranks"]), float(r["speed"])))
@@ -132,7 +132,7 @@ def draw(table: list[dict], path: Path) -> None:
         axes.plot(*zip(*points), marker="o", linestyle="--" if kind == "simulated" else "-", label=f"{what}, {kind}")
     axes.set(xscale="log", yscale="log", xlabel="ranks", ylabel="speed of a step against one rank's global network")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    fig.savefig(path, dpi=150)
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from ways import STAGES, WAYS
 
+from timm_dd.reports.draw import axes as axes_of
+from timm_dd.reports.draw import figure
 from timm_dd.text import table
 
 LENGTHS = ("-half", "-double")
@@ -162,10 +164,8 @@ def title(key: tuple[str, ...]) -> str:
 
 def draw(sets: dict[tuple[str, ...], list[Group]], measures: dict[str, str], path: Path) -> None:
     """Accuracy over each measure: the baseline's lengths are the curve to beat."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(measures), 4 * len(sets)), layout="constrained")
-    for places, (key, groups) in zip(figure.subplots(len(sets), len(measures), squeeze=False), sets.items()):
+    fig = figure(4 * len(sets), 5 * len(measures))
+    for places, (key, groups) in zip(axes_of(fig, len(sets), len(measures)), sets.items()):
         for place, (measure, name) in zip(places, measures.items()):
             known = sorted((g for g in groups if g.mean(measure) is not None), key=lambda g: g.mean(measure))
             for family in dict.fromkeys(g.family for g in groups):
@@ -178,4 +178,4 @@ def draw(sets: dict[tuple[str, ...], list[Group]], measures: dict[str, str], pat
             place.set_title(title(key), fontsize="small")
         places[0].set_ylabel("top-1 %")
         places[0].legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    fig.savefig(path, dpi=150)

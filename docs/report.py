@@ -1,9 +1,6 @@
 """Draw the picture of the demo's report in the README: ``python docs/report.py``, which runs the demo first, or
-``python docs/report.py RUN`` with the folder of one. The page is opened in chromium and photographed."""
+``python docs/report.py RUN`` with the folder of one. It has some of the report's figures side by side."""
 
-import io
-import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -13,33 +10,38 @@ from PIL import Image
 import timm_dd
 from timm_dd.train.demo import demo
 
-SIZE = (1280, 3400)  # pixels of the window
-CUTS = ((60, 1130), (1190, 1700), (2450, 3230))  # rows of it that are shown, if they are there
-COLOURS = 96
+SHOWN = (("accuracy-over-epochs", "boxes", "blocks"), ("maps-0", "cam-1", "decisions-1"))  # rows of figures
+WIDTH, GAP = 400, 18  # pixels of a figure, and around it
 
 
-def photograph(page: Path, target: Path) -> Image.Image:
-    words = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    words += [f"--window-size={SIZE[0]},{SIZE[1]}", f"--screenshot={target}", page.as_uri()]
-    subprocess.run(words, check=True, capture_output=True, timeout=300)
-    return Image.open(target).convert("RGB")
+def row(figures: list[Image.Image]) -> Image.Image:
+    scaled = [f.resize((WIDTH, round(f.height * WIDTH / f.width)), Image.Resampling.LANCZOS) for f in figures]
+    height = max(f.height for f in scaled)
+    found = Image.new("RGB", (len(scaled) * (WIDTH + GAP) - GAP, height), "white")
+    for i, figure in enumerate(scaled):
+        found.paste(figure, (i * (WIDTH + GAP), (height - figure.height) // 2))
+    return found
+
+
+def draw(run: str | Path, target: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        timm_dd.report(run, Path(folder) / "report.html")
+        figures = Path(folder) / "report-figures"
+        rows = [row([Image.open(figures / f"{name}.png").convert("RGB") for name in names]) for names in SHOWN]
+    size = (rows[0].width + 2 * GAP, sum(r.height + GAP for r in rows) + GAP)
+    picture, top = Image.new("RGB", size, "white"), GAP
+    for found in rows:
+        picture.paste(found, (GAP, top))
+        top += found.height + GAP
+    picture.save(target, "png", optimize=True)
 
 
 def main(run: str | None, target: Path) -> None:
-    if shutil.which("chromium") is None:
-        raise SystemExit("no chromium here: apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder:
         if run is None:
             demo(folder, 42)
             (run,) = Path(folder).iterdir()
-        page = Path(folder) / "report.html"
-        timm_dd.report(run, page)
-        image = photograph(page, Path(folder) / "page.png")
-    small = image.resize((image.width * 3 // 4, image.height * 3 // 4), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    small.quantize(COLOURS).save(file, "png", optimize=True)
-    target.write_bytes(file.getvalue())
-    print(f"{target}: {target.stat().st_size / 1000:.0f} kB")
+        draw(run, target)
 
 
 if __name__ == "__main__":

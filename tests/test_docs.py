@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_rules import ROWS
 
 import timm_dd
@@ -20,7 +21,14 @@ from timm_dd.train.run import train
 
 PACKAGE = Path(timm_dd.__file__).parent
 PAGE = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text()
-ORDER = ["algebra", "planning", "storage", "surgery", "train"]  # of imports; the other rooms are on neither walk
+ORDER = [
+    "algebra",
+    "planning",
+    "storage",
+    "surgery",
+    "reports",
+    "train",
+]  # of imports; the other rooms are on neither walk
 HANDED_DOWN = {"rows"}  # given to the merge, which asks for rows of the parts' tensors
 TRAIN = (
     "--dataset digits --model resnet10t --parts 2 --train-num-samples 8 --val-num-samples 8 -j 0 -b 4 --part-epochs 1 "
@@ -131,3 +139,14 @@ def test_the_picture_is_drawn(tmp_path):
     runpy.run_path(str(folder / "picture.py"))["main"](tmp_path / "method.svg")
     drawn, shown = (tmp_path / "method.svg").read_text(), (folder / "method.svg").read_text()
     assert drawn.count('id="patch_') == shown.count('id="patch_') > 100 and len(shown) < 150_000
+
+
+@pytest.mark.slow
+def test_the_picture_of_a_report_is_drawn(one, tmp_path):
+    """By its script, of any run; the demo's in the README is small enough for a page."""
+    pytest.importorskip("matplotlib")
+    folder = Path(__file__).parent.parent / "docs"
+    runpy.run_path(str(folder / "report.py"))["draw"](one, tmp_path / "report.png")
+    drawn, shown = (Image.open(path / "report.png").convert("RGB") for path in (tmp_path, folder))
+    assert drawn.width == shown.width and len(drawn.getcolors(1 << 24)) > 1000
+    assert (folder / "report.png").stat().st_size < 300_000

@@ -2,6 +2,7 @@
 
 import csv
 import html
+import io
 import json
 import math
 import re
@@ -67,6 +68,17 @@ def test_curves_are_those_of_the_csv(one):
     text = drawn(curves.curve(table, "accuracy", "seconds"))
     for row in table:  # each point says its values
         assert f"{row['name']}, epoch {row['epoch']}, {row['seconds']:.1f} s: {row['top1']:.4g}</title>" in text
+
+
+def test_a_loss_that_is_not_finite_is_said_and_moves_no_title(one, tmp_path):
+    run = shutil.copytree(one, tmp_path / "run")
+    path = run / "baseline" / "summary.csv"
+    rows = summary_csv(run / "baseline")
+    path.write_text(path.read_text().replace(rows[1]["train_loss"], "inf"))
+    record = read(run)
+    assert "The loss of baseline is not finite in 1 epoch, the first is 2." in outcome.warnings(record)
+    text = drawn(curves.curve(curves.rows(record), "loss", "epochs"))
+    assert re.findall(r"baseline, epoch (\d)", text.partition("</svg>")[0].split("aria-label")[-1])[-2:] == ["1", "3"]
 
 
 def point(stage, seconds, top1):
@@ -441,6 +453,8 @@ def test_runs_side_by_side(one, tmp_path, undrawn):
     report(one, "-o", tmp_path / "r.html", "--images", 0, "--compare", other)
     text = (tmp_path / "r.html").read_text()
     assert 'id="compared"' in text and "No image was asked for" in text
+    timm_dd.report(one, tmp_path / "s.html", images=0, compare=other)
+    assert 'id="compared"' in (tmp_path / "s.html").read_text()
 
 
 # ---- what there is not
@@ -578,6 +592,17 @@ def test_training_without_matplotlib_says_so_first(tmp_path, capsys, monkeypatch
     assert "pip install timm_dd[report]" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_a_terminal_shows_one_bar_for_all_parts(tmp_path, monkeypatch):
+    """Over all epochs, with images/s, the time that is left, and each part's last accuracy."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main(["train", *TINY, "--output", str(tmp_path)]) == 0
+    first, second = (float(summary_csv(tmp_path / "run" / "parts" / k)[0]["eval_top1"]) for k in "01")
+    shown = [line for line in terminal.getvalue().split("\r") if line.startswith("parts 2/2")]
+    assert f"top-1 {first:.1f} {second:.1f} %" in shown[-1] and "images/s" in shown[-1] and "| 16/32 [" in shown[0]
+
+
 def test_tensorboard_gets_the_figures(one):
     board = types.SimpleNamespace(found=[], add_figure=lambda name, figure, close: board.found.append(name))
     tracked = trackers.Trackers(options.parse(TINY), one, 0)
@@ -602,6 +627,9 @@ BROKEN = {
         run / "summary.json", lambda t: json.dumps({**json.loads(t), "parts": [1.0]})
     ),
     "options": lambda run: damage(run / "args.yaml", lambda t: "a: [1"),
+    "options of text": lambda run: damage(
+        run / "args.yaml", lambda t: t.replace("coarse_epochs: 50", "coarse_epochs: x")
+    ),
     "options of a list": lambda run: damage(run / "args.yaml", lambda t: "[1]"),
     "plan": lambda run: damage(run / "plan.json", lambda t: t[:-99]),
     "curve without loss": lambda run: damage(run / "global" / "summary.csv", lambda t: t.replace("train_loss", "x")),

@@ -25,7 +25,7 @@ def parser(whole: bool = False) -> argparse.ArgumentParser:
     )
     p.add_argument("--version", action="version", version=f"timm-dd {__version__}")
     shtab.add_argument_to(p, help="print the completion for a shell")
-    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND", prog=p.prog)
     _add_demo(commands)
     _add_plan(commands)
     _add_profile(commands)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -78,7 +79,8 @@ def curve(table: Sequence[Mapping[str, Any]], value: str, over: str) -> Drawing:
         points = [row[x] for row in of], [row[key] for row in of]
         (line,) = ax.plot(*points, markersize=3.5 if len(of) < 40 else 2, gid=f"line{i}", **look)
         line.set_clip_on(False)
-        hover[f"line{i}"] = [f"{name}, epoch {row['epoch']}, {row['seconds']:.1f} s: {row[key]:.4g}" for row in of]
+        seen = [row for row in of if math.isfinite(row[key])]  # others have no mark
+        hover[f"line{i}"] = [f"{name}, epoch {row['epoch']}, {row['seconds']:.1f} s: {row[key]:.4g}" for row in seen]
     ax.set(xlabel=x, ylabel=label)
     ax.margins(x=0.02)
     ax.xaxis.get_major_locator().set_params(integer=True)

@@ -57,7 +57,7 @@ def rows(
 
 def _row(pair) -> dict[str, Any]:
     y, clean = pair.whole[pair.at], pair.field
-    error = float((y - pair.part)[clean].abs().max() / pair.whole.abs().max()) if clean.any() else None
+    error = float((y - pair.part)[clean].abs().max() / (pair.whole.abs().max() or 1.0)) if clean.any() else None
     strongest = pair.part[0].flatten(1).std(1, unbiased=False).argsort(descending=True)[:CHANNELS].sort().values
     numbers = pair.at[1].flatten() if len(pair.at) == 1 else pair.at[1][0, :, 0, 0]
     return {

@@ -105,7 +105,8 @@ def warnings(record: Record) -> list[str]:
     for curve in record.curves:
         odd = [int(row["epoch"]) for row in curve.rows if not math.isfinite(row["loss"])]
         if odd:
-            found.append(f"The loss of {curve.name} is not finite in {len(odd)} epochs, the first of them {odd[0]}.")
+            epochs = counted(len(odd), "epoch")
+            found.append(f"The loss of {curve.name} is not finite in {epochs}, the first is {odd[0]}.")
     plan = record.plan
     if plan is None:
         return found

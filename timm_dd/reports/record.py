@@ -19,6 +19,7 @@ from ..storage.tensorfile import READ_ERRORS, TensorFile
 from ..two_level.files import ABOUT, describe
 
 COLUMNS = {"epoch": "epoch", "train_loss": "loss", "eval_top1": "top1", "seconds": "seconds"}  # of summary.csv
+NUMBERS = {"coarse_epochs", "cycles"}  # of the options that a report reads
 SPENT = ("waiting", "evaluation")  # seconds of an epoch that are no training
 TOGETHER = ("coherent", "transfer")
 
@@ -113,7 +114,7 @@ def read(folder: str | Path) -> Record:
         plan=plan,
         args=args,
         summary=_summary(folder / "summary.json", plan) if args else None,
-        curves=_curves(folder),
+        curves=_curves(folder, plan),
         failures=_failures(folder / "parts"),
         own=own,
         trained=joint if own is not None and _has_parts(joint) else own,
@@ -158,8 +159,9 @@ def _about(models: Mapping[str, Path]) -> dict[str, str]:
 # ---- what a run writes
 
 
-def _curves(folder: Path) -> tuple[Curve, ...]:
-    paths = [(f"part {p.name}", "part", p) for p in _numbered(folder / "parts")]
+def _curves(folder: Path, plan: Plan | None) -> tuple[Curve, ...]:
+    own = _numbered(folder / "parts")[: None if plan is None else plan.parts]
+    paths = [(f"part {p.name}", "part", p) for p in own]
     paths += [("joint", "joint", folder / "joint" / "0")]
     paths += [(how, how, folder / "together" / how) for how in TOGETHER]
     paths += [("composed", "composed", folder / "global"), ("baseline", "baseline", folder / "baseline")]
@@ -212,6 +214,8 @@ def _yaml(path: Path) -> dict[str, Any]:
         found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
             raise ValueError("no options and values")
+        for name in NUMBERS & found.keys():
+            int(found[name])
         return {"parts": None, **found}
 
 

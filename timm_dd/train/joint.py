@@ -61,7 +61,8 @@ class Joint(Engine):
 
     def _sum(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
         """Over all parts of all ranks; in float64, where the order of float32 numbers does not matter."""
-        total = torch.stack(list(logits)).double().sum(0)
+        wide = torch.float32 if logits[0].device.type == "mps" else torch.float64  # of which it has none
+        total = torch.stack(list(logits)).to(wide).sum(0)
         if self.group is not None:
             dist.all_reduce(total, group=self.group)
         return total.to(torch.promote_types(logits[0].dtype, torch.float32))

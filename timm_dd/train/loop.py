@@ -118,8 +118,7 @@ class TrainingLoop:
         begin_epoch(train, self.seed, epoch)
         for learner in learners:
             learner.model.train()
-        title = f"{self.title} {epoch + 1}/{self.epochs}"
-        bar = tqdm(train, desc=title, leave=False, disable=not (self.reports and sys.stderr.isatty()))
+        bar = self._bar(learners, epoch)
         asked = time.perf_counter()
         for i, (x, y) in enumerate(bar):
             waited += time.perf_counter() - asked
@@ -137,6 +136,25 @@ class TrainingLoop:
             asked = time.perf_counter()
         seconds = time.perf_counter() - start
         return f"{images / seconds:.0f} images/s, {100 * waited / seconds:.0f} % of it waiting for data", waited
+
+    def _bar(self, learners: Sequence[Learner], epoch: int) -> tqdm:
+        """The batches of an epoch; on a terminal as one bar of all learners over all epochs, with images/s, the time
+        that is left, and the last accuracies."""
+        train, title = self.loaders[0], f"{self.title} {epoch + 1}/{self.epochs}"
+        last = (n.history[-1]["top1"] for n in learners if n.history)
+        known = " ".join(f"{top1:.1f}" for top1 in last if top1 is not None)
+        return tqdm(
+            train,
+            title,
+            total=self.epochs * len(train),
+            initial=epoch * len(train),
+            unit=" images",
+            unit_scale=learners[0].options["images"],
+            postfix=f"top-1 {known} %" if known else None,
+            dynamic_ncols=True,
+            leave=False,
+            disable=not (self.reports and sys.stderr.isatty()),
+        )
 
 
 def _figures(row: dict) -> str:
@@ -219,4 +237,4 @@ def _sums(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Images whose class is the first, or among the first five, and the cross entropy of all."""
     five = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
     loss = F.cross_entropy(logits, y, reduction="sum")
-    return torch.stack([(logits.argmax(1) == y).sum(), five.any(1).sum(), loss.double()]).cpu()
+    return torch.stack([n.cpu().double() for n in ((logits.argmax(1) == y).sum(), five.any(1).sum(), loss)])

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from .. import models
-from ..errors import TrainError, headline, public
+from ..errors import headline, public
 from ..planning.plan import Plan
 from ..reports import draw, networks
 from ..reports.make import make, of_files
@@ -31,7 +31,7 @@ def report(
     output: str | Path,
     *,
     images: str | Path | int | None = None,
-    compare: Sequence[str | Path] = (),
+    compare: str | Path | Sequence[str | Path] = (),
     layers: Sequence[str] | None = None,
 ) -> None:
     """Write a run as one HTML page, and its figures as PNG and SVG into a folder beside it.
@@ -42,7 +42,8 @@ def report(
         run: a run's folder, whether it is done or not; a folder of parts; or a composed model.
         output: the page; for ``report.html`` the figures go into ``report-figures/``.
         images: to show to the networks: a folder, or how many of the run's own validation images; 0 for none.
-        compare: other runs, side by side with this one; those that differ in their seed alone are one curve.
+        compare: another run, or several, side by side with this one; those that differ in their seed alone are one
+            curve.
         layers: of the feature maps, by path; by default some, evenly from the first to the last.
 
     Raises:
@@ -51,7 +52,8 @@ def report(
         FileError: the page cannot be written.
     """
     record = read(run)
-    others = [read(other) for other in compare]
+    named = [compare] if isinstance(compare, (str, Path)) else compare
+    others = [read(other) for other in named]
     samples, why = _samples(record, images)
     make(record, Path(output), samples, compare=others, layers=layers, why=why)
 
@@ -77,7 +79,7 @@ def _samples(record: Record, images: str | Path | int | None) -> tuple[Samples |
         return None, ""
     try:
         return _of_run(record, record.plan, count), ""
-    except TrainError as e:  # the data set is elsewhere
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as e:  # the data set is elsewhere, or is none
         return None, f"The run's images are not to be had: {headline(e)}. --images takes a folder of others."
 
 
