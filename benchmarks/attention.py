@@ -27,7 +27,10 @@ OPTIONS = (
 )
 NETWORKS = {
     "ViT": ("vit_tiny_patch16_224", "patch_size=4 embed_dim=64 depth=4 num_heads=4"),
-    "Swin": ("swin_tiny_patch4_window7_224", "patch_size=2 window_size=4 embed_dim=32 depths=(1,2,2) num_heads=(4,4,8)"),
+    "Swin": (
+        "swin_tiny_patch4_window7_224",
+        "patch_size=2 window_size=4 embed_dim=32 depths=(1,2,2) num_heads=(4,4,8)",
+    ),
     "ConvNeXt": ("convnext_atto", "patch_size=2 depths=(1,1,2,1) dims=(16,32,64,128)"),
     "MobileViT": ("mobilevit_xxs", ""),
     "ResNet": ("resnet10t", ""),  # which is exact

@@ -42,6 +42,11 @@ def norm(op: Op, x: Value, p="fro", dim=None, keepdim: bool = False, dtype=None)
     return _reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise))
 
 
+@rule(torch.linalg.vector_norm)
+def vector_norm(op: Op, x: Value, ord=2, dim=None, keepdim: bool = False, *, dtype=None) -> Value:
+    return _reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise))
+
+
 @rule(torch.logsumexp, "logsumexp", torch.argmax, "argmax", torch.argmin, "argmin")
 def chosen(op: Op, x: Value, dim=None, keepdim: bool = False) -> Value:
     return _reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise))
