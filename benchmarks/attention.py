@@ -3,8 +3,8 @@ scikit-learn's digits, beside one of theirs that trains whole for the multiply-a
 
     python benchmarks/attention.py          # into attention.csv
 
-A row is one run of `timm_dd.train` on whole images, K = 4. "parts" is the mean of the parts, "together" that of their sum
-of logits, "composed" the merged model untouched, "first" after an epoch of fine-tuning, "tuned" after all;
+A row is one run of `timm_dd.train` on whole images, K = 4. "parts" is the mean of the parts, "together" that of their
+sum of logits, "composed" the merged model untouched, "first" after an epoch of fine-tuning, "tuned" after all;
 "baseline" has so many epochs as "cost" says, rounded. Rows that the table has are not measured again.
 """
 
@@ -22,8 +22,8 @@ from timm_dd.train.run import train
 
 TABLE = Path(__file__).with_suffix(".csv")
 OPTIONS = (
-    "--dataset digits --grid full --shift 2 --hflip 0 -b 64 -j 0 --opt adamw --lr 0.002 --smoothing 0 --warmup-epochs 0 "
-    "--joint-epochs 0 --no-keep-momenta --part-epochs 16 --epochs 4 --baseline"
+    "--dataset digits --grid full --shift 2 --hflip 0 -b 64 -j 0 --opt adamw --lr 0.002 --smoothing 0 "
+    "--warmup-epochs 0 --joint-epochs 0 --no-keep-momenta --part-epochs 16 --epochs 4 --baseline"
 )
 NETWORKS = {
     "ViT": ("vit_tiny_patch16_224", "patch_size=4 embed_dim=64 depth=4 num_heads=4"),

@@ -85,9 +85,9 @@ class Decision:
 
 
 class Tracer(fx.Tracer):
-    """fx tracing with the modules and timm's functions that have a rule as leaves. timm marks others as leaves too, those
-    that branch on sizes and those that work in place: these are traced through, at the sizes that the image gives. What is computed
-    from a buffer is part of the graph, as it is from a parameter.
+    """fx tracing with the modules and timm's functions that have a rule as leaves. timm marks others as leaves too,
+    those that branch on sizes and those that work in place: these are traced through, at the sizes that the image
+    gives. What is computed from a buffer is part of the graph, as it is from a parameter.
 
     Args:
         inputs: what the model takes.

@@ -30,11 +30,12 @@ FUNCTIONS = (
     operator.eq, operator.ne, torch.gt, torch.ge, torch.lt, torch.le, "gt", "ge", "lt", "le", "sqrt_", torch.relu_,
     F.leaky_relu_, F.elu_, F.selu_, F.celu_, F.rrelu_, F.hardtanh_, F.threshold_, torch.sigmoid_, torch.tanh_, "tanh_",
     torch.clamp_, operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not", operator.and_,
-    operator.or_, operator.xor, torch.logical_and, torch.logical_or, "logical_and", "logical_or", torch.sin, torch.cos, torch.tan, torch.sinh, torch.cosh, torch.asin, torch.acos, torch.atan, torch.erf,
-    torch.log2, torch.log10, torch.log1p, torch.exp2, torch.expm1, torch.sign, torch.reciprocal, torch.floor, torch.ceil,
-    torch.round, torch.trunc, torch.logit, torch.isnan, torch.isinf, torch.isfinite, "sin", "cos", "tan", "sinh", "cosh",
-    "asin", "acos", "atan", "erf", "log2", "log10", "log1p", "exp2", "expm1", "sign", "reciprocal", "floor", "ceil",
-    "round", "trunc", "logit", "isnan", "isinf", "isfinite", torch.masked_fill, "masked_fill", "masked_fill_",
+    operator.or_, operator.xor, torch.logical_and, torch.logical_or, "logical_and", "logical_or", torch.sin,
+    torch.cos, torch.tan, torch.sinh, torch.cosh, torch.asin, torch.acos, torch.atan, torch.erf, torch.log2,
+    torch.log10, torch.log1p, torch.exp2, torch.expm1, torch.sign, torch.reciprocal, torch.floor, torch.ceil,
+    torch.round, torch.trunc, torch.logit, torch.isnan, torch.isinf, torch.isfinite, "sin", "cos", "tan", "sinh",
+    "cosh", "asin", "acos", "atan", "erf", "log2", "log10", "log1p", "exp2", "expm1", "sign", "reciprocal", "floor",
+    "ceil", "round", "trunc", "logit", "isnan", "isinf", "isfinite", torch.masked_fill, "masked_fill", "masked_fill_",
     operator.floordiv, torch.floor_divide, torch.remainder, operator.mod, "floor_divide", "remainder",
 )  # fmt: skip
 SUMS = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub", "sub_")
