@@ -65,7 +65,7 @@ def _einsum(op: Op, operands: Sequence[tuple[Value, Sequence[str]]], output: Seq
 
 
 def _summed(axis: Axis | None, rows: Sequence[Axis | None], otherwise: laws.Law, params: frozenset[str]) -> laws.Law:
-    """`laws.summed`, unless a weight with that axis is block-diagonal, (2.12): parts have their own of its `rows` too."""
+    """`laws.summed`, unless a weight with that axis is block-diagonal, (2.12), so that parts have their own rows."""
     total = laws.summed(axis, otherwise, params)
 
     def law(context: laws.Context, *inputs: laws.Relation) -> laws.Relation:
