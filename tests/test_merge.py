@@ -330,3 +330,32 @@ def test_onto_stands_for_the_module_that_was_split(tmp_path):
     model = randomised(Plain(width=8))
     timm_dd.split(model, 2, example_input=IMAGE).save(tmp_path)
     assert_same(timm_dd.merge(tmp_path, onto=model).state_dict(), model.state_dict())
+
+
+class Clamped(nn.Module):
+    """Numbers between bounds, which do not bind until they are set."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.register_buffer("low", torch.tensor(-float("inf")))
+        self.register_buffer("high", torch.tensor(float("inf")))
+
+    def forward(self, x):
+        return self.fc(torch.clamp(self.stem(x), self.low, self.high))
+
+
+def test_bounds_may_be_infinite(tmp_path):
+    model, x = Clamped(), torch.randn(2, 5)
+    parts = timm_dd.split(model, 2, example_input=x)
+    parts.save(tmp_path / "parts")
+    merged = timm_dd.merge(parts)
+    assert (merged.low, merged.high) == (-float("inf"), float("inf"))
+    assert torch.allclose(merged(x), parts(x).sum(0), atol=1e-6)
+    timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed")
+    stored = load_file(tmp_path / "composed" / "model.safetensors")
+    assert all(torch.equal(stored[name], t) for name, t in merged.state_dict().items())
+    timm_dd.merge_files(tmp_path / "parts", tmp_path / "again", onto=tmp_path / "composed")
+    parts[1].stem.weight.data[0, 0] = float("inf")
+    with pytest.raises(MergeError, match=r"part 1: stem.weight is not finite"):
+        timm_dd.merge(parts)

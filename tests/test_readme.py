@@ -121,7 +121,7 @@ def test_figures_say_where_they_come_from():
     """Command, table, commit and device, as the tables say."""
     command, link = r"`python benchmarks/(\w+)\.py[^|]*`", r"\[[\w.]+\]\(\.\./(.*?)\)"
     rows = re.findall(rf"^\| [^|]* \| {command} \| {link} \| (.*?) \| (.*?) \|$", RESULTS, re.M)
-    assert len(rows) == 11
+    assert len(rows) == 12
     for script, path, commits, device in rows:
         assert (ROOT / "benchmarks" / f"{script}.py").exists()
         found = list(csv.DictReader((ROOT / path).open()))
@@ -244,3 +244,11 @@ def test_totals_are_those_of_the_tables(parts):
     assert sorted(r["model"] for r in rows) == sorted(names) and exact + approximate == len(names)
     row = f"| {parts} | {exact} | {approximate} | {replicated} | [k{parts}.csv](../benchmarks/zoo/k{parts}.csv) |"
     assert row in RESULTS
+
+
+def test_attention_networks_are_those_of_the_table():
+    columns = ("parts", "together", "composed", "first", "tuned", "baseline", "cost")
+    rows = [r for r in table("attention") if (r["variant"], r["seed"]) == ("plain", "0")]
+    assert len(rows) == 4
+    for r in rows:
+        assert " | ".join([r["network"], *(r[c] for c in columns)]) in RESULTS

@@ -684,6 +684,11 @@ ROWS = {
     "functional LayerNorm": row(
         lambda: net(tail=(fn(lambda x: F.layer_norm(x.mean((2, 3)), (12,))), nn.Linear(12, 5))), C
     ),
+    "functional RMSNorm": row(lambda: net(tail=(fn(lambda x: F.rms_norm(x.mean((2, 3)), (12,))), nn.Linear(12, 5))), C),
+    "norm of positions": row(lambda: net(fn(lambda x: x * torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)))),
+    "norm of channels": row(
+        lambda: net(fn(lambda x: x * torch.linalg.vector_norm(x, dim=1, keepdim=True))), "over channels"
+    ),
     "identity": row(lambda: net(nn.Identity(), fn(lambda x: -x.contiguous()))),
     "one module twice": row(lambda: net(fn(lambda x, c: c(c(x)), conv(12, 12, 3, padding=1)))),
     "convolutional classifier": row(lambda: net(tail=(conv(12, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()))),

@@ -231,7 +231,7 @@ class PartsFolder:
         """
         path = self._opened[k].path
         with reading(path):
-            sealed, infinite = self._opened[k].scan()
+            sealed, infinite = self._opened[k].scan(_bounds(self.plan))
         if not sealed:
             raise MergeError(
                 f"{path} is damaged or was changed: its bytes do not have the checksum in its metadata; "
@@ -316,15 +316,17 @@ class ModelFile:
         self._path = _model_path(local(folder, MODEL))
         with reading(self._path, _COPY_AGAIN):
             self._file = TensorFile(self._path)
+        self._bounds: set[str] = set()
 
     def check(self, plan: Plan, dtypes: Mapping[str, torch.dtype]) -> None:
         """Raise MergeError unless its tensors are those of the global model, in the `dtypes` of the parts."""
         _check_global(plan, dtypes, self._file.tensors, str(self._path))
+        self._bounds = _bounds(plan)
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
         """Rows [first, last) of a tensor, as integers; MergeError unless they can be read and are finite."""
         rows = _rows(self._file, name, first, last, _COPY_AGAIN)
-        if not is_finite(rows, self._file.tensors[name].dtype):
+        if name not in self._bounds and not is_finite(rows, self._file.tensors[name].dtype):
             raise MergeError(f"{self._path}: {shown(name)} is not finite; {_OTHER_WEIGHTS}")
         return rows
 
@@ -423,7 +425,7 @@ def check_state(plan: Plan, k: int, state: Mapping[str, torch.Tensor], where: st
     _check_names(plan, set(state), where)
     for name, tensor in state.items():
         _check_shape(plan, k, name, tuple(tensor.shape), where)
-    _check_finite(state, where, _TRAIN_AGAIN)
+    _check_finite(plan, state, where, _TRAIN_AGAIN)
 
 
 def check_onto(
@@ -432,7 +434,7 @@ def check_onto(
     """Raise MergeError unless the tensors of the state dict `model` are those of the global one, in the `dtypes` of
     the parts, and finite."""
     _check_global(plan, dtypes, model, where)
-    _check_finite(model, where, _OTHER_WEIGHTS)
+    _check_finite(plan, model, where, _OTHER_WEIGHTS)
 
 
 def _check_global(
@@ -450,8 +452,14 @@ def _check_global(
             raise MergeError(f"{where}: {shown(name)} {both}; convert the model or the parts")
 
 
-def _check_finite(state: Mapping[str, torch.Tensor], where: str, remedy: str) -> None:
-    for name, tensor in state.items():
+def _bounds(plan: Plan) -> set[str]:
+    """The buffers that every part has whole, which may be infinite: bounds between which numbers are clamped."""
+    return {name for name, t in plan.tensors.items() if not t.trained and not any(t.axes)}
+
+
+def _check_finite(plan: Plan, state: Mapping[str, torch.Tensor], where: str, remedy: str) -> None:
+    for name in state.keys() - _bounds(plan):
+        tensor = state[name]
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise MergeError(f"{where}: {name} is not finite; {remedy}")
 

@@ -103,7 +103,9 @@ def _reduce_blocks(out: np.ndarray, t: TensorPlan, blocks: Blocks, dtype: torch.
         elif t.reduce == "sum":
             total[at] += from_raw(block, dtype).double().numpy()
         else:
-            total[at] += (from_raw(block, dtype).double().numpy() - total[at]) / owners[at]  # equal ones stay
+            wide_block, mean = from_raw(block, dtype).double().numpy(), total[at]
+            step = np.subtract(wide_block, mean, where=wide_block != mean, out=np.zeros_like(mean))  # equal ones stay
+            total[at] += step / owners[at]
     merged = to_raw(torch.from_numpy(total).to(dtype)) if dtype.is_floating_point else total.view(RAW[dtype])
     np.copyto(out, _divided(merged, dtype, divisor), where=owners > 0)
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,9 +154,9 @@ class TensorFile:
             raise OSError(f"it ends at byte {start + found}")
         return array
 
-    def scan(self) -> tuple[bool, str | None]:
+    def scan(self, infinite_too: Container[str] = ()) -> tuple[bool, str | None]:
         """Read everything once: whether its bytes are those that were sealed, and the first tensor that is not
-        finite."""
+        finite but for those that may be."""
         seal = self.metadata.get(SEAL, "").encode() or b"-"
         digest = xxhash.xxh3_128(self._bytes(0, self._begin).replace(seal, UNSEALED.encode(), 1))
         infinite = None
@@ -165,7 +165,7 @@ class TensorFile:
                 piece = self._bytes(at, min(at + PIECE, stop))
                 digest.update(piece)
                 if infinite is None and not is_finite(np.frombuffer(piece, RAW[dtype]), dtype):
-                    infinite = self._name(at, piece, dtype)
+                    infinite = self._infinite(at, piece, dtype, infinite_too)
         return digest.hexdigest().encode() == seal, infinite
 
     def _stretches(self) -> Iterator[tuple[torch.dtype, int, int]]:
@@ -178,11 +178,13 @@ class TensorFile:
             stop = entry.end
         yield dtype, start, stop
 
-    def _name(self, at: int, piece: bytes, dtype: torch.dtype) -> str:
-        """The tensor in which a piece that begins at byte `at` is not finite."""
-        elements = np.frombuffer(piece, RAW[dtype])
-        first = at + dtype.itemsize * next(i for i in range(len(elements)) if not is_finite(elements[i], dtype))
-        return next(name for name, entry in self.tensors.items() if entry.start <= first < entry.end)
+    def _infinite(self, at: int, piece: bytes, dtype: torch.dtype, but: Container[str]) -> str | None:
+        """The first tensor but those in `but` of which a piece that begins at byte `at` is not finite."""
+        for name, entry in self.tensors.items():
+            inside = piece[max(entry.start - at, 0) : max(entry.end - at, 0)]
+            if name not in but and not is_finite(np.frombuffer(inside, RAW[dtype]), dtype):
+                return name
+        return None
 
     def close(self) -> None:
         self._file.close()

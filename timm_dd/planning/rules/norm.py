@@ -162,6 +162,11 @@ def functional_layer_norm(op: Op, x: Value, normalized_shape, weight=None, bias=
     return op.result(x.axes, _over(op, axes, pointwise), x, weight, bias)
 
 
+@rule(F.rms_norm)
+def functional_rms_norm(op: Op, x: Value, normalized_shape, weight=None, eps=None) -> Value:
+    return functional_layer_norm(op, x, normalized_shape, weight)
+
+
 def _layer_norm(op: Op, x: Value, axes) -> Value:
     op.param("weight", *axes)
     op.param("bias", *axes)
