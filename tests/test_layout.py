@@ -38,8 +38,8 @@ ROOMS = {
     "two_level": ["aggregate", "files", "network"],
     "train": (
         "views flags config checks options workers images data decoded resident composed initial metrics optimizers "
-        "schedule layout capture learner checkpoints engines trackers progress loop distill folder momenta stages joint "
-        "coarse together summary rehearsal run demo __main__"
+        "schedule layout capture learner checkpoints engines trackers progress loop distill folder momenta stages "
+        "joint coarse together summary rehearsal run demo __main__"
     ).split(),
 }
 

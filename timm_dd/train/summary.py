@@ -91,7 +91,7 @@ def _rows(summary: dict, args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     tuned = seconds["composed"]
     yield row("composed, after fine-tuning", summary["tuned"], whole, epochs(None), tuned, top5["tuned"])
     if summary["best_epoch"]:
-        yield row("its best epoch", summary["best"], whole, summary["best_epoch"], five=top5["best"])
+        yield row("composed, best epoch", summary["best"], whole, summary["best_epoch"], five=top5["best"])
     if "baseline" in summary:
         took = seconds["baseline"]
         yield row("baseline, random start", summary["baseline"], whole, epochs("baseline"), took, top5["baseline"])
