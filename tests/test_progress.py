@@ -3,11 +3,12 @@
 import json
 
 import pytest
+import torch
 from conftest import RUN
 
 from timm_dd.text import duration
 from timm_dd.train import options
-from timm_dd.train.progress import Progress, after_parts
+from timm_dd.train.progress import Progress, after_parts, seconds_of
 from timm_dd.train.summary import summary_table
 
 
@@ -48,12 +49,12 @@ def test_what_follows_the_parts():
     macs = {"parts": [2, 3, 2, 3], "joint": 20, "composed": 32, "two_level": {"coherent": 11}}
     given = "DATA --parts 4 --part-epochs 10 --epochs 5 --joint-epochs 2 --warmup-epochs 0".split()
     args = options.parse(given)
-    assert after_parts(args, macs, 0, 1) == pytest.approx((2 * 20 + 5 * 32) / (10 * 10))
-    assert after_parts(args, macs, 0, 2) == pytest.approx((2 * 20 * 0.4 + 5 * 16) / (10 * 4))
+    assert after_parts(args, macs, 1.0, 0, 1) == pytest.approx((2 * 20 + 5 * 32) / (10 * 10))
+    assert after_parts(args, macs, 1.0, 0, 2) == pytest.approx((2 * 20 * 0.4 + 5 * 16) / (10 * 4))
     more = options.parse([*given, "--baseline", "--cycles", "2", "--cooldown-epochs", "1"])
-    cycle = 11 * 10 + 3 * 20 + 6 * 32
-    assert after_parts(more, macs, 0, 1) == pytest.approx((2 * cycle - 110 + 16 * 32) / 110)
-    assert after_parts(options.parse([*given, "--part-epochs", "0"]), macs, 0, 1) is None
+    cycle = 11 * 10 + 3 * 20 + 6 * 16
+    assert after_parts(more, macs, 0.5, 0, 1) == pytest.approx((2 * cycle - 110 + 16 * 16) / 110)
+    assert after_parts(options.parse([*given, "--part-epochs", "0"]), macs, 1.0, 0, 1) is None
 
 
 @pytest.mark.parametrize(
@@ -78,3 +79,10 @@ def test_the_table_names_the_best_epoch_and_top_5(one):
     for name, key in (("composed, after fine-tuning", "tuned"), ("baseline, random start", "baseline")):
         assert cells[name][:2] == [f"{summary[key]:.2f}", f"{summary['top5'][key]:.2f}"]
         assert summary["top5"][key] >= summary[key]
+
+
+def test_a_network_is_timed_without_a_trace():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Dropout(0.5))
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    assert 0 < seconds_of(net, (3, 8, 8), torch.device("cpu"), 1) < 10
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads

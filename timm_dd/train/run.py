@@ -36,7 +36,6 @@ from .engines import cores, part_threads
 from .folder import Ranks, RunFolder
 from .images import left_out
 from .joint import train_joint
-from .progress import after_parts
 from .rehearsal import rehearse
 from .stages import Context, meet, train_baseline, train_parts, tune
 from .summary import MEGA, multiply_adds, summary_table
@@ -219,7 +218,7 @@ class Run:
             sets=sets,
             timer=self.timer,
             trackers=tracked,
-            later=after_parts(self.args, self.multiply_adds, self.ranks.rank, self.ranks.world),
+            multiply_adds=self.multiply_adds,
         )
         fresh = {how: copy.deepcopy(self.parts) for how in self.args.together}
         train_parts(context)

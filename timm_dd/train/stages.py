@@ -9,6 +9,7 @@ one's weights.
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,7 @@ from .folder import PartsStage, Ranks, RunFolder
 from .learner import Learner
 from .loop import TrainingLoop, evaluate, measure
 from .momenta import carry
+from .progress import after_parts, seconds_of
 from .trackers import Trackers
 
 WAIT = datetime.timedelta(days=7)  # the first rank to finish its parts waits for the last
@@ -57,7 +59,7 @@ class Context:
         model_args: for `timm.create_model`.
         class_names: in the order of their numbers; None if not known.
         sets: (train, validation).
-        later: what follows the parts, as a multiple of this rank's work for them; None if not known.
+        multiply_adds: see `summary.multiply_adds`.
     """
 
     args: argparse.Namespace
@@ -73,7 +75,7 @@ class Context:
     sets: Sequence[Dataset]
     timer: CheckpointTimer
     trackers: Trackers
-    later: float | None = None
+    multiply_adds: dict
 
     def loaders(
         self,
@@ -115,13 +117,26 @@ def train_parts(run: Context) -> None:
             learner.guard(partial(restore, learner), isolate_failures=True)
     with engine(args.engine, learners, run.device, cores_of_rank(run.ranks.local_world)) as by:
         shared = (run.seed, run.timer, by, run.trackers)
-        how = {"shared": False, "isolate_failures": True, "later": run.later}
+        how = {"shared": False, "isolate_failures": True, "later": _after_parts(run)}
         TrainingLoop("parts", loaders, schedule.epochs(args), *shared, **how).fit(learners)
     for k, learner in zip(due, learners):
         if learner.failure is not None:
             run.folder.parts.fail(k, learner.failure)
         else:
             finish_part(run, run.folder.parts, run.parts.plan, k, learner, accuracy(learner, loaders, shared=False))
+
+
+def _after_parts(run: Context) -> float | None:
+    """What follows the parts, see `Progress`, by the time that a few images take; None if that is not to be known."""
+    plan, macs, device = run.parts.plan, run.multiply_adds, run.device
+    size = (*plan.input_size[: -len(plan.views()[0].size)], *plan.views()[0].size)
+    try:
+        whole = models.create(plan.model, seed=0, **plan.model_args)
+        pace = seconds_of(whole, plan.input_size, device, cores_of_rank(run.ranks.local_world)) / macs["composed"]
+        pace_of_part = seconds_of(copy.deepcopy(run.parts[0]), size, device, run.args.part_threads) / macs["parts"][0]
+    except (RuntimeError, ZeroDivisionError):  # no memory for it, or nothing that counts
+        return None
+    return after_parts(run.args, macs, pace / pace_of_part, run.ranks.rank, run.ranks.world)
 
 
 def finish_part(run: Context, stage: PartsStage, plan: Plan, k: int, learner: Learner, top1: float) -> None:
