@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ..text import duration
 from . import options, schedule
@@ -75,6 +76,15 @@ def seconds_of(network: nn.Module, size: Sequence[int], device: torch.device, th
     finally:
         torch.set_num_threads(before)
     return min(taken[1:])
+
+
+def filled(graph: fx.GraphModule, device: torch.device) -> nn.Module:
+    """A network of this graph, which has no numbers, with small ones that only take time."""
+    network = copy.deepcopy(graph).to_empty(device=device)
+    with torch.no_grad():
+        for t in network.state_dict().values():
+            t.fill_(0.01 if t.is_floating_point() else 0)
+    return network
 
 
 def after_parts(args: argparse.Namespace, macs: Mapping, whole: float, rank: int, ranks: int) -> float | None:

@@ -41,7 +41,7 @@ from .folder import PartsStage, Ranks, RunFolder
 from .learner import Learner
 from .loop import TrainingLoop, evaluate, measure
 from .momenta import carry
-from .progress import after_parts, seconds_of
+from .progress import after_parts, filled, seconds_of
 from .trackers import Trackers
 
 WAIT = datetime.timedelta(days=7)  # the first rank to finish its parts waits for the last
@@ -131,7 +131,7 @@ def _after_parts(run: Context) -> float | None:
     plan, macs, device = run.parts.plan, run.multiply_adds, run.device
     size = (*plan.input_size[: -len(plan.views()[0].size)], *plan.views()[0].size)
     try:
-        whole = models.create(plan.model, seed=0, **plan.model_args)
+        whole = filled(run.parts.graph, device)
         pace = seconds_of(whole, plan.input_size, device, cores_of_rank(run.ranks.local_world)) / macs["composed"]
         pace_of_part = seconds_of(copy.deepcopy(run.parts[0]), size, device, run.args.part_threads) / macs["parts"][0]
     except (RuntimeError, ZeroDivisionError):  # no memory for it, or nothing that counts
