@@ -42,7 +42,7 @@ TAKEN = """
 --smoothing 0.2 --train-interpolation bicubic --drop 0.1 --drop-path 0.1 --drop-block 0.1 --bn-momentum 0.2
 --bn-eps 1e-4 --model-ema --model-ema-decay 0.99 --model-ema-warmup --seed 7 --log-interval 10 --val-interval 2
 --checkpoint-hist 3 -j 0 --workers 0 --pin-mem --output out --experiment name --eval-metric top5 --log-wandb
---wandb-project project --wandb-tags one two --resume
+--wandb-project project --wandb-tags one two --dist-bn broadcast --sync-bn --resume
 """.split()
 OTHERWISE = [  # beside other options, or instead of them
     "DATA", "--dataset hfds/x --data-dir DATA --dataset-trust-remote-code --target-key label --input-key image",

@@ -59,15 +59,12 @@ def run_of(resume: str | None) -> Path | None:
     if resume in (None, "", "auto") or "\0" in resume:
         return None
     path = Path(resume)
-    found = [folder for folder in (path, *path.parents)[: None if path.is_file() else 1] if _holds_run(folder)]
-    return found[-1] if found else None
-
-
-def _holds_run(folder: Path) -> bool:
     try:
-        return (folder / "args.yaml").is_file()
+        folders = (path, *path.parents) if path.is_file() else (path,)
+        found = [folder for folder in folders if (folder / "args.yaml").is_file()]
     except OSError:  # a name that is too long
-        return False
+        return None
+    return found[-1] if found else None
 
 
 def resumed(p: argparse.ArgumentParser, folder: Path) -> dict:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import fx, nn
 
 from ..text import duration
 from . import options, schedule
 
 FIRST = 10  # batches, after which the pace is known
+IMAGES = 16  # to compare networks with
 
 
 class Progress:
@@ -54,14 +59,49 @@ class Progress:
         return text
 
 
-def after_parts(args: argparse.Namespace, macs: Mapping, trained: Iterable[int], ranks: int) -> float | None:
-    """The multiply-adds of all stages that follow the parts, as a multiple of a rank's own for those that it
-    `trained`."""
+def seconds_of(network: nn.Module, size: Sequence[int], device: torch.device, threads: int) -> float:
+    """Of a step on a few images of this (C, *size), on one core: the shorter of two, after one that makes things ready.
+    The network's statistics change, and no random numbers are drawn from outside."""
+    before, taken = torch.get_num_threads(), []
+    network = network.to(device).train()
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            x = torch.rand(IMAGES, *size, device=device)
+            for _ in range(3):
+                start = time.perf_counter()
+                network(x).sum().backward()
+                float(next(network.parameters()).grad.sum())  # a GPU is done
+                taken.append((time.perf_counter() - start) * threads)
+    finally:
+        torch.set_num_threads(before)
+    return min(taken[1:])
+
+
+def filled(graph: fx.GraphModule, device: torch.device) -> nn.Module:
+    """A network of this graph, which has no numbers, with small ones that only take time."""
+    network = copy.deepcopy(graph).to_empty(device=device)
+    with torch.no_grad():
+        for t in network.state_dict().values():
+            t.fill_(0.01 if t.is_floating_point() else 0)
+    return network
+
+
+def after_parts(
+    args: argparse.Namespace, macs: Mapping, whole: float, trained: Iterable[int], ranks: int
+) -> float | None:
+    """The work of all stages that follow the parts, as a multiple of a rank's own for those that it `trained`.
+
+    Args:
+        macs: multiply-adds, see `summary.multiply_adds`.
+        whole: seconds of a multiply-add of the whole model, as a multiple of those of a part, which is slower for its
+            size.
+    """
 
     def epochs(stage: str | None) -> int:
         return schedule.epochs(options.stage_options(args, stage))
 
-    mine, shared = sum(macs["parts"][k] for k in trained), macs["composed"] / ranks
+    mine, shared = sum(macs["parts"][k] for k in trained), whole * macs["composed"] / ranks
     parts = epochs("part") * mine
     if not parts:
         return None

@@ -42,7 +42,6 @@ from .folder import RunFolder
 from .images import left_out
 from .joint import train_joint
 from .meeting import Meeting
-from .progress import after_parts
 from .ranks import Ranks, alone
 from .rehearsal import rehearse
 from .sharing import Sharing, sees
@@ -252,7 +251,7 @@ class Run:
             sets=sets,
             timer=self.timer,
             trackers=tracked,
-            later=after_parts(self.args, self.multiply_adds, self.mine, self.ranks.world),
+            multiply_adds=self.multiply_adds,
         )
         return _stages(self, context)
 

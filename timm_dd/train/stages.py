@@ -9,6 +9,7 @@ DistributedDataParallel gives all the first one's weights.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,7 @@ from .learner import Learner, average_statistics
 from .loop import TrainingLoop, evaluate, measure
 from .meeting import Meeting
 from .momenta import carry
+from .progress import after_parts, filled, seconds_of
 from .ranks import Ranks
 from .sharing import Sharing
 from .trackers import Trackers
@@ -63,7 +65,7 @@ class Context:
         model_args: for `timm.create_model`.
         class_names: in the order of their numbers; None if not known.
         sets: (train, validation).
-        later: what follows the parts, as a multiple of this rank's work for them; None if not known.
+        multiply_adds: see `summary.multiply_adds`.
     """
 
     args: argparse.Namespace
@@ -83,7 +85,7 @@ class Context:
     sets: Sequence[Dataset]
     timer: CheckpointTimer
     trackers: Trackers
-    later: float | None = None
+    multiply_adds: dict
 
     def loaders(
         self,
@@ -132,7 +134,7 @@ def train_parts(run: Context) -> None:
     with engine(args.engine, learners, run.device, cores_of_rank(run.ranks.local_world)) as by:
         epochs = schedule.epochs(args)
         shared = (run.seed, run.timer, by, run.trackers, partial(_tell, run, learners, epochs))
-        how = {"shared": False, "isolate_failures": True, "later": run.later}
+        how = {"shared": False, "isolate_failures": True, "later": _after_parts(run)}
         shared[-1]()
         TrainingLoop("parts", loaders, epochs, *shared, **how).fit(learners)
     for k, learner in zip(due, learners):
@@ -146,6 +148,19 @@ def _tell(run: Context, learners: Sequence[Learner], epochs: int) -> None:
     """Say how far this rank is, for those who wait for its parts."""
     names, ended = ", ".join(n.name for n in learners), max(len(n.history) for n in learners)
     run.meeting.tell(f"{names} of rank {run.ranks.rank}: epoch {ended} of {epochs}")
+
+
+def _after_parts(run: Context) -> float | None:
+    """What follows the parts, see `Progress`, by the time that a few images take; None if that is not to be known."""
+    plan, macs, device = run.parts.plan, run.multiply_adds, run.device
+    size = (*plan.input_size[: -len(plan.views()[0].size)], *plan.views()[0].size)
+    try:
+        whole = filled(run.parts.graph, device)
+        pace = seconds_of(whole, plan.input_size, device, cores_of_rank(run.ranks.local_world)) / macs["composed"]
+        pace_of_part = seconds_of(copy.deepcopy(run.parts[0]), size, device, run.args.part_threads) / macs["parts"][0]
+    except (RuntimeError, ZeroDivisionError):  # no memory for it, or nothing that counts
+        return None
+    return after_parts(run.args, macs, pace / pace_of_part, run.mine, run.ranks.world)
 
 
 def finish_part(run: Context, stage: PartsStage, plan: Plan, k: int, learner: Learner, top1: float) -> None:
