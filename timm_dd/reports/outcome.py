@@ -68,7 +68,7 @@ def rows(summary: Mapping[str, Any], epochs: Mapping[str, int]) -> Iterator[Row]
     took = (epochs.get("composed", 0), seconds["composed"])
     yield row("composed, after fine-tuning", summary["tuned"], top5.get("tuned"), whole, *took)
     if summary.get("best_epoch"):
-        yield row("its best epoch", summary["best"], top5.get("best"), whole, summary["best_epoch"])
+        yield row("composed, best epoch", summary["best"], top5.get("best"), whole, summary["best_epoch"])
     if "baseline" in summary:
         took = (epochs.get("baseline", 0), seconds["baseline"])
         yield row("baseline, random start", summary["baseline"], top5.get("baseline"), whole, *took)
