@@ -49,12 +49,12 @@ def test_what_follows_the_parts():
     macs = {"parts": [2, 3, 2, 3], "joint": 20, "composed": 32, "two_level": {"coherent": 11}}
     given = "DATA --parts 4 --part-epochs 10 --epochs 5 --joint-epochs 2 --warmup-epochs 0".split()
     args = options.parse(given)
-    assert after_parts(args, macs, 1.0, 0, 1) == pytest.approx((2 * 20 + 5 * 32) / (10 * 10))
-    assert after_parts(args, macs, 1.0, 0, 2) == pytest.approx((2 * 20 * 0.4 + 5 * 16) / (10 * 4))
+    assert after_parts(args, macs, 1.0, range(4), 1) == pytest.approx((2 * 20 + 5 * 32) / (10 * 10))
+    assert after_parts(args, macs, 1.0, [0, 2], 2) == pytest.approx((2 * 20 * 0.4 + 5 * 16) / (10 * 4))
     more = options.parse([*given, "--baseline", "--cycles", "2", "--cooldown-epochs", "1"])
     cycle = 11 * 10 + 3 * 20 + 6 * 16
-    assert after_parts(more, macs, 0.5, 0, 1) == pytest.approx((2 * cycle - 110 + 16 * 16) / 110)
-    assert after_parts(options.parse([*given, "--part-epochs", "0"]), macs, 1.0, 0, 1) is None
+    assert after_parts(more, macs, 0.5, range(4), 1) == pytest.approx((2 * cycle - 110 + 16 * 16) / 110)
+    assert after_parts(options.parse([*given, "--part-epochs", "0"]), macs, 1.0, range(4), 1) is None
 
 
 @pytest.mark.parametrize(

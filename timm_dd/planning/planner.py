@@ -86,10 +86,12 @@ def analyse(
         narrow = reading.replicate_narrow() if replicate else ()
         width, most = reading.narrowest()
     except Inexpressible as e:
-        raise SplitError(f"{e}; the largest K that works here is {_largest(gm, divisor, input_size, output)}") from e
-    except WidthError as e:  # of a spatial extent, which the whole image has not
-        remedy = f"Domain.full({divisor})" if domain.scale == 1 else "scale 1"
-        raise SplitError(f"the channels cannot be cut on these boxes: {e}; use {remedy}") from e
+        most = _largest(gm, divisor, input_size, output)
+        if most == divisor:
+            raise _of_boxes(e, domain) from e
+        raise SplitError(f"{e}; the largest K that works here is {most}") from e
+    except WidthError as e:
+        raise _of_boxes(e, domain) from e
     if most < divisor:
         fewer = "fewer than" if width.size < divisor else "and needs two in each of"
         raise SplitError(
@@ -100,6 +102,12 @@ def analyse(
     relations = relate(reading)
     settle(reading, relations.cuts)
     return Analysis(reading, relations, narrow)
+
+
+def _of_boxes(error: Exception, domain: Domain) -> SplitError:
+    """What a spatial extent does not allow, which the whole image has not."""
+    remedy = f"Domain.full({domain.parts})" if domain.scale == 1 else "scale 1"
+    return SplitError(f"the channels cannot be cut on these boxes: {error}; use {remedy}")
 
 
 def _check_scale(domain: Domain, input_size: Sequence[int], output: str) -> None:
