@@ -155,8 +155,10 @@ def evaluate_node(gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) ->
         return value.to("meta") if isinstance(value, torch.Tensor) else value
     if node.op == "call_module":
         module = gm.get_submodule(node.target)
-        if isinstance(module, NORMS):  # its shape is its input's, which torch finds by a slow decomposition
+        if isinstance(module, NORMS) or _normalises(module, *args):  # which torch finds by a slow decomposition
             return args[0]
+        if isinstance(module, nn.RNNBase) and isinstance(args[0], torch.Tensor):  # torch goes through all steps
+            return of_sequence(module, *args)
         return module(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], node.target)(*args[1:], **kwargs)
@@ -165,6 +167,25 @@ def evaluate_node(gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) ->
     if node.target in MAKERS:
         kwargs = {**kwargs, "device": "meta"}
     return node.target(*args, **kwargs)
+
+
+def _normalises(module: nn.Module, x: Any, *_: Any) -> bool:
+    """Whether it is a norm over the last dims of a tensor, which has them: the result is like the tensor."""
+    return isinstance(module, nn.LayerNorm) and x.shape[-len(module.normalized_shape) :] == module.normalized_shape
+
+
+def of_sequence(module: nn.RNNBase, x: torch.Tensor, hx: Any = None) -> tuple[torch.Tensor, Any]:
+    """What a recurrent network gives for a sequence, by shape alone: all outputs, and the last states.
+
+    Raises:
+        RuntimeError: a step has another number of features.
+    """
+    if x.shape[-1] != module.input_size:
+        raise RuntimeError(f"expected {module.input_size} features in each step, got {x.shape[-1]}")
+    directions, out = 2 if module.bidirectional else 1, module.proj_size or module.hidden_size
+    batch = () if x.ndim == 2 else (x.shape[0 if module.batch_first else 1],)
+    hidden, cell = (x.new_empty(directions * module.num_layers, *batch, n) for n in (out, module.hidden_size))
+    return x.new_empty(*x.shape[:-1], directions * out), (hidden, cell) if module.mode == "LSTM" else hidden
 
 
 def ancestors(node: fx.Node, known: Container[fx.Node]) -> Iterator[fx.Node]:

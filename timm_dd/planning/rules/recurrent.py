@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...algebra.widths import Axis
+from ..graphs import of_sequence
 from .laws import Context, Relation, contract, pointwise
 from .op import Op, Value, rule, unpacked
 
@@ -41,12 +42,7 @@ def recurrent(op: Op, x: Value, hx=None):
     if m.proj_size:
         op.set("proj_size", out)
 
-    def resize(t, *_, **__):
-        batch = () if t.ndim == 2 else (t.shape[0 if m.batch_first else 1],)
-        ends = tuple(t.new_empty(directions * m.num_layers, *batch, s.size) for s in states)
-        return t.new_empty(*t.shape[:-1], both.size), ends if m.mode == "LSTM" else ends[0]
-
-    op.resize = resize
+    op.resize = lambda t, *_, **__: of_sequence(m, t.new_empty(*t.shape[:-1], m.input_size))
     linear = contract(hidden, in_axis, *op.names("weight_ih_l0", "bias_ih_l0"))
 
     def law(context: Context, x: Relation, *states: Relation) -> Relation:
