@@ -1,5 +1,6 @@
 """Numbers that a forward takes from shapes, and what it decides by them: the claim by value, or a refusal."""
 
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from test_rules import fn, net
 
 import timm_dd
 from timm_dd import Domain, SplitError
+from timm_dd.planning.plan import Plan
 
 RELATIVE = 1e-9
 
@@ -142,3 +144,32 @@ def test_a_number_of_images_is_that_of_any_batch():
     for part in parts:
         one_by_one = torch.cat([part(image[None]) for image in x])
         assert torch.allclose(part(x), one_by_one, rtol=0, atol=1e-12)
+
+
+class FoldedHeads(torch.nn.Module):
+    """Attention with the heads of all images in one dim, as for products of three dims."""
+
+    def __init__(self, by_shape):
+        super().__init__()
+        self.by_shape, self.stem, self.qkv = by_shape, torch.nn.Conv2d(3, 12, 1), torch.nn.Linear(12, 36)
+        self.fc = torch.nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        b, n, c = x.shape
+        heads = c // 2 if self.by_shape else 6
+        qkv = self.qkv(x).view(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.reshape(3, b * heads, n, -1).unbind(0)
+        y = (q @ k.transpose(1, 2)).softmax(-1) @ v
+        return self.fc(y.view(b, heads, n, -1).transpose(1, 2).reshape(b, n, -1).mean(1))
+
+
+@pytest.mark.parametrize("by_shape", [False, True])
+def test_a_number_of_images_times_heads_is_that_of_any_batch(by_shape):
+    parts = shake(timm_dd.split(FoldedHeads(by_shape), 3, domain=Domain.full(3), example_input=images(2, 3, 9, 9)))
+    assert parts.plan.exact
+    loaded = Plan.from_json(json.loads(json.dumps(parts.plan.to_json())))
+    assert loaded == parts.plan
+    for batch in (1, 2, 5):
+        x = images(batch, 3, 9, 9)
+        assert sum_error(parts, timm_dd.merge(parts), x) <= RELATIVE

@@ -10,6 +10,8 @@ where it says the size of a tensor, and refused where it is used as a value.
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from ..algebra.widths import Axis
 from ..compat import tree_map_only
 from ..errors import SplitError
 from .graphs import ancestors, argument, evaluate_node, float_type, source_line
+from .plan import SHARE
 from .reader import Reading, flat
 from .relations import Cuts
 from .rules.op import Edit, Op, Value
@@ -34,10 +37,11 @@ def settle(reading: Reading, cuts: Cuts) -> None:
     if reading.divisor == 1 or not counts:
         return
     batch, kept = _Batch(reading), dict[fx.Node, dict[int, Any]]()
-    _leave_computed(reading, cuts, batch)
-    for k in range(reading.domain.parts):
-        for node, value in _Part(reading, cuts, batch, k).kept().items():
-            kept.setdefault(node, {})[k] = value
+    parts = [_Part(reading, cuts, batch, k) for k in range(reading.domain.parts)]
+    for part in parts:
+        for node, value in part.kept().items():
+            kept.setdefault(node, {})[part.k] = value
+    reading.notes.edits[:] = [*_sizes(reading, cuts, batch, parts)]
     for node, values in kept.items():
         at_box = [env[node] for env in reading.sizes.envs]
         every = [values.get(k, at_box[i]) for k, i in enumerate(reading.sizes.of_part)]
@@ -45,23 +49,30 @@ def settle(reading: Reading, cuts: Cuts) -> None:
         reading.notes.edits.insert(0, Edit(node.name, None, (), every.__getitem__))
 
 
-def _leave_computed(reading: Reading, cuts: Cuts, batch: _Batch) -> None:
-    """Where the graph computes a size that is whole in every part, no constant takes its place: it may depend on the
-    batch, or on the image.
+def _sizes(reading: Reading, cuts: Cuts, batch: _Batch, parts: Sequence[_Part]) -> Iterator[Edit]:
+    """The edits, of which those of computed sizes are looked at once more. Where the part computes what the rule says,
+    no constant takes its place: it may depend on the batch, or on the image. What depends on the batch and is the whole
+    network's becomes a share of that.
 
     Raises:
-        SplitError: a size that depends on the batch is cut.
+        SplitError: a size of another kind that depends on the batch and is cut.
     """
-    ops, edits = {op.node.name: op for op, _ in reading.operations}, []
+    ops = {op.node.name: op for op, _ in reading.operations}
     for edit in reading.notes.edits:
         given = _computed(ops[edit.node], edit)
-        if given is not None:
-            if all(cuts.part_size(edit.value, k) == edit.value.size for k in range(reading.domain.parts)):
-                continue
-            if batch.changes(given):
-                raise _refusal(ops[edit.node], given)
-        edits.append(edit)
-    reading.notes.edits[:] = edits
+        if given is None:
+            yield edit
+            continue
+        wanted, found = [cuts.part_size(edit.value, p.k) for p in parts], [p.of_part[given] for p in parts]
+        if cuts.frozen(edit.value).is_whole or wanted == found:
+            continue
+        if not batch.changes(given):
+            yield edit
+        elif batch.doubles(given) and all(p.of_part[given] == p.of_global[given] for p in parts):
+            shares = [[*Fraction(n, edit.value.size).as_integer_ratio()] for n in wanted]
+            yield Edit(edit.node, None, (*edit.where, SHARE), shares.__getitem__)
+        else:
+            raise _refusal(ops[edit.node], given)
 
 
 def _computed(op: Op, edit: Edit) -> fx.Node | None:
@@ -141,6 +152,11 @@ class _Batch:
         except Exception:  # any operation may refuse a batch in its own way
             return True
         return self.env[node] != self.reading.sizes.envs[0][node]
+
+    def doubles(self, node: fx.Node) -> bool:
+        """Whether the number `node`, which depends on the batch, is a multiple of it."""
+        value = self.reading.sizes.envs[0][node]
+        return isinstance(value, int) and self.env.get(node) == 2 * value
 
     def _value(self, node: fx.Node) -> Any:
         if node.op == "placeholder":

@@ -76,9 +76,13 @@ class TensorPlan:
         return tuple(n if a is None else a.part_size(k, divisor) for n, a in zip(self.shape, self.axes))
 
 
+SHARE = "/"
+
+
 @dataclass(frozen=True)
 class EditPlan:
-    """A number of the graph or of a module's attribute, with its K values."""
+    """A number of the graph or of a module's attribute, with its K values; at a place that ends with `SHARE`, with the
+    numerators and denominators of the parts' shares of what the graph computes there."""
 
     node: str
     module: str | None

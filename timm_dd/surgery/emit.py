@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from ..errors import SplitError
 from ..planning.graphs import copy_graph, graph_module, memory_format
-from ..planning.plan import Plan, TensorPlan
+from ..planning.plan import SHARE, Plan, TensorPlan
 
 
 def emit(
@@ -27,6 +27,8 @@ def emit(
             _fix(nodes[edit.node], edit.values[k])
         elif edit.where[-1] == "*":
             _scale(nodes[edit.node], edit.where, edit.values[k])
+        elif edit.where[-1] == SHARE:
+            _share_of(nodes[edit.node], edit.where[:-1], *edit.values[k])
         elif edit.module is None:
             node, (side, *where) = nodes[edit.node], edit.where
             setattr(node, side, _replace(getattr(node, side), where, edit.values[k]))
@@ -98,6 +100,18 @@ def _scale(node: fx.Node, where: tuple, value: float) -> None:
     with node.graph.inserting_before(node):
         scaled = node.graph.call_function(operator.mul, (getattr(node, side)[i], value))
     setattr(node, side, _replace(getattr(node, side), (i,), scaled))
+
+
+def _share_of(node: fx.Node, where: tuple, numerator: int, denominator: int) -> None:
+    """Take of a number that the graph computes, an argument of a node, the part's share."""
+    side, *steps = where
+    given = getattr(node, side)
+    for step in steps:
+        given = getattr(given, step) if isinstance(given, slice) else given[step]
+    with node.graph.inserting_before(node):
+        product = node.graph.call_function(operator.mul, (given, numerator))
+        share = node.graph.call_function(operator.floordiv, (product, denominator))
+    setattr(node, side, _replace(getattr(node, side), steps, share))
 
 
 def _spread(part: nn.Module, node: fx.Node, dim: int, size: int, index: torch.Tensor) -> None:
