@@ -1055,9 +1055,9 @@ ROWS |= {
         lambda: net(fn(lambda x: x.flatten(2).quantile(torch.tensor([0.1, 0.9]).to(x), 2).sum(0)[..., None, None]))
     ),
     "kthvalue": row(lambda: net(fn(lambda x: x.flatten(2).kthvalue(3)[0][..., None, None]))),
-    "aminmax of positions": row(lambda: net(fn(lambda x: x - x.aminmax(dim=2, keepdim=True).max))),
+    "aminmax of positions": row(lambda: net(fn(lambda x: x - x.detach().aminmax(dim=2, keepdim=True).max))),
     "aminmax of channels": row(
-        lambda: net(fn(lambda x: x - torch.aminmax(x, dim=1, keepdim=True)[0])), "over channels"
+        lambda: net(fn(lambda x: x - torch.aminmax(x.detach(), dim=1, keepdim=True)[0])), "over channels"
     ),
     "nansum": row(lambda: net(fn(lambda x: x * x.nansum((2, 3), True)))),
     "tensor_split": row(
