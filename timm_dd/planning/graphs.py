@@ -121,6 +121,14 @@ def copy_graph(gm: fx.GraphModule) -> tuple[nn.Module, fx.Graph]:
     return root, graph
 
 
+def given(node: fx.Node, where: Sequence[str | int]) -> Any:
+    """The argument of a node at `where`, as in ("args", 1, "stop"): a number, or the node that computes it."""
+    at = getattr(node, where[0])
+    for step in where[1:]:
+        at = getattr(at, step) if isinstance(at, slice) else at[step]
+    return at
+
+
 def argument(gm: Graph, name: str, batch: int, size: Sequence[int], dtype: torch.dtype) -> Any:
     """What a traced network takes under `name`, on the meta device, for a batch of images of `size`, (C, *size)."""
     return gm.inputs.empty(gm.inputs.named(gm.signature)[name], batch, size, dtype)

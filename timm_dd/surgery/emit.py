@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import SplitError
-from ..planning.graphs import copy_graph, graph_module, memory_format
+from ..planning.graphs import copy_graph, given, graph_module, memory_format
 from ..planning.plan import SHARE, Plan, TensorPlan
 
 
@@ -105,11 +105,8 @@ def _scale(node: fx.Node, where: tuple, value: float) -> None:
 def _share_of(node: fx.Node, where: tuple, numerator: int, denominator: int) -> None:
     """Take of a number that the graph computes, an argument of a node, the part's share."""
     side, *steps = where
-    given = getattr(node, side)
-    for step in steps:
-        given = getattr(given, step) if isinstance(given, slice) else given[step]
     with node.graph.inserting_before(node):
-        product = node.graph.call_function(operator.mul, (given, numerator))
+        product = node.graph.call_function(operator.mul, (given(node, where), numerator))
         share = node.graph.call_function(operator.floordiv, (product, denominator))
     setattr(node, side, _replace(getattr(node, side), steps, share))
 

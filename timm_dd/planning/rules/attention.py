@@ -260,9 +260,5 @@ def bilinear_attention(op: Op, x: Value) -> Value:
     maps = [op.call(name, shared) for name in ("conv_p", "conv_q")]
     for m in maps:
         op.unify(m.axes[1], groups.times(op.module.block_size**2))
-
-    def law(context: laws.Context, x: laws.Relation, p: laws.Relation, q: laws.Relation) -> laws.Relation:
-        return laws.product(context, x, laws.pointwise(context, p, q))
-
-    y = op.result(x.axes, law, x, *maps)
+    y = op.result(x.axes, laws.read_at, x, *maps)
     return op.call("conv2.bn", op.call("conv2.conv", y))

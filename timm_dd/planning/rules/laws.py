@@ -107,6 +107,11 @@ def product(context: Context, *inputs: Relation) -> Relation:
     return Relation(Kind.SHARD, blocks=max(r.blocks for r in inputs)) if Kind.SHARD in kinds else COPY
 
 
+def read_at(context: Context, x: Relation, *places: Relation) -> Relation:
+    """Linear in `x`, which is read at `places`, or by weights that they make."""
+    return product(context, x, pointwise(context, *places))
+
+
 def quotient(context: Context, a: Relation, b: Relation) -> Relation:
     """Of two tensors."""
     relation = pointwise(context, a, b)

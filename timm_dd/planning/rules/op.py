@@ -29,6 +29,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ...algebra.axes import Window
 from ...algebra.widths import Axis, Width, freeze, make_whole, unify
 from ...errors import SplitError
+from ..graphs import given
 from ..modes import TrainingOnly, is_training_only
 from ..shapes import Sizes
 from .laws import Law, linear, normed
@@ -308,10 +309,7 @@ class Op:
 
     def given(self, where: Sequence[str | int]) -> Any:
         """The argument at `where` as the graph has it: a number, or the node that computes it."""
-        at = getattr(self.node, where[0])
-        for step in where[1:]:
-            at = getattr(at, step) if isinstance(at, slice) else at[step]
-        return at
+        return given(self.node, where)
 
     def example(self, node: fx.Node) -> Any:
         """What an earlier node gives at the global size, on the meta device."""

@@ -162,11 +162,7 @@ def getitem(op: Op, x, index) -> Value:
         return x[index]
     items = _items(x, index)
     indices = [item for item, _ in items if isinstance(item, Value)]
-    return op.result(_indexed(op, x, items), _read_at if indices else laws.linear, x, *indices)
-
-
-def _read_at(context: laws.Context, x: laws.Relation, *places: laws.Relation) -> laws.Relation:
-    return laws.product(context, x, laws.pointwise(context, *places))
+    return op.result(_indexed(op, x, items), laws.read_at if indices else laws.linear, x, *indices)
 
 
 @rule(assign_)
@@ -290,11 +286,7 @@ def index_select(op: Op, x: Value, dim: int, index: Value) -> Value:
     for axis in filter(None, index.axes):
         make_whole(axis)
     axes[dim] = None if axes[dim] is None else Axis.of(op.out.shape[dim])
-
-    def law(context: laws.Context, x: laws.Relation, index: laws.Relation) -> laws.Relation:
-        return laws.product(context, x, laws.pointwise(context, index))
-
-    return op.result(axes, law, x, index)
+    return op.result(axes, laws.read_at, x, index)
 
 
 def _slice(op: Op, axis: Axis, item: slice, size: int, where: tuple) -> Axis:

@@ -71,7 +71,7 @@ def functional_prelu(op: Op, x: Value, weight: Value) -> Value:
     return op.result(x.axes, laws.pointwise, x, weight)
 
 
-@rule(operator.neg, torch.neg, "neg", "contiguous", "clone", "detach", nn.Identity)
+@rule(operator.neg, torch.neg, "neg", "contiguous", "clone", "detach", "zero_", nn.Identity)
 def same(op: Op, x: Value, *args, **kwargs) -> Value:
     return op.result(x.axes, laws.linear, x)
 
@@ -123,11 +123,6 @@ def choice(op: Op, *args, **kwargs) -> Value:
     """Element by element of three tensors."""
     values = (*args, *kwargs.values())
     return op.result(broadcast(op, *values), laws.keeping_zero(partial(gives_zero, op)), *values)
-
-
-@rule("zero_")
-def emptied(op: Op, x: Value) -> Value:
-    return op.result(x.axes, laws.linear, x)
 
 
 @rule("fill_")

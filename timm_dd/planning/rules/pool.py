@@ -66,7 +66,7 @@ def grid_sample(op: Op, x: Value, grid: Value, *args, **kwargs) -> Value:
     """Each channel at the places of `grid`."""
     for axis in filter(None, (*x.axes[2:], *grid.axes)):
         make_whole(axis)
-    return op.result((*x.axes[:2], *(None,) * (len(op.out.shape) - 2)), _at_places, x, grid)
+    return op.result((*x.axes[:2], *(None,) * (len(op.out.shape) - 2)), laws.read_at, x, grid)
 
 
 @rule(torch.gather, "gather")
@@ -76,12 +76,7 @@ def gather(op: Op, x: Value, dim: int, index: Value, *, sparse_grad: bool = Fals
     if x.axes[dim] is not None:
         make_whole(x.axes[dim])
     axes = [None if d == dim else op.unify(a, b) for d, (a, b) in enumerate(zip(x.axes, index.axes))]
-    return op.result(axes, _at_places, x, index)
-
-
-def _at_places(context: laws.Context, x: laws.Relation, places: laws.Relation) -> laws.Relation:
-    """Linear in `x`."""
-    return laws.product(context, x, laws.pointwise(context, places))
+    return op.result(axes, laws.read_at, x, index)
 
 
 def slide(op: Op, x: Value, law: laws.Law) -> tuple[list[Axis | None], laws.Law]:

@@ -28,12 +28,8 @@ def sum_(op: Op, x: Value, dim=None, keepdim: bool = False, *, dtype=None) -> Va
 
 
 @rule("amax", torch.amax, "amin", torch.amin, "prod", torch.prod, "all", torch.all, "any", torch.any)
-def amax(op: Op, x: Value, dim=None, keepdim: bool = False, *, dtype=None) -> Value:
-    return _reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise))
-
-
 @rule("nansum", torch.nansum, "nanmean", torch.nanmean)
-def nansum(op: Op, x: Value, dim=None, keepdim: bool = False, *, dtype=None) -> Value:
+def amax(op: Op, x: Value, dim=None, keepdim: bool = False, *, dtype=None) -> Value:
     return _reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise))
 
 
