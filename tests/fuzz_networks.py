@@ -20,6 +20,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 
 import timm.layers as tl
 import torch
@@ -232,6 +233,151 @@ def multihead(at, a, b):
         return m(t, t, t, need_weights=bool(b % 2))[0].transpose(1, 2).reshape(x.shape)
 
     return Step(network, made)
+
+
+# ---- attention blocks: of tokens (n, positions, channels), queries (n, heads, positions, channels of a head)
+
+
+def softmaxed(q, k, v, bias=0.0):
+    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias).softmax(-1) @ v
+
+
+class Biased(nn.Module):
+    """A table of relative positions, with a column for each head."""
+
+    def __init__(self, heads, size, channels):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn((2 * size - 1) ** 2, heads))
+        place = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")).flatten(1)
+        apart = place[:, :, None] - place[:, None] + size - 1
+        self.register_buffer("index", apart[0] * (2 * size - 1) + apart[1])
+
+    def forward(self, q, k, v):
+        n = self.index.shape[0]
+        return softmaxed(q, k, v, self.table[self.index.view(-1)].view(n, n, -1).permute(2, 0, 1))
+
+
+class Rotary(nn.Module):
+    """Queries and keys turned by angles that go with their positions."""
+
+    def __init__(self, heads, size, channels):
+        super().__init__()
+        angles = torch.arange(size**2)[:, None] * torch.rand(channels)
+        self.register_buffer("sin", angles.sin())
+        self.register_buffer("cos", angles.cos())
+
+    def turned(self, x):
+        half = x.shape[-1] // 2
+        return x * self.cos + torch.cat([-x[..., half:], x[..., :half]], -1) * self.sin
+
+    def forward(self, q, k, v):
+        return softmaxed(self.turned(q), self.turned(k), v)
+
+
+class Channels(nn.Module):
+    """Between the channels of a head, at a temperature of its own (XCiT)."""
+
+    def __init__(self, heads, size, channels):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.rand(heads, 1, 1) + 0.5)
+
+    def forward(self, q, k, v):
+        q, k = (F.normalize(t.transpose(-2, -1), dim=-1) for t in (q, k))
+        weights = (q @ k.transpose(-2, -1) * self.temperature).softmax(-1)
+        return (weights @ v.transpose(-2, -1)).transpose(-2, -1)
+
+
+class Talking(nn.Module):
+    """Heads whose weights are mixed (CaiT)."""
+
+    def __init__(self, heads, size, channels):
+        super().__init__()
+        self.mixed = nn.Linear(heads, heads)
+
+    def forward(self, q, k, v):
+        weights = self.mixed((q @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return weights.softmax(-1) @ v
+
+
+class Normed(nn.Module):
+    """Queries and keys normalised within their heads."""
+
+    def __init__(self, heads, size, channels):
+        super().__init__()
+        self.q, self.k = nn.LayerNorm(channels), nn.LayerNorm(channels)
+
+    def forward(self, q, k, v):
+        return F.scaled_dot_product_attention(self.q(q), self.k(k), v)
+
+
+class Plain(nn.Module):
+    def __init__(self, way, *_):
+        super().__init__()
+        self.way = way
+
+    def forward(self, q, k, v):
+        return self.way(q, k, v)
+
+
+def linear(q, k, v):
+    """Without a softmax: no weight of one position with another is made."""
+    q, k = q.relu() + 0.1, k.relu() + 0.1
+    return (q @ (k.transpose(-2, -1) @ v)) / (q @ k.sum(-2, keepdim=True).transpose(-2, -1))
+
+
+def registered(q, k, v):
+    """With a key and a value of zeros that every query sees."""
+    return softmaxed(q, *(F.pad(t, (0, 0, 1, 0)) for t in (k, v)))
+
+
+class Block(nn.Module):
+    """Attention and a network of two layers, each added to what it reads, as in timm's vision transformers."""
+
+    def __init__(self, channels, size, heads, attend, norm, window, shared):
+        super().__init__()
+        self.heads, self.window, self.shared = heads, window, shared
+        self.norm1, self.norm2 = norm(channels), norm(channels)
+        self.q, self.kv = nn.Linear(channels, channels), nn.Linear(channels, 2 * channels // shared)
+        self.attend = attend(heads, window or size, channels // heads)
+        self.proj, self.scale = nn.Linear(channels, channels), nn.Parameter(torch.rand(channels))
+        self.mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
+
+    def attended(self, t):
+        b, n, c = t.shape
+        q = self.q(t).view(b, n, self.heads, -1).transpose(1, 2)
+        kv = self.kv(t).reshape(b, n, 2, self.heads // self.shared, -1).permute(2, 0, 3, 1, 4)
+        k, v = (x.repeat_interleave(self.shared, 1) if self.shared > 1 else x for x in kv.unbind(0))
+        return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(b, n, c))
+
+    def windows(self, t):
+        """Attention within squares of positions."""
+        (b, n, c), w = t.shape, self.window
+        side = int(n**0.5)
+        t = t.view(b, side // w, w, side // w, w, c).transpose(2, 3).reshape(-1, w * w, c)
+        t = self.attended(t).view(b, side // w, side // w, w, w, c)
+        return t.transpose(2, 3).reshape(b, n, c)
+
+    def forward(self, x):
+        t = x.flatten(2).transpose(1, 2)
+        t = t + self.scale * (self.windows if self.window else self.attended)(self.norm1(t))
+        t = t + self.mlp(self.norm2(t))
+        return t.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+@step
+def block(at, a, b):
+    c = at.channels
+    if c % 2:
+        return None
+    heads = pick((h for h in divisors(c) if h <= 6 and (c // h) % 2 == 0), a)
+    kinds = (
+        Biased, Rotary, Channels, Talking, Normed, partial(Plain, linear), partial(Plain, registered),
+        partial(Plain, F.scaled_dot_product_attention),
+    )  # fmt: skip
+    window = pick([0, 0] + [w for w in (2, 4) if at.size % w == 0], b // 7)
+    shared = pick([1, 1] + [g for g in (2, 3) if heads % g == 0], a // 5)
+    norm = pick((nn.Identity, nn.Identity, nn.LayerNorm), b // 3)
+    return of(Block(c, at.size, heads, pick(kinds, b), norm, window, shared))
 
 
 # ---- shapes
