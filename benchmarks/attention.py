@@ -17,8 +17,8 @@ from common import provenance, write_table
 
 import timm_dd
 from timm_dd import Domain
-from timm_dd.train import options
 from timm_dd.train.run import train
+from timm_dd.train.settings import options
 
 TABLE = Path(__file__).with_suffix(".csv")
 OPTIONS = (

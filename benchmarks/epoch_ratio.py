@@ -31,9 +31,9 @@ from timm_dd import Domain, models
 from timm_dd.algebra.view import View
 from timm_dd.reports.draw import axes as axes_of
 from timm_dd.reports.draw import figure
-from timm_dd.train import options
 from timm_dd.train.engines import cores_of_rank, engine, part_threads, share_cores
-from timm_dd.train.learner import Learner
+from timm_dd.train.settings import options
+from timm_dd.train.updates.learner import Learner
 
 CPU = torch.device("cpu")
 ENGINES = ("sequential", "threads", "packed")

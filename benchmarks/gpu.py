@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_dd
 from timm_dd import Domain, Parts, models
-from timm_dd.train import options
 from timm_dd.train.engines import Engine, Graphed, Packed, Streams
-from timm_dd.train.learner import Learner
+from timm_dd.train.settings import options
+from timm_dd.train.updates.learner import Learner
 
 GPU = torch.device("cuda", 0)
 BYTES, FLOPS = {"NVIDIA H200": 4.8e12}, 790e12  # a second: by the data sheet; bfloat16 products as measured

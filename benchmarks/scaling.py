@@ -29,8 +29,8 @@ import timm_dd
 from timm_dd import Box, Domain, models
 from timm_dd.reports.draw import axes as axes_of
 from timm_dd.reports.draw import figure
-from timm_dd.train import options
-from timm_dd.train.learner import Learner
+from timm_dd.train.settings import options
+from timm_dd.train.updates.learner import Learner
 
 MODEL, SIZE, BATCH, PARTS = "dd_resnet32", 32, 128, 4
 CPU = torch.device("cpu")

@@ -22,8 +22,8 @@ from common import provenance, write_table
 
 import timm_dd
 from timm_dd import console
-from timm_dd.train import options
 from timm_dd.train.run import train
+from timm_dd.train.settings import options
 
 PLAIN = "--joint-epochs 0 --no-keep-momenta --warmup-epochs 0 --smoothing 0 --opt adamw --lr 0.002"
 SETS = {

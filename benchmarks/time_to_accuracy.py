@@ -35,8 +35,8 @@ from common import provenance, write_table
 from ways import SETS, STAGES, WAYS
 
 from timm_dd.errors import TrainError
-from timm_dd.train import options
 from timm_dd.train.run import Run
+from timm_dd.train.settings import options
 
 SEED, RATES, RATE = 1000, (0.001, 0.002, 0.004), 0.002  # of the search; RATE is that of a way without one
 SEARCH, SPEEDS = "time_to_accuracy_search.csv", "time_to_accuracy_speeds.csv"  # beside --out

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 from common import provenance, write_table
 
-from timm_dd.train import options
 from timm_dd.train.run import train
+from timm_dd.train.settings import options
 
 WAYS = ("mean", "vote", "sum", "dnn")
 TOGETHER = ("coherent", "transfer")

@@ -20,9 +20,9 @@ from common import provenance, write_table
 import timm_dd
 from timm_dd import Domain, models
 from timm_dd.train.engines import Auto, cores_of_rank, engine, engine_of_one, part_threads, share_cores
-from timm_dd.train.joint import Joint
-from timm_dd.train.learner import Learner
-from timm_dd.train.ranks import Ranks
+from timm_dd.train.ranks.world import Ranks
+from timm_dd.train.stages.joint import Joint
+from timm_dd.train.updates.learner import Learner
 
 TURN, WARM = 4, 5  # updates of a turn; turns in which an engine is chosen and kernels are
 

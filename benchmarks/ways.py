@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import timm_dd
 from timm_dd import Domain, console
-from timm_dd.train import options
+from timm_dd.train.settings import options
 
 STAGES = ("part", "joint", "tune")
 PLAIN = (

@@ -9,13 +9,14 @@ from PIL import Image
 from test_packed import CPU, Drops, batches, learners
 
 from timm_dd.errors import TrainError
-from timm_dd.train import data, options, resident
-from timm_dd.train.data import First, seed_epoch
-from timm_dd.train.decoded import decoded
 from timm_dd.train.engines import CAPTURE_AFTER, Engine, Graphed, Packed, engine
-from timm_dd.train.joint import Joint
-from timm_dd.train.learner import Learner
-from timm_dd.train.resident import Resident
+from timm_dd.train.images import data, resident
+from timm_dd.train.images.data import First, seed_epoch
+from timm_dd.train.images.decoded import decoded
+from timm_dd.train.images.resident import Resident
+from timm_dd.train.settings import options
+from timm_dd.train.stages.joint import Joint
+from timm_dd.train.updates.learner import Learner
 
 
 class Again:
@@ -34,7 +35,7 @@ class Again:
     def replay(self):
         self.replays += 1
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("timm_dd.train.learner.capturing", lambda: True)
+            patch.setattr("timm_dd.train.updates.learner.capturing", lambda: True)
             return self.function()
 
 

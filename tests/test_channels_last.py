@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import timm_dd
-from timm_dd.train import options
-from timm_dd.train.layout import layout
+from timm_dd.train.settings import options
+from timm_dd.train.updates.layout import layout
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ASKED = options.parse(["--dataset", "digits", "--channels-last"])

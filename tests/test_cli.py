@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import timm_dd
 from timm_dd.cli import main, parser
-from timm_dd.train import options
+from timm_dd.train.settings import options
 
 
 def test_plan(capsys):

@@ -16,8 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_dd
 from timm_dd import Parts, TwoLevel
 from timm_dd.cli import main
-from timm_dd.train import coarse, data, options
+from timm_dd.train.images import data
 from timm_dd.train.run import summary_table
+from timm_dd.train.settings import options
+from timm_dd.train.stages import coarse
 
 HOWS = ["mean", "vote", "sum", "dnn"]
 GIVEN = [

@@ -8,8 +8,9 @@ import yaml
 from conftest import RUN
 
 from timm_dd.cli import main
-from timm_dd.train import engines, options
+from timm_dd.train import engines
 from timm_dd.train.run import Run
+from timm_dd.train.settings import options
 
 
 @pytest.fixture

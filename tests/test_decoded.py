@@ -16,8 +16,9 @@ from conftest import RUN
 from PIL import Image
 from timm.data import create_dataset
 
-from timm_dd.train import data, decoded, options
-from timm_dd.train.images import Images
+from timm_dd.train.images import data, decoded
+from timm_dd.train.images.readable import Images
+from timm_dd.train.settings import options
 
 
 @pytest.fixture

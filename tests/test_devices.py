@@ -14,9 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from timm_dd.cli import main
 from timm_dd.errors import TrainError
-from timm_dd.train import engines, options, ranks, resident
-from timm_dd.train.learner import Learner, SeededRandom
-from timm_dd.train.ranks import Ranks
+from timm_dd.train import engines
+from timm_dd.train.images import resident
+from timm_dd.train.ranks import world
+from timm_dd.train.ranks.world import Ranks
+from timm_dd.train.settings import options
+from timm_dd.train.updates.learner import Learner, SeededRandom
 
 
 @pytest.fixture
@@ -62,13 +65,13 @@ def test_two_ranks_on_one_device(monkeypatch, tmp_path):
     """As of two torchruns on one machine; another run may share it."""
     told = SimpleNamespace(get_device_properties=lambda device: SimpleNamespace(uuid=f"GPU-{device.index}"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: told)
-    monkeypatch.setattr(ranks.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(world.tempfile, "gettempdir", lambda: str(tmp_path))
     one, other = torch.device("xpu", 0), torch.device("xpu", 1)
-    with ranks.alone(one, "run"), ranks.alone(other, "run"), ranks.alone(one, "another"):
+    with world.alone(one, "run"), world.alone(other, "run"), world.alone(one, "another"):
         with pytest.raises(TrainError, match="another rank of this run trains on xpu:0"):
-            with ranks.alone(one, "run"):
+            with world.alone(one, "run"):
                 pass
-    with ranks.alone(one, "run"):
+    with world.alone(one, "run"):
         pass
     assert list(tmp_path.iterdir()) == []
 

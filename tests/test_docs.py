@@ -16,8 +16,8 @@ from PIL import Image
 from test_rules import ROWS
 
 import timm_dd
-from timm_dd.train import options
 from timm_dd.train.run import train
+from timm_dd.train.settings import options
 
 PACKAGE = Path(timm_dd.__file__).parent
 PAGE = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text()
@@ -112,15 +112,17 @@ def test_the_walk_of_training(tmp_path):
 def test_every_module_is_named():
     """In the row of its room, or beside the rooms."""
     house = PAGE.partition("## The house")[2].partition("\n## ")[0]
-    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \|$", house, re.M))
+    rows = dict(re.findall(r"^\| `([\w/]+)` \| [^|]* \| ([^|]*) \|$", house, re.M))
     beside = house.partition("Beside the rooms:")[2].partition("\n\n")[0]
     for path in PACKAGE.rglob("*.py"):
-        room, *rest = path.relative_to(PACKAGE).with_suffix("").parts
+        name = path.relative_to(PACKAGE).with_suffix("").as_posix()
         if path.name.startswith("__"):
             continue
-        words = rows[room] if rest else beside
-        assert f"`{(rest or [room])[0]}`" in words, path
-    assert set(rows) == {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+        room = max((r for r in rows if name.startswith(f"{r}/")), key=len, default=None)
+        module = name.removeprefix(f"{room}/").split("/")[0]
+        assert f"`{module}`" in (rows[room] if room else beside), path
+    rooms = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    assert set(rows) == rooms | {f"train/{p.parent.name}" for p in PACKAGE.glob("train/*/__init__.py")}
 
 
 @pytest.mark.slow

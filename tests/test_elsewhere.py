@@ -15,7 +15,7 @@ import timm_dd
 from timm_dd.cli import main
 from timm_dd.errors import TrainError
 from timm_dd.storage.files import part_name
-from timm_dd.train import dealing
+from timm_dd.train.ranks import dealing
 
 GIVEN = [*RUN, "--parts", "4", "--joint-epochs", "0"]
 OWN = [*GIVEN, "--part-epochs", "1"]

@@ -24,8 +24,8 @@ import timm_dd
 from timm_dd import MergeError, Parts, PushError
 from timm_dd.cli import main
 from timm_dd.hub.push import write_repository
-from timm_dd.train import options
 from timm_dd.train.run import Run
+from timm_dd.train.settings import options
 
 # huggingface_hub gives httpx the file of an LFS upload as data=, which httpx calls deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

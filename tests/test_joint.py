@@ -13,10 +13,11 @@ import timm_dd
 from timm_dd import Domain
 from timm_dd.cli import main
 from timm_dd.storage.files import part_name
-from timm_dd.train import checkpoints, options
 from timm_dd.train.engines import Engine, Packed, Threads
-from timm_dd.train.joint import Joint
-from timm_dd.train.learner import Learner
+from timm_dd.train.epochs import checkpoints
+from timm_dd.train.settings import options
+from timm_dd.train.stages.joint import Joint
+from timm_dd.train.updates.learner import Learner
 
 CPU = torch.device("cpu")
 JOINT = [*RUN, "--parts", "4", "--joint-epochs", "2", "--part-epochs", "1"]
@@ -40,7 +41,7 @@ def batch():
 def composed_gradients(parts, x, y, chunks=1):
     """Of the merged network, by name."""
     model = timm_dd.merge(parts).double().train()
-    criterion = timm_dd.train.learner.criterion(options.parse(RUN))
+    criterion = timm_dd.train.updates.learner.criterion(options.parse(RUN))
     for x_i, y_i in zip(x.chunk(chunks), y.chunk(chunks)):
         (criterion(model(x_i), y_i) / chunks).backward()
     return {name: p.grad for name, p in model.named_parameters()}

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from conftest import MODULE, RUN
 
 from timm_dd.errors import TrainError
-from timm_dd.train import meeting
-from timm_dd.train.checkpoints import CheckpointTimer, SharedTimer
-from timm_dd.train.meeting import Meeting
-from timm_dd.train.ranks import Ranks
+from timm_dd.train.epochs.checkpoints import CheckpointTimer, SharedTimer
+from timm_dd.train.ranks import meeting
+from timm_dd.train.ranks.meeting import Meeting
+from timm_dd.train.ranks.world import Ranks
 
 WORLD = 3
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from timm_dd.cli import main
-from timm_dd.train import data, options
+from timm_dd.train.images import data
+from timm_dd.train.settings import options
 
 RUN = [
     "--model", "test_resnet", "--parts", "2", "--img-size", "32", "-b", "4", "-j", "0", "--part-epochs", "1",

@@ -7,9 +7,9 @@ import torch
 import yaml
 from conftest import RUN
 
-from timm_dd.train import options
-from timm_dd.train.data import seed_epoch
-from timm_dd.train.learner import SeededRandom
+from timm_dd.train.images.data import seed_epoch
+from timm_dd.train.settings import options
+from timm_dd.train.updates.learner import SeededRandom
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from timm_dd import Domain
 from timm_dd.planning.rules import laws
 from timm_dd.planning.rules.op import RULES
 from timm_dd.surgery.packed import pack
-from timm_dd.train import options
 from timm_dd.train.engines import Auto, Engine, Packed, Threads, engine
-from timm_dd.train.joint import Joint
-from timm_dd.train.learner import Learner
+from timm_dd.train.settings import options
+from timm_dd.train.stages.joint import Joint
+from timm_dd.train.updates.learner import Learner
 
 CPU = torch.device("cpu")
 QUICK = ["resnet18", "convnext_atto", "mobilenetv3_small_100"]

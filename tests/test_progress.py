@@ -7,9 +7,9 @@ import torch
 from conftest import RUN
 
 from timm_dd.text import duration
-from timm_dd.train import options
-from timm_dd.train.progress import Progress, after_parts, seconds_of
-from timm_dd.train.summary import summary_table
+from timm_dd.train.epochs.progress import Progress, after_parts, seconds_of
+from timm_dd.train.settings import options
+from timm_dd.train.stages.summary import summary_table
 
 
 def lines(interval, later, batches=25, epochs=2, wait=0.0):

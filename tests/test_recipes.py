@@ -20,9 +20,11 @@ import timm_dd
 from timm_dd import Domain
 from timm_dd.cli import main
 from timm_dd.errors import TrainError
-from timm_dd.train import composed, data, flags, options
-from timm_dd.train.learner import Learner
-from timm_dd.train.trackers import Trackers
+from timm_dd.train.epochs.trackers import Trackers
+from timm_dd.train.images import data
+from timm_dd.train.settings import flags, options
+from timm_dd.train.stages import composed
+from timm_dd.train.updates.learner import Learner
 
 CPU = torch.device("cpu")
 SHORT = [*RUN, "--parts", "2", "--part-epochs", "1", "--epochs", "1", "--drop-path", "0"]

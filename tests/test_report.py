@@ -26,7 +26,9 @@ from timm_dd.cli import main
 from timm_dd.reports import blocks, boxes, cam, curves, decisions, draw, features, outcome, sections
 from timm_dd.reports.networks import Samples
 from timm_dd.reports.record import read
-from timm_dd.train import options, pages, trackers
+from timm_dd.train import pages
+from timm_dd.train.epochs import trackers
+from timm_dd.train.settings import options
 
 pytest.importorskip("matplotlib")
 

@@ -22,9 +22,11 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm_dd.cli import main
 from timm_dd.errors import TrainError
 from timm_dd.storage.files import part_name
-from timm_dd.train import checkpoints, optimizers, options
-from timm_dd.train.learner import Learner
+from timm_dd.train.epochs import checkpoints
 from timm_dd.train.run import Run
+from timm_dd.train.settings import options
+from timm_dd.train.updates import optimizers
+from timm_dd.train.updates.learner import Learner
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LONGER = [*RUN, "--parts", "4", "--part-epochs", "3", "--epochs", "3", "--checkpoint-every", "0.05"]

@@ -12,12 +12,14 @@ from torch import nn
 import timm_dd
 from timm_dd import Domain, TrainError
 from timm_dd.cli import main
-from timm_dd.train import checkpoints, composed, momenta, options
 from timm_dd.train.engines import Engine
-from timm_dd.train.folder import PartsStage
-from timm_dd.train.joint import Joint
-from timm_dd.train.learner import Learner
+from timm_dd.train.epochs import checkpoints
 from timm_dd.train.run import Run
+from timm_dd.train.settings import options
+from timm_dd.train.stages import composed, momenta
+from timm_dd.train.stages.folder import PartsStage
+from timm_dd.train.stages.joint import Joint
+from timm_dd.train.updates.learner import Learner
 
 CPU = torch.device("cpu")
 

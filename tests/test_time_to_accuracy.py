@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from timm_dd.train import options
 from timm_dd.train.run import Run
+from timm_dd.train.settings import options
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = ("time_to_accuracy", "time_to_accuracy_table", "way_speeds", "ways", "image_sets", "common")

@@ -15,10 +15,12 @@ from torch import nn
 
 import timm_dd
 from timm_dd.errors import TrainError
-from timm_dd.train import data, metrics, optimizers, options, schedule
-from timm_dd.train.learner import Learner, criterion
-from timm_dd.train.loop import measure
+from timm_dd.train.epochs.loop import measure
+from timm_dd.train.images import data
 from timm_dd.train.run import Run
+from timm_dd.train.settings import options
+from timm_dd.train.updates import metrics, optimizers, schedule
+from timm_dd.train.updates.learner import Learner, criterion
 
 DOC = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
 CPU = torch.device("cpu")
@@ -304,7 +306,7 @@ def test_the_metric_says_which_epoch_is_the_best(metric, best, rates, tmp_path):
 
 
 def test_checkpoints_are_kept_as_many_as_asked_for(tmp_path):
-    from timm_dd.train import checkpoints
+    from timm_dd.train.epochs import checkpoints
 
     n = learner(tmp_path, "--checkpoint-hist", "3")
     for n.updates in range(5):

@@ -12,7 +12,8 @@ from test_coarse import accuracy
 import timm_dd
 from timm_dd import Domain, Parts, TwoLevel
 from timm_dd.cli import main
-from timm_dd.train import data, options
+from timm_dd.train.images import data
+from timm_dd.train.settings import options
 from timm_dd.two_level.aggregate import CoarseNet
 
 PLAIN = [*RUN, "--grid", "2x2", "--joint-epochs", "0", "--part-epochs", "1", "--coarse-widths", "16", "8"]

@@ -28,9 +28,12 @@ from timm_dd.planning.trace import trace
 from timm_dd.storage.files import part_name
 from timm_dd.storage.merge_files import write_merged
 from timm_dd.surgery.merge import merge
-from timm_dd.train import composed, data, options, schedule, stages
-from timm_dd.train.learner import Learner
+from timm_dd.train.images import data
 from timm_dd.train.run import Run
+from timm_dd.train.settings import options
+from timm_dd.train.stages import composed, tuned
+from timm_dd.train.updates import schedule
+from timm_dd.train.updates.learner import Learner
 
 
 def test_a_run_leaves_what_the_documentation_says(one):
@@ -170,7 +173,7 @@ def test_the_second_stage_takes_every_part_as_it_was_trained(one, tmp_path, monk
         raise TrainError("enough")
 
     shutil.copytree(one, tmp_path / "one")
-    monkeypatch.setattr(stages, "_prepare", look)
+    monkeypatch.setattr(tuned, "_prepare", look)
     assert main(["train", *RUN, "--parts", "4", "--resume", str(tmp_path / "one")]) == 1
     for k in range(4):
         trained = load_file(one / "parts" / str(k) / part_name(k, 4))

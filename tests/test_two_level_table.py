@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from timm_dd import console
-from timm_dd.train import options
+from timm_dd.train.settings import options
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 ROWS = list(csv.DictReader((FOLDER / "two_level.csv").open(encoding="utf-8")))

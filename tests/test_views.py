@@ -16,8 +16,9 @@ from timm_dd.cli import main
 from timm_dd.planning.planner import analyse
 from timm_dd.reports.claims import claims
 from timm_dd.reports.verify import verify
-from timm_dd.train import data, options, views
-from timm_dd.train.learner import Learner
+from timm_dd.train.images import data
+from timm_dd.train.settings import options, views
+from timm_dd.train.updates.learner import Learner
 
 CPU, HALF = torch.device("cpu"), Domain.full(4, scale=0.5)
 RESNET = {"num_classes": 10, "img_size": 32}

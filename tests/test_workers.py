@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from timm_dd.train import workers
+from timm_dd.train.images import workers
 
 LEFT = """
 from timm_dd.train import workers

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from timm_dd.cli import main
-from timm_dd.train.flags import parser
 from timm_dd.train.run import Run
+from timm_dd.train.settings.flags import parser
 
 BASE = {
     "dataset": "digits", "model": "test_resnet", "parts": 2, "part_epochs": 1, "epochs": 1, "warmup_epochs": 0,

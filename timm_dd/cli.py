@@ -73,7 +73,7 @@ def _add_split(commands) -> None:
 def _add_train(commands, whole: bool) -> None:
     parents = []
     if whole:
-        from .train import flags
+        from .train.settings import flags
 
         parents = [flags.parser(add_help=False)]
     commands.add_parser("train", parents=parents, help="train the parts, then the composed model", add_help=False)
@@ -247,8 +247,9 @@ def _labelled_images(args: argparse.Namespace, model, size: Sequence[int]):
     """Validation images as the composed model's config.json describes them; None if no data is given."""
     if not args.data_dir and not args.dataset:
         return None
-    from .train import data, options
     from .train.engines import cores
+    from .train.images import data
+    from .train.settings import options
 
     source = ["--data-dir", args.data_dir] if args.data_dir else []
     given = options.parse([*source, "--dataset", args.dataset, "--val-split", args.val_split])

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from .. import console
-from . import options
 from .run import train
+from .settings import options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

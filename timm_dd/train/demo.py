@@ -6,8 +6,9 @@ import timm
 import torch
 
 from ..errors import MergeError
-from . import data, options
+from .images import data
 from .run import Run
+from .settings import options
 
 
 def demo(output: str, seed: int) -> None:

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from ..errors import SplitError, TrainError, headline
 from ..surgery.packed import check_alike, pack
-from .capture import Captured, CudaGraph, has_graphs
-from .learner import Learner, compiled, within_memory
+from .updates.capture import Captured, CudaGraph, has_graphs
+from .updates.learner import Learner, compiled, within_memory
 
 TRIALS = 3  # updates of each engine, to choose by
 CAPTURE_AFTER = 3  # updates, in which convolutions choose their algorithms and optimizers make their states

@@ -19,7 +19,8 @@ from ..reports.make import make, of_files
 from ..reports.networks import Samples
 from ..reports.outcome import counted
 from ..reports.record import Record, read
-from . import data, flags
+from .images import data
+from .settings import flags
 
 IMAGES = 300  # of the run's data set, unless said otherwise
 NO_DATA = "No training run made this, so there are no images of its data set; --images takes a folder."

@@ -14,8 +14,11 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import TrainError, headline
 from ..machine import memory
-from . import data, optimizers, options, schedule, trackers
-from .learner import compiled, criterion
+from .epochs import trackers
+from .images import data
+from .settings import options
+from .updates import optimizers, schedule
+from .updates.learner import compiled, criterion
 
 
 @contextmanager

@@ -31,24 +31,30 @@ from ..surgery.claim import check_claim
 from ..surgery.parts import Parts
 from ..surgery.split import split
 from ..text import number
-from . import checkpoints, coarse, data, initial, options, views
-from .arrived import Arrived
-from .checkpoints import CheckpointTimer
-from .composed import reassign
-from .dealing import parts_of
-from .decoded import decoded
 from .engines import cores, part_threads
-from .folder import RunFolder
-from .images import left_out
-from .joint import train_joint
-from .meeting import Meeting
-from .ranks import Ranks, alone
+from .epochs import checkpoints
+from .epochs.checkpoints import CheckpointTimer
+from .epochs.trackers import Trackers
+from .images import data
+from .images.decoded import decoded
+from .images.readable import left_out
+from .ranks.dealing import parts_of
+from .ranks.meeting import Meeting
+from .ranks.sharing import Sharing, sees
+from .ranks.world import Ranks, alone
 from .rehearsal import rehearse
-from .sharing import Sharing, sees
-from .stages import Context, meet, take_arrived, train_baseline, train_parts, tune
-from .summary import multiply_adds, summary_table
-from .together import train_together
-from .trackers import Trackers
+from .settings import options, views
+from .stages import coarse, initial
+from .stages.arrived import Arrived
+from .stages.baseline import train_baseline
+from .stages.composed import reassign
+from .stages.context import Context
+from .stages.folder import RunFolder
+from .stages.joint import train_joint
+from .stages.parts import meet, take_arrived, train_parts
+from .stages.summary import multiply_adds, summary_table
+from .stages.together import train_together
+from .stages.tuned import tune
 
 SEEN = 5  # seconds in which a network's file system shows a new file
 CHECK_SECONDS = 10  # for the plan's claim by value, before hours of training are built on it

@@ -1,0 +1,1 @@
+"""What happens around the updates: epochs, evaluation, checkpoints, trackers and the time left."""

@@ -1,0 +1,1 @@
+"""How one network is trained, update by update: its optimizer, learning rate, loss, memory layout and CUDA graphs."""
