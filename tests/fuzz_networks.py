@@ -578,7 +578,7 @@ def written(at, a, b):
         lambda y, x, i: y[:, i:].copy_(x[:, i:].tanh()),
         lambda y, x, i: y.masked_fill_(x < 0, 0.1), lambda y, x, i: y.flatten(2).sigmoid_(),
     )  # fmt: skip
-    way, i = pick(ways, a), 1 + b % (c - 1)
+    way, i = pick(ways, a), 1 + b % max(1, c - 1)
     return Step(lambda x, before: overwritten(x, way, i))
 
 
