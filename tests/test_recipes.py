@@ -359,7 +359,7 @@ def test_channels_in_another_order_are_the_same_model(name):
         for p in model.parameters():
             p.add_(torch.randn(p.shape, dtype=p.dtype) * 0.02)
         before, state = model(x), {key: t.clone() for key, t in model.state_dict().items()}
-        new = composed.reassign(state, parts.plan)
+        new = {n: composed.reordered(parts.plan, n, t) for n, t in state.items()}
         model.load_state_dict(new)
         torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-9)
     assert any(not torch.equal(new[key], state[key]) for key in state)
@@ -378,7 +378,7 @@ def test_cycles(given, tmp_path):
     assert {p.name for p in second.iterdir()} == {p.name for p in first.iterdir()} - {"cycle-2"} | {"start"}
     tuned, parts = load_file(first / "global/last/model.safetensors"), timm_dd.Parts.load(second / "parts")
     if given:
-        tuned = composed.reassign(tuned, parts.plan)
+        tuned = {n: composed.reordered(parts.plan, n, t) for n, t in tuned.items()}
     for name, p in parts[1].named_parameters():
         t = parts.plan.tensors[name]
         if t.reduce == "place":

@@ -48,7 +48,7 @@ def test_momenta_are_the_composed_networks_inside_the_blocks(given, tmp_path):
     whole.step(x, y)
     for n in some:
         checkpoints.save(n)
-    momenta.carry(tuned, parts.plan, PartsStage(tmp_path / "parts", "part", tuned.args), parts[0])
+    momenta.carry(tuned, parts.plan, PartsStage(tmp_path / "parts", "part", tuned.args), parts[0], {})
     compared = 0
     for name, p in tuned.net.named_parameters():
         t, q = parts.plan.tensors[name], whole.net.get_parameter(name)
@@ -81,6 +81,42 @@ def test_between_the_blocks_there_is_no_momentum_and_the_mean_second_moment():
         assert torch.equal(m[t.block(k, 2)], first[k]) and torch.equal(v[t.block(k, 2)], second[k].square())
 
 
+@pytest.mark.parametrize("given", OPTIMIZERS, ids=[g[1] for g in OPTIMIZERS])
+def test_momenta_go_to_the_parts_and_back(given, tmp_path):
+    """The parts of a fine-tuned model begin with its optimizer's states of their weights; where these do not change,
+    the merged ones are those that were split, between the blocks too."""
+    parts, x, y = network(), images(8, 3, 32, 32), torch.arange(8) % 10
+    whole = learner(timm_dd.merge(parts).double().train(), tmp_path / "whole", 9, *given)
+    whole.step(x, y)
+    checkpoints.save(whole)
+    states = momenta.of_tuned(tmp_path / "whole", whole.args, parts.plan)
+    for k, part in enumerate(parts):
+        some = learner(part, tmp_path / "parts" / str(k), k, *given)
+        momenta.hand_down(some, parts.plan, k, states)
+        for name, values in by_name(some).items():
+            for kind, state in values.items():
+                expected = by_name(whole)[name][kind]
+                placed = isinstance(state, torch.Tensor) and state.ndim
+                at = parts.plan.tensors[name].block(k, 4) if placed else ...
+                assert torch.equal(*(torch.as_tensor(v) for v in (state, torch.as_tensor(expected)[at])))
+        checkpoints.save(some)
+    tuned = learner(timm_dd.merge(parts).double().train(), tmp_path / "tuned", 9, *given)
+    momenta.carry(tuned, parts.plan, PartsStage(tmp_path / "parts", "part", tuned.args), parts[0], states)
+    back, before = by_name(tuned), by_name(whole)
+    assert back.keys() == before.keys() and len(back) > 20
+    for name, values in before.items():
+        for kind, state in values.items():
+            torch.testing.assert_close(torch.as_tensor(back[name][kind]), torch.as_tensor(state), rtol=1e-15, atol=0)
+
+
+def by_name(learner):
+    """Its optimizer's states, by the parameter's name."""
+    states = learner.optimizer.state_dict()["state"]
+    parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
+    named = {id(p): name for name, p in learner.net.named_parameters()}
+    return {named[id(parameters[i])]: values for i, values in states.items()}
+
+
 def test_no_momenta_where_there_are_none(tmp_path):
     """No checkpoints, or states of rows and columns."""
     parts, x, y = network(), images(8, 3, 32, 32), torch.arange(8) % 10
@@ -92,7 +128,7 @@ def test_no_momenta_where_there_are_none(tmp_path):
                 n = learner(part, folder / str(k), k, *given)
                 n.step(x, y)
                 checkpoints.save(n)
-        momenta.carry(tuned, parts.plan, PartsStage(folder, "part", tuned.args), parts[0])
+        momenta.carry(tuned, parts.plan, PartsStage(folder, "part", tuned.args), parts[0], {})
         assert not tuned.optimizer.state_dict()["state"]
 
 

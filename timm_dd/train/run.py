@@ -44,10 +44,10 @@ from .ranks.sharing import Sharing, sees
 from .ranks.world import Ranks, alone
 from .rehearsal import rehearse
 from .settings import options, views
-from .stages import coarse, initial
+from .stages import coarse, initial, momenta
 from .stages.arrived import Arrived
 from .stages.baseline import train_baseline
-from .stages.composed import reassign
+from .stages.composed import reordered
 from .stages.context import Context
 from .stages.folder import RunFolder
 from .stages.joint import train_joint
@@ -177,7 +177,15 @@ class Run:
         if self.last is None:
             return initial.weights(self.args, self.data_config["input_size"][1:], self.model_args)
         state = load_file(self.last / files.MODEL)
-        return reassign(state, plan) if self.args.reassign else state
+        return {n: reordered(plan, n, t) for n, t in state.items()} if self.args.reassign else state
+
+    def _states(self) -> momenta.States:
+        """Of the last cycle's optimizer, in the order of the channels here."""
+        if self.before is None or not self.args.keep_momenta:
+            return {}
+        plan = self.parts.plan
+        states = momenta.of_tuned(self.before.place.tuned, options.stage_options(self.args, None), plan)
+        return momenta.changed(states, partial(reordered, plan)) if self.args.reassign else states
 
     def go(self) -> dict:
         """All cycles, each from the last one's fine-tuned model; the last one's summary.
@@ -258,6 +266,7 @@ class Run:
             timer=self.timer,
             trackers=tracked,
             multiply_adds=self.multiply_adds,
+            states=self._states(),
         )
         return _stages(self, context)
 

@@ -3,7 +3,7 @@ leaves zero; and before it is split again: which channels go to which part."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -167,13 +167,9 @@ def rate_between(weights: Sequence[tuple[torch.Tensor, torch.Tensor]], factor: f
             p.lerp_(old, outside.to(p.dtype) * (1 - factor))
 
 
-def reassign(state: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
-    """The same model with its channels in another order, in which each part gets some of every part's."""
-    return {name: _reordered(t, plan.tensors[name], plan.parts) for name, t in state.items()}
-
-
-def _reordered(tensor: torch.Tensor, t: TensorPlan, parts: int) -> torch.Tensor:
-    for dim, axis in enumerate(t.axes):
+def reordered(plan: Plan, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same model with its channels in another order, in which each part gets some of every part's."""
+    for dim, axis in enumerate(plan.tensors[name].axes):
         if axis is not None:
-            tensor = tensor.index_select(dim, axis.round_robin(parts))
+            tensor = tensor.index_select(dim, axis.round_robin(plan.parts))
     return tensor.contiguous()

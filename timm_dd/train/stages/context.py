@@ -28,6 +28,7 @@ from ..settings import options, views
 from ..updates import metrics
 from ..updates.learner import Learner
 from .folder import PartsStage, RunFolder
+from .momenta import States
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Context:
         class_names: in the order of their numbers; None if not known.
         sets: (train, validation).
         multiply_adds: see `summary.multiply_adds`.
+        states: of the optimizer of the model that the parts were split from, if they are to keep them.
     """
 
     args: argparse.Namespace
@@ -65,6 +67,7 @@ class Context:
     timer: CheckpointTimer
     trackers: Trackers
     multiply_adds: dict
+    states: States
 
     def loaders(
         self,

@@ -29,6 +29,7 @@ from ..updates.learner import Learner
 from .arrived import Arrived, numbers
 from .context import Context, accuracy, last_top5, part_learner
 from .folder import PartsStage
+from .momenta import hand_down
 
 
 def train_parts(run: Context) -> None:
@@ -46,6 +47,8 @@ def train_parts(run: Context) -> None:
     size, (images, _) = views.loader_size(args, run.parts.plan), data.folds(run.args, run.sets[0])
     loaders = run.loaders(args, distributed=False, train_size=size, images=images)
     learners = [part_learner(run, k, len(loaders[0])) for k in due]
+    for k, learner in zip(due, learners):
+        hand_down(learner, run.parts.plan, k, run.states)
     if run.folder.resuming:
         for k, learner in zip(due, learners):
             run.folder.parts.forget_failure(k)

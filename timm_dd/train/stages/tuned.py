@@ -19,6 +19,7 @@ from ...planning.plan import Plan
 from ...storage import files
 from ...storage.merge_files import write_merged
 from ..engines import Engine
+from ..epochs import checkpoints
 from ..epochs.loop import measure
 from ..images import data
 from ..settings import options
@@ -66,6 +67,8 @@ def tune(run: Context) -> tuple[dict[str, Any], dict[str, float | None], dict[st
     found["tuned"] = fit(
         run, learner, loaders, schedule.epochs(args), "fine-tuning", partial(save_global, run, learner, about)
     )
+    if not learner.history and args.keep_momenta and run.ranks.primary:
+        checkpoints.save(learner)  # its optimizer's states are for the next cycle
     best = metrics.best(learner.history, args)
     found["best"] = found["tuned"] if best is None else learner.history[best]["top1"]
     found["best_epoch"] = 0 if best is None else best + 1
@@ -90,7 +93,7 @@ def _prepare(run: Context, learner: Learner, plan: Plan, loader, args: argparse.
         refit_head(net, plan, loader, run.device)
     calibrate(net, plan, args.calibrate, loader, run.device)
     if args.keep_momenta:
-        carry(learner, plan, run.folder.trained, run.parts[0])
+        carry(learner, plan, run.folder.trained, run.parts[0], run.states)
     if learner.ema is not None:
         learner.ema.set(net)
     return re_estimate or bool(args.off_diagonal_noise) or args.refit_head
