@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from types import MappingProxyType
+from typing import NamedTuple
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -28,11 +28,17 @@ from ..two_level import files as two_level
 TEMPLATES = Path(__file__).parent / "templates"  # links to hub_cards/
 TAGS = ["timm_dd", "domain-decomposition"]
 STAGES = ("composed", "tuned", "best")  # the models of a run: what its summary calls them, and their metadata
+PICTURES = ("accuracy-over-seconds.png", "boxes.png")
 TWO_LEVEL = ("two_level", "coherent", "transfer")
 
 
-def of_model(repo: str, folder: Path, images: Mapping[str, Drawing] = MappingProxyType({})) -> str:
-    """The card of a composed model, with `images` by their files.
+class Card(NamedTuple):
+    text: str
+    images: Mapping[str, bytes]  # PNG, by the names that the text gives them
+
+
+def of_model(repo: str, folder: Path) -> Card:
+    """The card of a composed model.
 
     Raises:
         MergeError: there is none in `folder`, or none of ours, or timm could not load it from the Hub.
@@ -53,34 +59,20 @@ def of_model(repo: str, folder: Path, images: Mapping[str, Drawing] = MappingPro
     )
     ours = timm.is_model(architecture) and timm.model_entrypoint(architecture).__module__.startswith("timm_dd")
     stage = about.get("stage")
-    given = {"about": about, "config": config, "run": run, "stage": stage, "images": images}
-    return _render(data, "composed.md.jinja", repo=repo, ours=ours, **given)
+    given = {"about": about, "config": config, "stage": stage}
+    return _card(data, "composed.md.jinja", run, repo=repo, ours=ours, **given)
 
 
-def images(folder: Path) -> dict[str, Drawing]:
-    """Curves and boxes of the run that made a composed model, by the files of a repository; none of a model that no run
-    made, and none without matplotlib. Errors as of `of_model`."""
-    run = _run(folder, _metadata(folder / files.MODEL))
-    if run is None or importlib.util.find_spec("matplotlib") is None:
-        return {}
-    try:
-        record = read(run["folder"])
-    except TimmDDError:  # another file of the run is damaged, or of an older version; the model is whole
-        return {}
-    curve, seen = curves.curve(curves.rows(record), "accuracy", "seconds"), boxes.boxes(record.plan)
-    return {f"{drawing.name}.png": drawing for drawing in (curve, seen)}
-
-
-def of_parts(repo: str, parts: files.PartsFolder) -> str:
+def of_parts(repo: str, parts: files.PartsFolder) -> Card:
     """The card of a folder of parts."""
     data = ModelCardData(library_name="timm_dd", tags=["image-classification", *TAGS])
     plan = parts.plan
     about = {**files.summary(plan, parts.digest), "seed": parts.history()[0], "epoch": parts.history()[1]}
     counts = plan.params(), plan.params(0)
-    return _render(data, "parts.md.jinja", repo=repo, about=about, plan=plan, counts=counts)
+    return _card(data, "parts.md.jinja", None, repo=repo, about=about, plan=plan, counts=counts)
 
 
-def of_two_level(repo: str, folder: Path) -> str:
+def of_two_level(repo: str, folder: Path) -> Card:
     """The card of a two-level network."""
     about, place = two_level.describe(folder)
     with files.PartsFolder(place.parts) as parts:
@@ -90,12 +82,27 @@ def of_two_level(repo: str, folder: Path) -> str:
     if run:
         given["eval_results"] = [_result(run, float(made["top1"]))]
     data = ModelCardData(library_name="timm_dd", pipeline_tag="image-classification", tags=TAGS, **given)
-    return _render(data, "two_level.md.jinja", repo=repo, about=about, made=made, plan=plan, run=run)
+    return _card(data, "two_level.md.jinja", run, repo=repo, about=about, made=made, plan=plan)
 
 
-def _render(data: ModelCardData, template: str, **values) -> str:
+def _card(data: ModelCardData, template: str, run: dict | None, **values) -> Card:
+    drawings = _drawings(run)
     values["citation"] = (TEMPLATES / "citation.bib").read_text(encoding="utf-8")
-    return str(ModelCard.from_template(data, template_path=str(TEMPLATES / template), **values))
+    values |= {"run": run, "images": {name: drawing.caption for name, drawing in drawings.items()}}
+    text = ModelCard.from_template(data, template_path=str(TEMPLATES / template), **values)
+    return Card(str(text), {name: drawing.png() for name, drawing in drawings.items()})
+
+
+def _drawings(run: dict | None) -> dict[str, Drawing]:
+    """Curves and boxes of the run that made what is pushed; none where no run did, and none without matplotlib."""
+    if run is None or importlib.util.find_spec("matplotlib") is None:
+        return {}
+    try:
+        record = read(run["folder"])
+    except TimmDDError:  # another file of the run is damaged, or of an older version; what is pushed is whole
+        return {}
+    curve, seen = curves.curve(curves.rows(record), "accuracy", "seconds"), boxes.boxes(record.plan)
+    return dict(zip(PICTURES, (curve, seen)))
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -105,23 +105,22 @@ def _gather(folder: Path, repo: str) -> tuple[dict[str, Path], dict[str, bytes]]
     if (folder / two_level.ABOUT).exists():
         about, found = two_level.gather(folder)
         made[two_level.ABOUT] = about.encode()
-        text = card.of_two_level(repo, folder)
+        own = card.of_two_level(repo, folder)
     elif (folder / files.PLAN).exists():
         with files.PartsFolder(folder) as parts:
             paths = [parts.open(k).path for k in range(parts.plan.parts)]
             for k in range(parts.plan.parts):
                 parts.check(k)
-            text = card.of_parts(repo, parts)
+            own = card.of_parts(repo, parts)
         found = {path.name: path for path in (folder / files.PLAN, *paths)}
     else:
-        images = card.images(folder)
-        text = card.of_model(repo, folder, images)
+        own = card.of_model(repo, folder)
         found = {name: folder / name for name in (files.MODEL, "config.json")}
-        made |= {name: drawing.png() for name, drawing in images.items()}
     given = folder / CARD
     if given.is_file():
-        return {**found, **{path.name: path for path in folder.glob("*.png")}}, {**made, CARD: given.read_bytes()}
-    return found, {**made, CARD: _sign(text).encode()}
+        found |= {path.name: path for path in folder.glob("*.png")}
+        return found, {**made, **own.images, CARD: given.read_bytes()}
+    return found, {**made, **own.images, CARD: _sign(own.text).encode()}
 
 
 def _upload(staged: Path, repo: str, private: bool, message: str, tag: str | None) -> str:
@@ -133,7 +132,9 @@ def _upload(staged: Path, repo: str, private: bool, message: str, tag: str | Non
         if not _is_signed(there):
             _logger.warning("%s: the card there was edited and stays as it is", repo)
             (staged / CARD).write_text(there, encoding="utf-8")
-    others = [*two_level.FILES, "part-*.safetensors"] if (staged / files.PLAN).exists() else None  # of another split
+    others = [*card.PICTURES]  # of another network
+    if (staged / files.PLAN).exists():
+        others += [*two_level.FILES, "part-*.safetensors"]
     commit = api.upload_folder(repo_id=repo, folder_path=staged, commit_message=message, delete_patterns=others)
     if tag is not None:
         api.create_tag(repo, tag=tag, revision=commit.oid)
