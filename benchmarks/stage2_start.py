@@ -12,17 +12,14 @@ that won nowhere and are gone; the commits in their rows have them.
 
 import argparse
 import csv
-import json
-import shutil
 import tempfile
-from hashlib import sha256
 from pathlib import Path
 
 from common import provenance, write_table
+from shared_parts import trained
 
 import timm_dd
 from timm_dd import console
-from timm_dd.train.run import train
 from timm_dd.train.settings import options
 
 PLAIN = "--joint-epochs 0 --no-keep-momenta --warmup-epochs 0 --smoothing 0 --opt adamw --lr 0.002"
@@ -69,7 +66,6 @@ VARIANTS = {
     "2 cycles, reassigned": "--cycles 2 --reassign",
 }
 FIGURES = ("together", "joint", "composed", "updated", "first", "tuned")
-STAGES = ("parts", "joint")
 
 
 def given(which: str, variant: str, seed: int, data_dir: str | None, output: str) -> argparse.Namespace:
@@ -80,34 +76,12 @@ def given(which: str, variant: str, seed: int, data_dir: str | None, output: str
     return args
 
 
-def key(args: argparse.Namespace, stage: str) -> str:
-    """Of all that a stage's parts depend on."""
-    names = STAGES[: STAGES.index(stage) + 1]
-    made_of = [options.training_identity(options.stage_options(args, name.rstrip("s"))) for name in names]
-    made_of += [str(console.domain(args)), args.joint_epochs if stage == "joint" else 0]
-    return sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def row(which: str, variant: str, seed: int, data_dir: str | None, kept: Path) -> dict[str, str]:
     """Top-1 of the parts (mean), of their sum on their views, of the joint stage, and of the composed model step by
     step."""
     with tempfile.TemporaryDirectory() as output:
-        args, run = given(which, variant, seed, data_dir, output), Path(output) / "run"
-        shared = [s for s in STAGES if args.cycles == 1 and (s == "parts" or args.joint_epochs)]
-        places = {stage: kept / key(args, stage) for stage in shared}
-        for place in places.values():
-            if place.exists():
-                shutil.copytree(place, run, dirs_exist_ok=True)
-        if not (run / "args.yaml").exists():
-            args.resume = None
-        found = train(args)
-        for stage, place in places.items():
-            if not place.exists():
-                shutil.copytree(run / stage, place / stage)
-                for name in ("args.yaml", "plan.json"):
-                    shutil.copy(run / name, place / name)
-        with max(run.rglob("global/summary.csv"), key=lambda p: p.stat().st_mtime).open() as f:
-            found["first"] = float(next(csv.DictReader(f))["eval_top1"])
+        args = given(which, variant, seed, data_dir, output)
+        found = trained(args, Path(output) / "run", kept)
     mean = sum(found["parts"]) / len(found["parts"])
     figures = {"parts": mean, **{k: found.get(k) for k in FIGURES}}
     said = {k: f"{v:.2f}" if v is not None else "" for k, v in figures.items()}
