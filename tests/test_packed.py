@@ -145,7 +145,27 @@ def overwritten(x):
     return x * F.leaky_relu_(y.mul(-1), 0.2) + y
 
 
+class Attends(nn.Module):
+    """Heads of the map's channels, with a bias that is learned for all heads, for each, or none."""
+
+    def __init__(self, *bias, **given):
+        super().__init__()
+        self.given, self.bias = given, nn.Parameter(torch.randn(bias)) if bias else None
+
+    def forward(self, x):
+        q = x.flatten(2).unflatten(1, (4, 2)).transpose(2, 3)
+        y = F.scaled_dot_product_attention(q, q * 2, q + 1, self.bias, **self.given)
+        return y.transpose(2, 3).flatten(1, 2).reshape(x.shape)
+
+
 SAME = {
+    "attention": lambda: Around(lambda x, attends: attends(x), Attends()),
+    "causal attention": lambda: Around(lambda x, attends: attends(x), Attends(is_causal=True)),
+    "attention with a bias": lambda: Around(lambda x, attends: attends(x), Attends(49, 49, scale=0.3)),
+    "attention with a bias of each head": lambda: Around(lambda x, attends: attends(x), Attends(4, 49, 49)),
+    "attention of one head": lambda: Around(
+        lambda x: x * F.scaled_dot_product_attention(*[x.mean(1)] * 3).unsqueeze(1).tanh()
+    ),
     "overwritten by a module": lambda: Around(lambda x, act: act(x) + x, nn.ReLU(inplace=True)),
     "the result not used": lambda: Around(lambda x, act: (act(x), x)[1], nn.Hardswish(inplace=True)),
     "a view before": lambda: Around(halves, nn.LeakyReLU(0.3, inplace=True)),

@@ -166,6 +166,24 @@ def one_by_one(function: Callable, parts: int, *args: Any, **kwargs: Any) -> Any
     return tree_unflatten(stacked, results[0][1])
 
 
+def attention(
+    function: Callable, parts: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """As `over_parts`, for scaled_dot_product_attention, which vmap has no rule for: parts are more of the batch."""
+    given = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), args)), **kwargs}
+    mask, batch = given.pop("attn_mask", None), q.shape[:2]
+    if q.ndim < 4 or not batch == k.shape[:2] == v.shape[:2]:
+        return over_parts(function, parts, q, k, v, mask, **given)
+    if mask is not None:
+        mask = mask.view(parts, *[1] * (q.ndim - mask.ndim), *mask.shape[1:])
+        mask = mask.expand(*batch, *mask.shape[2:]).flatten(0, 1)
+    y = function(*(t.flatten(0, 1) for t in (q, k, v)), mask, **given)
+    return y.unflatten(0, batch)
+
+
+WAYS = {F.scaled_dot_product_attention: attention, F.rrelu: one_by_one, F.rrelu_: one_by_one}
+
+
 def pack(parts: Sequence[fx.GraphModule]) -> PackedGraph:
     """The `parts` as one network, with copies of their tensors.
 
@@ -247,7 +265,7 @@ def _method(name: str, x: Any, *args: Any, **kwargs: Any) -> Any:
 def _packed(function: Callable, name: str, parts: int) -> Callable:
     """A node's function, of all parts, with the node's name."""
 
-    over = one_by_one if function in (F.rrelu, F.rrelu_) else over_parts
+    over = WAYS.get(function, over_parts)
 
     def packed(*args: Any, **kwargs: Any) -> Any:
         if function in LINEAR_MAPS:
