@@ -6,8 +6,11 @@ import pytest
 import torch
 from conftest import RUN
 
+import timm_dd
+from timm_dd import Domain
+from timm_dd.cli import main
 from timm_dd.text import duration
-from timm_dd.train.epochs.progress import Progress, after_parts, seconds_of
+from timm_dd.train.epochs.progress import Progress, after_parts, filled, seconds_of
 from timm_dd.train.settings import options
 from timm_dd.train.stages.summary import summary_table
 
@@ -86,3 +89,44 @@ def test_a_network_is_timed_without_a_trace():
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     assert 0 < seconds_of(net, (3, 8, 8), torch.device("cpu"), 1) < 10
     assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
+
+
+class Indexed(torch.nn.Module):
+    """A table, read at places that are not in the state dict, as positions in a window are."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.table = torch.nn.Conv2d(3, 4, 3), torch.nn.Parameter(torch.rand(49, 4))
+        self.register_buffer("index", torch.arange(4), persistent=False)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3)) + self.table[self.index].mean(0)
+
+
+def test_a_network_without_numbers_is_timed():
+    graph = timm_dd.split(Indexed(), 2, example_input=torch.rand(2, 3, 8, 8), domain=Domain.full(2)).graph
+    network = filled(graph, torch.device("cpu"))
+    assert not network.index.any() and (network.table == 0.01).all()
+    assert seconds_of(network, (3, 8, 8), torch.device("cpu"), 1) > 0
+
+
+def test_what_cannot_be_timed_is_trained_all_the_same(tmp_path, monkeypatch):
+    """An estimate is nothing that a run ends for."""
+
+    def fail(*_):
+        raise IndexError("index 49 is out of bounds")
+
+    monkeypatch.setattr("timm_dd.train.stages.parts.seconds_of", fail)
+    given = [
+        "--part-epochs",
+        "1",
+        "--joint-epochs",
+        "0",
+        "--epochs",
+        "0",
+        "--output",
+        str(tmp_path),
+        "--experiment",
+        "run",
+    ]
+    assert main(["train", *RUN, *given]) == 0

@@ -6,6 +6,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import fx, nn
@@ -83,7 +84,7 @@ def filled(graph: fx.GraphModule, device: torch.device) -> nn.Module:
     """A network of this graph, which has no numbers, with small ones that only take time."""
     network = copy.deepcopy(graph).to_empty(device=device)
     with torch.no_grad():
-        for t in network.state_dict().values():
+        for t in chain(network.parameters(), network.buffers()):  # an index need not be in the state dict
             t.fill_(0.01 if t.is_floating_point() else 0)
     return network
 
