@@ -230,6 +230,18 @@ class Unknown(nn.Module):
         return torch.fft.fft(self.conv(x)).real.flatten(1)
 
 
+class OfOneSize(nn.Module):
+    """Of 5×5 positions; what it branches on is known of such images alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.positions = nn.Conv2d(3, 8, 3), nn.Parameter(torch.zeros(8, 5, 5))
+
+    def forward(self, x):
+        y = self.conv(x) + self.positions
+        return y.mean((2, 3)) if y.shape[2] > 3 else y.sum((2, 3))
+
+
 class Branches(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
@@ -332,6 +344,10 @@ VALID = nn.Sequential(nn.Conv2d(3, 8, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         (lambda: timm_dd.split(Plain(), 2), "needs example_input"),
         (lambda: timm_dd.split(Plain(), 2, example_input=IMAGE, num_classes=3), "only for a timm name"),
         (lambda: timm_dd.split(Unknown(), 2, example_input=IMAGE), "has no rule"),
+        (
+            lambda: timm_dd.split(OfOneSize(), 2, example_input=IMAGE),
+            r"OfOneSize does not run on images of 3×.*test_split.py:\d+ \(y = .*\) fails: ",
+        ),
         (lambda: timm_dd.split(Branches(), 2, example_input=IMAGE), "cannot trace"),
         (lambda: timm_dd.split("dd_resnet32", 4)(torch.empty(1, 3, 30, 30)), "expected images of"),
     ],

@@ -212,13 +212,15 @@ def run(tmp_path):
 
 def test_what_the_recipe_sees(run):
     """Whole images at 0.625 and a joint stage; boxes at scale 1 where the options say boxes, or the network reads
-    positions, which has no joint stage either."""
+    positions, which has no joint stage either; whole images at scale 1 where it takes one size alone."""
     recipe = run("--model", "test_resnet")
     assert recipe.parts.plan.domain == Domain.full(4, scale=0.625) and recipe.args.joint_epochs == 2
     boxes = run("--model", "test_resnet", "--overlap", "4")
     assert boxes.parts.plan.domain == Domain.grid(2, 2, overlap=4) and boxes.args.joint_epochs == 2
     positions = run("--model", "dd_vgg3")
     assert positions.parts.plan.domain == Domain.grid(2, 2) and positions.args.joint_epochs == 0
+    one_size = run("--model", "test_vit")
+    assert one_size.parts.plan.domain == Domain.full(4) and one_size.args.joint_epochs == 2
     paper = run("--model", "test_resnet", "--preset", "paper")
     assert paper.parts.plan.domain == Domain.grid(2, 2) and paper.args.joint_epochs == 0 and not paper.args.keep_momenta
     assert run("--model", "test_resnet", "--preset", "paper", "--joint-epochs", "3").args.joint_epochs == 3

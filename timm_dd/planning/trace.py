@@ -106,6 +106,7 @@ class Tracer(fx.Tracer):
         self._env: dict[fx.Node, Any] = {}
         self._evaluating = False
         self.decisions: list[Decision] = []
+        self.failed: str | None = None  # why sizes are not known
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
         return self._is_leaf(m) or modes.is_training_only(m) or super().is_leaf_module(m, qualified_name)
@@ -158,9 +159,7 @@ class Tracer(fx.Tracer):
         """What `ask` says of the node's value at the image's size; `otherwise` where that is not known."""
         self._evaluating = True
         try:
-            for n in self.graph.nodes:
-                if n not in self._env:
-                    self._env[n] = self._evaluate(n, self._env)
+            self._evaluate_all()
             value = self._env[node]
             if isinstance(value, torch.Tensor) and ask not in (len, torch.Tensor.dim):
                 raise TypeError(
@@ -175,6 +174,16 @@ class Tracer(fx.Tracer):
             self._evaluating = False
         self.decisions.append(Decision(node, ask, answer, _line()))
         return answer
+
+    def _evaluate_all(self) -> None:
+        for node in self.graph.nodes:
+            if node not in self._env:
+                try:
+                    self._env[node] = self._evaluate(node, self._env)
+                except Exception as e:
+                    if not isinstance(e, NotImplementedError) and "meta" not in str(e):  # it needs no values either
+                        self.failed = f"{node.meta['line']} fails: {headline(e)}"
+                    raise
 
     def other_decision(self, batch: int) -> Decision | None:
         """The first decision that is another one on a `batch` of images; None too where the model does not run."""
@@ -363,6 +372,9 @@ def _traced(model: nn.Module, is_leaf: Callable[[Any], bool], inputs: Inputs, ba
         raise
     except Exception as e:  # any code of the model runs here and may fail in its own way
         branches = isinstance(e, fx.proxy.TraceError)
+        if branches and tracer.failed is not None:
+            shape = "×".join(map(str, inputs.size))
+            raise SplitError(f"{type(model).__name__} does not run on images of {shape}: {tracer.failed}") from e
         remedy = "its forward must not branch on the values of tensors"
         other = "while it is traced, a tensor or a size computed from one is a symbol, which not all code takes"
         raise SplitError(

@@ -123,13 +123,14 @@ class Run:
         return self.place.cycle
 
     def _as_seen(self, config: dict | None) -> Parts:
-        """The parts on what they see; where no option says it, the recipe's view, or boxes if the network reads
-        positions."""
+        """The parts on what they see; where no option says it, the recipe's view, boxes if the network reads positions,
+        and whole images if it takes one size alone."""
+        whole = Domain.full(self.args.parts)
         if options.follows_recipe(self.args):
-            try:
-                return self._split(Domain.full(self.args.parts, scale=options.SCALE), config)
-            except SplitError:
-                pass
+            for domain in (replace(whole, scale=options.SCALE), console.domain(self.args)):
+                with suppress(SplitError):
+                    return self._split(domain, config)
+            return self._split(whole, config)
         return self._split(console.domain(self.args), config)
 
     def _whole(self, config: dict | None) -> Parts | None:
