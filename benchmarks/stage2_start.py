@@ -64,6 +64,9 @@ VARIANTS = {
     "distilled 0.5 from dnn": "--aggregate dnn --distill 0.5",
     "2 cycles": "--cycles 2",
     "2 cycles, reassigned": "--cycles 2 --reassign",
+    "2 cycles, momenta kept": "--cycles 2 --keep-momenta",
+    "2 cycles, reassigned, momenta kept": "--cycles 2 --reassign --keep-momenta",
+    "4 cycles, reassigned, momenta kept": "--cycles 4 --reassign --keep-momenta",
 }
 FIGURES = ("together", "joint", "composed", "updated", "first", "tuned")
 
