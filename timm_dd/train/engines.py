@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from ..errors import SplitError, TrainError, headline
 from ..surgery.packed import check_alike, pack
+from .updates.abreast import Abreast
 from .updates.capture import Captured, CudaGraph, has_graphs
-from .updates.learner import Learner, compiled, within_memory
+from .updates.learner import Learner, average_weights, compiled, within_memory
 
 TRIALS = 3  # updates of each engine, to choose by
 CAPTURE_AFTER = 3  # updates, in which convolutions choose their algorithms and optimizers make their states
@@ -70,6 +71,28 @@ class Engine:
         the same for all."""
         self.run([partial(z.backward, n.scaler.scale(gradient.to(z.dtype))) for n, z in zip(learners, logits)])
 
+    def update(
+        self, learners: Sequence[Learner], losses: Sequence[torch.Tensor], images: int, isolate_failures: bool = False
+    ) -> None:
+        """Take a step along the gradients of a batch, whose mean losses were `losses`."""
+        self.apply_gradients(learners, isolate_failures)
+        went_on = [(n, loss) for n, loss in zip(learners, losses) if n.failure is None]
+        self.note([n for n, _ in went_on], [loss for _, loss in went_on], images, isolate_failures)
+
+    def apply_gradients(self, learners: Sequence[Learner], isolate_failures: bool = False) -> None:
+        self.run([partial(n.guard, n.apply_gradients, isolate_failures) for n in learners])
+
+    def note(
+        self, learners: Sequence[Learner], losses: Sequence[torch.Tensor], images: int, isolate_failures: bool = False
+    ) -> None:
+        """An update has been taken."""
+        for n, loss in zip(learners, losses):
+            n.guard(partial(n.note, loss, images), isolate_failures)
+        self.average(learners)
+
+    def average(self, learners: Sequence[Learner]) -> None:
+        self.run([partial(average_weights, n) for n in learners])
+
     def __enter__(self) -> Engine:
         return self
 
@@ -94,7 +117,7 @@ class Threads(Engine):
 
 class Packed(Engine):
     """One forward and one backward pass for all, see `surgery.packed`; the losses are summed, so that each learner has
-    the gradients of its loss alone, and clips, scales and steps for itself.
+    the gradients of its loss alone; for what follows from these see `updates.abreast`.
 
     Args:
         instead: who goes on if that fails; without it the learners fail.
@@ -103,6 +126,7 @@ class Packed(Engine):
     def __init__(self, instead: Engine | None = None):
         self.instead, self.works, self.evaluates = instead, True, True
         self.learners: list[Learner] = []
+        self.abreast: Abreast | None = None
 
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
         if not self.works:
@@ -115,9 +139,7 @@ class Packed(Engine):
         except Exception as e:
             failure = e
         else:
-            for n, loss in zip(learners, losses):
-                n.guard(partial(n.update, loss, len(y)), isolate_failures)
-            return
+            return self.update(learners, losses, len(y), isolate_failures)
         if self.instead is None:
             for n in learners:
                 n.guard(partial(_raise, failure), isolate_failures)
@@ -132,7 +154,7 @@ class Packed(Engine):
         tqdm.write(f"not packed: {why}", sys.stdout)
         for n in self.learners:
             n.optimizer.zero_grad()
-        self.works, self.learners, self.packed, self.forward = False, [], None, None
+        self.works, self.learners, self.packed, self.forward, self.abreast = False, [], None, None, None
         gc.collect()  # graphs of torch.fx know their modules, and these them
 
     @torch.no_grad()
@@ -182,7 +204,7 @@ class Packed(Engine):
         if learners != self.learners:
             self.learners, self.packed = learners, pack([n.net for n in learners])
             self.packed.share_storage(n.net for n in learners)
-            self.forward = compiled(self.packed, learners[0].args)
+            self.forward, self.abreast = compiled(self.packed, learners[0].args), Abreast(learners, self.packed)
         self.packed.zero_grad()
 
     def logits(
@@ -197,6 +219,16 @@ class Packed(Engine):
     def backward(self, learners: Sequence[Learner], logits: Sequence[torch.Tensor], gradient: torch.Tensor) -> None:
         torch.autograd.backward(logits, [n.scaler.scale(gradient.to(z.dtype)) for n, z in zip(learners, logits)])
         self.packed.scatter_gradients(n.net for n in learners)
+
+    def apply_gradients(self, learners: Sequence[Learner], isolate_failures: bool = False) -> None:
+        if self.abreast is None:
+            return self.instead.apply_gradients(learners, isolate_failures)
+        self.abreast.apply_gradients(isolate_failures)
+
+    def average(self, learners: Sequence[Learner]) -> None:
+        if self.abreast is None or list(learners) != self.learners:  # some have failed
+            return super().average(learners)
+        self.abreast.average()
 
 
 class Streams(Engine):
@@ -251,10 +283,12 @@ class Graphed(Engine):
                 return self.by.step(learners, x, y, isolate_failures)
         with learners[0].random(learners[0].updates, 0):
             losses = self.captured(*given)
-        for n, loss in zip(learners, losses):
-            if not self._steps_inside(n):
-                n.apply_gradients()
-            n.note(loss, len(y))
+        if not self._steps_inside:
+            self.by.apply_gradients(learners)
+        self.note(learners, losses, len(y))
+
+    def average(self, learners: Sequence[Learner]) -> None:
+        self.by.average(learners)
 
     def _capture(self, given: Sequence[torch.Tensor]) -> None:
         try:
@@ -264,14 +298,13 @@ class Graphed(Engine):
 
     def _learn(self, y: torch.Tensor, *seen: torch.Tensor) -> Sequence[torch.Tensor]:
         losses = self.by.gradients(self.learners, seen, y)
-        for n in self.learners:
-            if self._steps_inside(n):
-                n.apply_gradients()
+        if self._steps_inside:
+            self.by.apply_gradients(self.learners)
         return losses
 
-    @staticmethod
-    def _steps_inside(learner: Learner) -> bool:
-        return bool(learner.optimizer.defaults.get("fused"))
+    @property
+    def _steps_inside(self) -> bool:
+        return all(n.optimizer.defaults.get("fused") for n in self.learners)
 
     def _may_capture(self) -> bool:
         """A batch in one piece, of one process."""

@@ -43,7 +43,7 @@ class Joint(Engine):
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
         gradients = partial(self.gradients, learners, [n.view(x) for n in learners], y)
         losses = gradients() if self.group else within_memory(learners, gradients, len(y))  # ranks halve no batch alone
-        self.by.run([partial(n.update, loss, len(y)) for n, loss in zip(learners, losses)])
+        self.update(learners, losses, len(y))
 
     def gradients(
         self, learners: Sequence[Learner], seen: Sequence[torch.Tensor], y: torch.Tensor
@@ -61,6 +61,12 @@ class Joint(Engine):
             self.by.backward(learners, logits, gradient)
             total += loss.detach()
         return [total] * len(learners)
+
+    def apply_gradients(self, learners: Sequence[Learner], isolate_failures: bool = False) -> None:
+        self.by.apply_gradients(learners, isolate_failures)
+
+    def average(self, learners: Sequence[Learner]) -> None:
+        self.by.average(learners)
 
     def _sum(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
         """Over all parts of all ranks; in float64, where the order of float32 numbers does not matter."""

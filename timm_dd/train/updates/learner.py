@@ -189,6 +189,7 @@ class Learner:
         """Take a step along the gradients of a batch, whose mean loss was `loss`."""
         self.apply_gradients()
         self.note(loss, images)
+        average_weights(self)
 
     def apply_gradients(self) -> None:
         if self.args.clip_grad is not None:
@@ -202,8 +203,6 @@ class Learner:
         """An update has been taken on a batch, whose mean loss was `loss`."""
         self.updates += 1
         average_statistics(self)
-        if self.ema is not None:
-            self.ema.update(self.net, step=self.updates)
         self.schedule.step_update(self.updates)
         self._total, self._images = self._total + loss * images, self._images + images
 
@@ -284,6 +283,12 @@ class Learner:
         self.scaler.load_state_dict(numbers["scaler"])
         self.seconds, self._images = numbers["seconds"], numbers["images"]
         self._total = tensors["total"].to(self.device)
+
+
+def average_weights(learner: Learner) -> None:
+    """Take what an update has made of the weights into their moving average."""
+    if learner.ema is not None:
+        learner.ema.update(learner.net, step=learner.updates)
 
 
 @torch.no_grad()
