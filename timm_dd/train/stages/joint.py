@@ -20,6 +20,7 @@ from ..epochs.loop import TrainingLoop
 from ..images import data
 from ..settings import options
 from ..updates import schedule
+from ..updates.layout import precise
 from ..updates.learner import Learner, within_memory
 from .context import Context, accuracy, learner_of, load_trained
 from .parts import finish_part
@@ -70,8 +71,7 @@ class Joint(Engine):
 
     def _sum(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
         """Over all parts of all ranks; in float64, where the order of float32 numbers does not matter."""
-        wide = torch.float32 if logits[0].device.type == "mps" else torch.float64  # of which it has none
-        total = torch.stack(list(logits)).to(wide).sum(0)
+        total = torch.stack(list(logits)).to(precise(logits[0].device)).sum(0)
         if self.group is not None:
             dist.all_reduce(total, group=self.group)
         return total.to(torch.promote_types(logits[0].dtype, torch.float32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 
 import torch
@@ -31,8 +31,11 @@ class Abreast:
     def __init__(self, learners: Sequence[Learner], packed: nn.Module):
         self.learners, self.packed = list(learners), packed
         self.stacked: Stacked | None = None
-        self.way = find_way(self.learners[0].optimizer, len(self.learners))
         self._averages = _averaged(self.learners)
+
+    @cached_property
+    def way(self) -> Way | None:
+        return find_way(self.learners[0].optimizer, len(self.learners))
 
     def apply_gradients(self, isolate_failures: bool) -> None:
         alone = None
