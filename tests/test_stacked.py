@@ -77,7 +77,7 @@ def test_one_optimizer_is_those_of_the_parts(given, tmp_path):
     by = Packed()
     expected, found = (learners(tmp_path, *given.split(), "--lr", "0.1") for _ in range(2))
     assert_same(train(Engine(), expected), train(by, found))
-    stacked = by.abreast.stacked
+    stacked = by.packs[0].abreast.stacked
     assert stacked is not None and stacked.holds and stacked.takes_rates
 
 
@@ -86,7 +86,7 @@ def test_what_one_optimizer_cannot_do_each_does_for_itself(given, tmp_path):
     by = Packed()
     expected, found = (learners(tmp_path, *given.split()) for _ in range(2))
     assert_same(train(Engine(), expected), train(by, found))
-    assert by.abreast.stacked is None or not by.abreast.stacked.takes_rates
+    assert by.packs[0].abreast.stacked is None or not by.packs[0].abreast.stacked.takes_rates
 
 
 @pytest.mark.parametrize("opt", ["momentum", "adamw", "lamb"])
@@ -109,7 +109,7 @@ def test_a_part_that_overflows_skips_its_step_alone(opt, tmp_path, monkeypatch):
         for p, q in zip(one.net.parameters(), other.net.parameters()):
             torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-5)
     assert found[0][1].scaler.get_scale() < 2.0**127
-    assert (by.abreast.stacked is not None) == (opt == "momentum")  # the others have counts of updates
+    assert (by.packs[0].abreast.stacked is not None) == (opt == "momentum")  # the others have counts of updates
 
 
 @pytest.mark.parametrize("given", ["--opt momentum --model-ema", "--opt adamw", "--opt lamb --clip-grad 0.1"])
@@ -146,7 +146,7 @@ def test_a_part_less(tmp_path):
         train(engine, some, 3)
         train(engine, [some[0], *some[2:]], 3)
     assert_same(expected, found)
-    assert len(by.abreast.stacked.own) == 3
+    assert len(by.packs[0].abreast.stacked.own) == 3
 
 
 class Operations(TorchDispatchMode):
@@ -170,7 +170,7 @@ def test_the_operations_are_those_of_one(given, tmp_path):
         train(by, some, 3)
         with Operations() as seen:
             by.apply_gradients(some)
-            by.abreast.average()
+            by.packs[0].abreast.average()
         counts.append(seen.found.total())
     assert counts[1] - counts[0] in ((2, 4) if "clip-grad 0.1" in given else (0,))
 

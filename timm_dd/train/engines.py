@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..errors import SplitError, TrainError, headline
-from ..surgery.packed import check_alike, pack
-from .updates.abreast import Abreast
+from ..errors import TrainError, headline
 from .updates.capture import Captured, CudaGraph, has_graphs
-from .updates.learner import Learner, average_weights, compiled, within_memory
+from .updates.learner import Learner, average_weights, within_memory
+from .updates.packs import Pack, groups
 
 TRIALS = 3  # updates of each engine, to choose by
 CAPTURE_AFTER = 3  # updates, in which convolutions choose their algorithms and optimizers make their states
@@ -116,8 +115,7 @@ class Threads(Engine):
 
 
 class Packed(Engine):
-    """One forward and one backward pass for all, see `surgery.packed`; the losses are summed, so that each learner has
-    the gradients of its loss alone; for what follows from these see `updates.abreast`.
+    """One forward and one backward pass for all that are alike, see `updates.packs`; groups of such take turns.
 
     Args:
         instead: who goes on if that fails; without it the learners fail.
@@ -126,7 +124,7 @@ class Packed(Engine):
     def __init__(self, instead: Engine | None = None):
         self.instead, self.works, self.evaluates = instead, True, True
         self.learners: list[Learner] = []
-        self.abreast: Abreast | None = None
+        self.packs: list[Pack] = []
 
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
         if not self.works:
@@ -134,8 +132,6 @@ class Packed(Engine):
         gradients = partial(self.gradients, learners, [n.view(x) for n in learners], y)
         try:
             losses = gradients() if self.instead else within_memory(learners, gradients, len(y))
-        except SplitError:  # not alike: the same for every batch
-            raise
         except Exception as e:
             failure = e
         else:
@@ -154,81 +150,67 @@ class Packed(Engine):
         tqdm.write(f"not packed: {why}", sys.stdout)
         for n in self.learners:
             n.optimizer.zero_grad()
-        self.works, self.learners, self.packed, self.forward, self.abreast = False, [], None, None, None
+        self.works, self.learners, self.packs = False, [], []
         gc.collect()  # graphs of torch.fx know their modules, and these them
 
     @torch.no_grad()
     def scores(self, learners: Sequence[Learner], x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Packed too, but for averages of the weights, which are not, and views of several sizes."""
+        """Packed too, but for averages of the weights, which are not."""
         if not self.works:
             return self.instead.scores(learners, x)
-        seen = [n.sight.evaluating(x) for n in learners]
-        alike = len({t.shape for t in seen}) == 1 and all(n.ema is None for n in learners)
-        if not alike or not self.evaluates:
+        if any(n.ema is not None for n in learners) or not self.evaluates:
             return super().scores(learners, x)
         try:
-            return self._evaluated(learners, seen)
+            return self._in_turn(learners, [n.sight.evaluating(x) for n in learners], Pack.scores)
         except Exception as e:
             why = headline(e)
         tqdm.write(f"evaluated one after another: {why}", sys.stdout)
         self.evaluates = False
         return super().scores(learners, x)
 
-    def _evaluated(self, learners: Sequence[Learner], seen: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        self._pack(list(learners))
-        self.packed.eval()
-        try:
-            with learners[0].autocast():
-                return self.forward(torch.stack(list(seen))).float().unbind()
-        finally:
-            self.packed.train()
+    def _in_turn(
+        self, learners: Sequence[Learner], given: Sequence[Any], work: Callable[[Pack, list], Sequence[Any]]
+    ) -> list:
+        """`work` of each pack, on what is `given` to its learners; in the order of the learners."""
+        learners = list(learners)
+        if learners != self.learners:
+            self.packs = []
+            self.learners, self.packs = learners, [Pack(alike) for alike in groups(learners)]
+        place, results = {id(n): i for i, n in enumerate(learners)}, [None] * len(learners)
+        for pack in self.packs:
+            at = [place[id(n)] for n in pack.learners]
+            for i, result in zip(at, work(pack, [given[i] for i in at])):
+                results[i] = result
+        return results
 
     def gradients(
         self, learners: Sequence[Learner], seen: Sequence[torch.Tensor], y: torch.Tensor
     ) -> Sequence[torch.Tensor]:
         if not self.works:
             return self.instead.gradients(learners, seen, y)
-        first = learners[0]
-        total = torch.zeros(len(learners), device=first.device)
-        for i, (y_i, *seen_i) in enumerate(first.chunks(y, *seen)):
-            logits = self.logits(learners, seen_i, i)
-            with first.autocast():
-                losses = [n.criterion(z, y_i) * (len(y_i) / len(y)) for n, z in zip(learners, logits)]
-            sum(n.scaler.scale(loss) for n, loss in zip(learners, losses)).backward()
-            total += torch.stack(losses).detach()
-        self.packed.scatter_gradients(n.net for n in learners)
-        return total.unbind()
-
-    def _pack(self, learners: list[Learner]) -> None:
-        """Make the learners one network, whose gradients are zero."""
-        if learners != self.learners:
-            self.learners, self.packed = learners, pack([n.net for n in learners])
-            self.packed.share_storage(n.net for n in learners)
-            self.forward, self.abreast = compiled(self.packed, learners[0].args), Abreast(learners, self.packed)
-        self.packed.zero_grad()
+        return self._in_turn(learners, seen, lambda pack, own: pack.gradients(own, y))
 
     def logits(
         self, learners: Sequence[Learner], seen: Sequence[torch.Tensor], micro_batch: int
     ) -> Sequence[torch.Tensor]:
-        first = learners[0]
-        if micro_batch == 0:
-            self._pack(list(learners))
-        with first.random(first.updates, micro_batch), first.autocast():
-            return self.forward(torch.stack(list(seen))).unbind()
+        return self._in_turn(learners, seen, lambda pack, own: pack.logits(own, micro_batch))
 
     def backward(self, learners: Sequence[Learner], logits: Sequence[torch.Tensor], gradient: torch.Tensor) -> None:
         torch.autograd.backward(logits, [n.scaler.scale(gradient.to(z.dtype)) for n, z in zip(learners, logits)])
-        self.packed.scatter_gradients(n.net for n in learners)
+        for pack in self.packs:
+            pack.scatter_gradients()
 
     def apply_gradients(self, learners: Sequence[Learner], isolate_failures: bool = False) -> None:
-        if self.abreast is None:
+        if not self.works:
             return self.instead.apply_gradients(learners, isolate_failures)
-        self.abreast.apply_gradients(isolate_failures)
+        for pack in self.packs:
+            pack.abreast.apply_gradients(isolate_failures)
 
     def average(self, learners: Sequence[Learner]) -> None:
-        if self.abreast is None or list(learners) != self.learners:  # some have failed
+        if not self.works or list(learners) != self.learners:  # some have failed
             return super().average(learners)
-        self.abreast.average()
+        for pack in self.packs:
+            pack.abreast.average()
 
 
 class Streams(Engine):
@@ -403,15 +385,8 @@ def engine_of_one(name: str, device: torch.device) -> Engine:
 
 def _graphs(learners: Sequence[Learner], device: torch.device, around: Callable[[Engine], Engine]) -> list[Engine]:
     apart = around(Streams(len(learners), device)) if len(learners) > 1 else around(Engine())
-    return [Graphed(apart), *([Graphed(around(Packed(instead=apart)))] if _alike(learners) else [])]
-
-
-def _alike(learners: Sequence[Learner]) -> bool:
-    try:
-        check_alike([n.net for n in learners])
-    except SplitError:
-        return False
-    return len(learners) > 1
+    some_are_alike = len(groups(learners)) < len(learners)
+    return [Graphed(apart), *([Graphed(around(Packed(instead=apart)))] if some_are_alike else [])]
 
 
 def _raise(error: Exception) -> None:

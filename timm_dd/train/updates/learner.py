@@ -69,6 +69,11 @@ class Sight:
         self.own, self.args, self.seed, self.layout = own, args, seed, layout
         self.draws: Sequence[View | Box | None] = (own,)
 
+    @property
+    def sizes(self) -> tuple[tuple[int, ...] | None, ...]:
+        """Pixels of what it may see; None for all of the batch."""
+        return tuple(v.size if isinstance(v, View) else v and v.extent for v in (self.own, *self.draws))
+
     def evaluating(self, x: torch.Tensor) -> torch.Tensor:
         return self._of(x, self.own)
 
