@@ -89,21 +89,25 @@ def test_what_one_optimizer_cannot_do_each_does_for_itself(given, tmp_path):
     assert by.packs[0].abreast.stacked is None or not by.packs[0].abreast.stacked.takes_rates
 
 
+@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("opt", ["momentum", "adamw", "lamb"])
-def test_a_part_that_overflows_skips_its_step_alone(opt, tmp_path, monkeypatch):
-    """Until its scale is small enough; each part has its own."""
+def test_a_part_that_overflows_skips_its_step_alone(opt, first, tmp_path, monkeypatch):
+    """Until its scale is small enough; each part has its own. In the first update, or later."""
     found = []
     monkeypatch.setattr(optimizers, "scales", lambda args: True)
     for by in (Engine(), Packed()):
         some = learners(tmp_path, "--opt", opt, "--clip-grad", "1", dtype=torch.float32)
         for k, n in enumerate(some):
             n.criterion = lambda z, y, of=n.criterion: 8 * of(z, y)
-            n.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (127 if k == 1 else 8))
+            n.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (127 if k == 1 and first else 8))
+        if not first:
+            train(by, some, 3, torch.float32)
+            some[1].scaler.update(2.0**127)
         before = [p.clone() for n in some for p in n.net.parameters()]
         train(by, some, 1, torch.float32)
         same = [torch.equal(p, q) for p, q in zip(before, (p for n in some for p in n.net.parameters()))]
         assert same == [k == 1 for k, n in enumerate(some) for _ in n.net.parameters()]
-        found.append(train(by, some, 8, torch.float32))
+        found.append(train(by, some, 4, torch.float32))
     for one, other in zip(*found):
         assert one.scaler.state_dict() == other.scaler.state_dict()
         for p, q in zip(one.net.parameters(), other.net.parameters()):
