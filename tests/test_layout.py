@@ -45,7 +45,17 @@ ROOMS = {
     "train.settings": ["views", "flags", "config", "checks", "options"],
     "train.images": ["workers", "readable", "data", "decoded", "resident"],
     "train.ranks": ["world", "meeting", "sharing", "dealing"],
-    "train.updates": ["capture", "optimizers", "layout", "metrics", "schedule", "learner"],
+    "train.updates": [
+        "capture",
+        "optimizers",
+        "stacked",
+        "layout",
+        "metrics",
+        "schedule",
+        "learner",
+        "abreast",
+        "packs",
+    ],
     "train.epochs": ["checkpoints", "trackers", "progress", "loop"],
     "train.stages": (
         "folder arrived initial composed momenta distill context parts joint coarse together tuned baseline summary"

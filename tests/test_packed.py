@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_dd
 from timm_dd import Domain
+from timm_dd.algebra.view import Box
 from timm_dd.planning.rules import laws
 from timm_dd.planning.rules.op import RULES
 from timm_dd.surgery.packed import pack
@@ -20,6 +21,7 @@ from timm_dd.train.engines import Auto, Engine, Packed, Threads, engine
 from timm_dd.train.settings import options
 from timm_dd.train.stages.joint import Joint
 from timm_dd.train.updates.learner import Learner
+from timm_dd.train.updates.packs import groups
 
 CPU = torch.device("cpu")
 QUICK = ["resnet18", "convnext_atto", "mobilenetv3_small_100"]
@@ -396,11 +398,44 @@ def test_a_part_that_diverges_leaves_the_others(tmp_path):
         assert (n.failure is None) == ok
 
 
-def test_parts_that_cannot_be_packed_say_so(tmp_path):
-    some = learners(tmp_path, parts=3)
-    for x, y in batches(1):
-        with pytest.raises(timm_dd.SplitError, match="train the parts one after another"):
-            Packed().step(some, x, y, isolate_failures=True)
+UNEQUAL = {
+    "K does not divide the width": (3, Domain.full(3), [[0, 1], [2]]),
+    "boxes of several sizes": (4, Domain.custom([Box((0, 0), (e, 32)) for e in (24, 20, 24, 20)]), [[0, 2], [1, 3]]),
+    "type B": (5, Domain.type_b(2), [[0, 1, 2], [3, 4]]),
+    "both": (6, Domain.custom([Box((0, 0), (e, 32)) for e in (24, 20, 24, 24, 20, 20)]), [[0], [1], [2, 3], [4, 5]]),
+}
+
+
+@pytest.mark.parametrize("model", ["eight channels", "test_efficientnet"])
+@pytest.mark.parametrize("parts, domain, expected", UNEQUAL.values(), ids=UNEQUAL)
+def test_unequal_parts_are_packed_in_groups(model, parts, domain, expected, tmp_path):
+    """Of equal ones: values are those of the parts alone, in training and in evaluation."""
+    found = []
+    for by in (Engine(), Packed(), Joint(Packed())):
+        torch.manual_seed(3)
+        if model == "eight channels":
+            split = timm_dd.split(
+                Around(lambda x: x.relu()), parts, example_input=torch.empty(1, 3, 32, 32), domain=domain
+            )
+        else:
+            split = timm_dd.split(model, parts, seed=3, img_size=32, num_classes=10, domain=domain)
+        still(split)
+        args, see = options.parse([*RUN, "--opt", "momentum"]), split.plan.boxes()
+        see = [None] * parts if isinstance(by, Joint) else see
+        some = [Learner(f"{k}", p, see[k], args, CPU, 5, 16, k, tmp_path) for k, p in enumerate(split.double())]
+        for x, y in batches(3):
+            by.step(some, x, y, isolate_failures=False)
+        for n in some:
+            n.model.eval()
+        found.append((some, by.scores(some, x), [n.logits(x) for n in some]))
+    (own, scores, _), (packed, theirs, _), (_, summed, alone) = found
+    for n, other, one, two in zip(own, packed, scores, theirs):
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
+        for key, t in n.state()[0].items():
+            torch.testing.assert_close(other.state()[0][key], t, rtol=1e-6, atol=1e-8, msg=key)
+    torch.testing.assert_close(summed[0], sum(alone), rtol=1e-5, atol=1e-6)
+    if model == "eight channels":
+        assert [[int(n.name) for n in group] for group in groups(own)] == expected
 
 
 def test_auto_takes_the_fastest(tmp_path):
@@ -473,7 +508,7 @@ def test_who_goes_on_has_the_memory_of_what_failed(tmp_path, capsys):
     def fails(*args):
         gradients(*args)
         graph = torch.ones(2, requires_grad=True) * 2
-        left.extend([weakref.ref(by.packed), weakref.ref(graph)])
+        left.extend([weakref.ref(by.packs[0].packed), weakref.ref(graph)])
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     by.gradients = fails

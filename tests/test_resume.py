@@ -153,18 +153,18 @@ def test_a_part_that_fails_does_not_stop_the_others(one, tmp_path, monkeypatch, 
 
 def test_a_part_that_fails_while_packed(tmp_path, monkeypatch, capsys):
     """The others finish; and it goes on from its checkpoint."""
-    update = Learner.update
+    note = Learner.note
 
     def fail(self, *args):
         if self.name == "part 1" and self.updates == 5:
             raise RuntimeError("out of luck")
-        update(self, *args)
+        note(self, *args)
 
     arguments = [*RUN, "--parts", "4", "--output", str(tmp_path), "--experiment", "run", "--engine", "packed"]
-    monkeypatch.setattr(Learner, "update", fail)
+    monkeypatch.setattr(Learner, "note", fail)
     assert main(["train", *arguments]) == 1
     assert "part 1 failed (out of luck); 3 of 4 parts are done" in capsys.readouterr().err
-    monkeypatch.setattr(Learner, "update", update)
+    monkeypatch.setattr(Learner, "note", note)
     assert main(["train", *arguments, "--resume"]) == 0
     assert "part 1: loss" in capsys.readouterr().out
 

@@ -10,6 +10,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,13 @@ __all__ = [
     "TorchDispatchMode",
     "WeightNorm",
     "end_with_parent",
+    "foreach_copy_",
+    "foreach_lerp_",
+    "foreach_mul_",
+    "foreach_norm",
+    "has_vmap_rule",
     "let_einops_take",
+    "overflows",
     "register_pytree_node",
     "storage_key",
     "timm_config",
@@ -48,6 +56,26 @@ __all__ = [
 
 Convolution = _ConvNd  # what all convolutions of torch.nn are
 WeightNorm = _WeightNorm  # what torch.nn.utils.parametrizations.weight_norm registers
+
+# Of lists of tensors, in one launch.
+foreach_copy_, foreach_lerp_ = torch._foreach_copy_, torch._foreach_lerp_
+foreach_mul_, foreach_norm = torch._foreach_mul_, torch._foreach_norm
+
+
+@cache
+def has_vmap_rule(name: str) -> bool:
+    """Whether vmap knows an operation, of whatever arguments; what it does not know is done slice after slice."""
+    operation = getattr(torch.ops.aten, name, None)
+    names = [f"aten::{name}{'' if o == 'default' else f'.{o}'}" for o in operation.overloads()] if operation else []
+    with suppress(RuntimeError):  # of TorchScript alone
+        return any(torch._C._dispatch_has_kernel_for_dispatch_key(n, "FuncTorchBatched") for n in names)
+    return False
+
+
+def overflows(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """Whether gradients that `scaler` has unscaled are not finite: not 0, on their device."""
+    (found,) = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+    return found
 
 
 def tree_knows(kind: type) -> bool:

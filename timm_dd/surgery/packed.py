@@ -305,6 +305,12 @@ def check_alike(parts: Sequence[fx.GraphModule]) -> None:
                 )
 
 
+def alike(parts: Sequence[fx.GraphModule]) -> list[int]:
+    """For each of `parts` the first that it can be packed with."""
+    numbers = [list(_numbers(part)) for part in parts]
+    return [numbers.index(own) for own in numbers]
+
+
 def _numbers(part: fx.GraphModule) -> Iterator[tuple[str, Any]]:
     """All that may differ between parts of one network: shapes, attributes of modules, arguments of nodes."""
     for name, t in _tensors(part):

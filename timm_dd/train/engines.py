@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..errors import SplitError, TrainError, headline
-from ..surgery.packed import check_alike, pack
+from ..errors import TrainError, headline
 from .updates.capture import Captured, CudaGraph, has_graphs
-from .updates.learner import Learner, compiled, within_memory
+from .updates.learner import Learner, average_weights, within_memory
+from .updates.packs import Pack, groups
 
 TRIALS = 3  # updates of each engine, to choose by
 CAPTURE_AFTER = 3  # updates, in which convolutions choose their algorithms and optimizers make their states
@@ -70,6 +70,28 @@ class Engine:
         the same for all."""
         self.run([partial(z.backward, n.scaler.scale(gradient.to(z.dtype))) for n, z in zip(learners, logits)])
 
+    def update(
+        self, learners: Sequence[Learner], losses: Sequence[torch.Tensor], images: int, isolate_failures: bool = False
+    ) -> None:
+        """Take a step along the gradients of a batch, whose mean losses were `losses`."""
+        self.apply_gradients(learners, isolate_failures)
+        went_on = [(n, loss) for n, loss in zip(learners, losses) if n.failure is None]
+        self.note([n for n, _ in went_on], [loss for _, loss in went_on], images, isolate_failures)
+
+    def apply_gradients(self, learners: Sequence[Learner], isolate_failures: bool = False) -> None:
+        self.run([partial(n.guard, n.apply_gradients, isolate_failures) for n in learners])
+
+    def note(
+        self, learners: Sequence[Learner], losses: Sequence[torch.Tensor], images: int, isolate_failures: bool = False
+    ) -> None:
+        """An update has been taken."""
+        for n, loss in zip(learners, losses):
+            n.guard(partial(n.note, loss, images), isolate_failures)
+        self.average(learners)
+
+    def average(self, learners: Sequence[Learner]) -> None:
+        self.run([partial(average_weights, n) for n in learners])
+
     def __enter__(self) -> Engine:
         return self
 
@@ -93,8 +115,7 @@ class Threads(Engine):
 
 
 class Packed(Engine):
-    """One forward and one backward pass for all, see `surgery.packed`; the losses are summed, so that each learner has
-    the gradients of its loss alone, and clips, scales and steps for itself.
+    """One forward and one backward pass for all that are alike, see `updates.packs`; groups of such take turns.
 
     Args:
         instead: who goes on if that fails; without it the learners fail.
@@ -103,6 +124,7 @@ class Packed(Engine):
     def __init__(self, instead: Engine | None = None):
         self.instead, self.works, self.evaluates = instead, True, True
         self.learners: list[Learner] = []
+        self.packs: list[Pack] = []
 
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
         if not self.works:
@@ -110,14 +132,10 @@ class Packed(Engine):
         gradients = partial(self.gradients, learners, [n.view(x) for n in learners], y)
         try:
             losses = gradients() if self.instead else within_memory(learners, gradients, len(y))
-        except SplitError:  # not alike: the same for every batch
-            raise
         except Exception as e:
             failure = e
         else:
-            for n, loss in zip(learners, losses):
-                n.guard(partial(n.update, loss, len(y)), isolate_failures)
-            return
+            return self.update(learners, losses, len(y), isolate_failures)
         if self.instead is None:
             for n in learners:
                 n.guard(partial(_raise, failure), isolate_failures)
@@ -132,71 +150,67 @@ class Packed(Engine):
         tqdm.write(f"not packed: {why}", sys.stdout)
         for n in self.learners:
             n.optimizer.zero_grad()
-        self.works, self.learners, self.packed, self.forward = False, [], None, None
+        self.works, self.learners, self.packs = False, [], []
         gc.collect()  # graphs of torch.fx know their modules, and these them
 
     @torch.no_grad()
     def scores(self, learners: Sequence[Learner], x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Packed too, but for averages of the weights, which are not, and views of several sizes."""
+        """Packed too, but for averages of the weights, which are not."""
         if not self.works:
             return self.instead.scores(learners, x)
-        seen = [n.sight.evaluating(x) for n in learners]
-        alike = len({t.shape for t in seen}) == 1 and all(n.ema is None for n in learners)
-        if not alike or not self.evaluates:
+        if any(n.ema is not None for n in learners) or not self.evaluates:
             return super().scores(learners, x)
         try:
-            return self._evaluated(learners, seen)
+            return self._in_turn(learners, [n.sight.evaluating(x) for n in learners], Pack.scores)
         except Exception as e:
             why = headline(e)
         tqdm.write(f"evaluated one after another: {why}", sys.stdout)
         self.evaluates = False
         return super().scores(learners, x)
 
-    def _evaluated(self, learners: Sequence[Learner], seen: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        self._pack(list(learners))
-        self.packed.eval()
-        try:
-            with learners[0].autocast():
-                return self.forward(torch.stack(list(seen))).float().unbind()
-        finally:
-            self.packed.train()
+    def _in_turn(
+        self, learners: Sequence[Learner], given: Sequence[Any], work: Callable[[Pack, list], Sequence[Any]]
+    ) -> list:
+        """`work` of each pack, on what is `given` to its learners; in the order of the learners."""
+        learners = list(learners)
+        if learners != self.learners:
+            self.packs = []
+            self.learners, self.packs = learners, [Pack(alike) for alike in groups(learners)]
+        place, results = {id(n): i for i, n in enumerate(learners)}, [None] * len(learners)
+        for pack in self.packs:
+            at = [place[id(n)] for n in pack.learners]
+            for i, result in zip(at, work(pack, [given[i] for i in at])):
+                results[i] = result
+        return results
 
     def gradients(
         self, learners: Sequence[Learner], seen: Sequence[torch.Tensor], y: torch.Tensor
     ) -> Sequence[torch.Tensor]:
         if not self.works:
             return self.instead.gradients(learners, seen, y)
-        first = learners[0]
-        total = torch.zeros(len(learners), device=first.device)
-        for i, (y_i, *seen_i) in enumerate(first.chunks(y, *seen)):
-            logits = self.logits(learners, seen_i, i)
-            with first.autocast():
-                losses = [n.criterion(z, y_i) * (len(y_i) / len(y)) for n, z in zip(learners, logits)]
-            sum(n.scaler.scale(loss) for n, loss in zip(learners, losses)).backward()
-            total += torch.stack(losses).detach()
-        self.packed.scatter_gradients(n.net for n in learners)
-        return total.unbind()
-
-    def _pack(self, learners: list[Learner]) -> None:
-        """Make the learners one network, whose gradients are zero."""
-        if learners != self.learners:
-            self.learners, self.packed = learners, pack([n.net for n in learners])
-            self.packed.share_storage(n.net for n in learners)
-            self.forward = compiled(self.packed, learners[0].args)
-        self.packed.zero_grad()
+        return self._in_turn(learners, seen, lambda pack, own: pack.gradients(own, y))
 
     def logits(
         self, learners: Sequence[Learner], seen: Sequence[torch.Tensor], micro_batch: int
     ) -> Sequence[torch.Tensor]:
-        first = learners[0]
-        if micro_batch == 0:
-            self._pack(list(learners))
-        with first.random(first.updates, micro_batch), first.autocast():
-            return self.forward(torch.stack(list(seen))).unbind()
+        return self._in_turn(learners, seen, lambda pack, own: pack.logits(own, micro_batch))
 
     def backward(self, learners: Sequence[Learner], logits: Sequence[torch.Tensor], gradient: torch.Tensor) -> None:
         torch.autograd.backward(logits, [n.scaler.scale(gradient.to(z.dtype)) for n, z in zip(learners, logits)])
-        self.packed.scatter_gradients(n.net for n in learners)
+        for pack in self.packs:
+            pack.scatter_gradients()
+
+    def apply_gradients(self, learners: Sequence[Learner], isolate_failures: bool = False) -> None:
+        if not self.works:
+            return self.instead.apply_gradients(learners, isolate_failures)
+        for pack in self.packs:
+            pack.abreast.apply_gradients(isolate_failures)
+
+    def average(self, learners: Sequence[Learner]) -> None:
+        if not self.works or list(learners) != self.learners:  # some have failed
+            return super().average(learners)
+        for pack in self.packs:
+            pack.abreast.average()
 
 
 class Streams(Engine):
@@ -251,10 +265,12 @@ class Graphed(Engine):
                 return self.by.step(learners, x, y, isolate_failures)
         with learners[0].random(learners[0].updates, 0):
             losses = self.captured(*given)
-        for n, loss in zip(learners, losses):
-            if not self._steps_inside(n):
-                n.apply_gradients()
-            n.note(loss, len(y))
+        if not self._steps_inside:
+            self.by.apply_gradients(learners)
+        self.note(learners, losses, len(y))
+
+    def average(self, learners: Sequence[Learner]) -> None:
+        self.by.average(learners)
 
     def _capture(self, given: Sequence[torch.Tensor]) -> None:
         try:
@@ -264,14 +280,13 @@ class Graphed(Engine):
 
     def _learn(self, y: torch.Tensor, *seen: torch.Tensor) -> Sequence[torch.Tensor]:
         losses = self.by.gradients(self.learners, seen, y)
-        for n in self.learners:
-            if self._steps_inside(n):
-                n.apply_gradients()
+        if self._steps_inside:
+            self.by.apply_gradients(self.learners)
         return losses
 
-    @staticmethod
-    def _steps_inside(learner: Learner) -> bool:
-        return bool(learner.optimizer.defaults.get("fused"))
+    @property
+    def _steps_inside(self) -> bool:
+        return all(n.optimizer.defaults.get("fused") for n in self.learners)
 
     def _may_capture(self) -> bool:
         """A batch in one piece, of one process."""
@@ -370,15 +385,8 @@ def engine_of_one(name: str, device: torch.device) -> Engine:
 
 def _graphs(learners: Sequence[Learner], device: torch.device, around: Callable[[Engine], Engine]) -> list[Engine]:
     apart = around(Streams(len(learners), device)) if len(learners) > 1 else around(Engine())
-    return [Graphed(apart), *([Graphed(around(Packed(instead=apart)))] if _alike(learners) else [])]
-
-
-def _alike(learners: Sequence[Learner]) -> bool:
-    try:
-        check_alike([n.net for n in learners])
-    except SplitError:
-        return False
-    return len(learners) > 1
+    some_are_alike = len(groups(learners)) < len(learners)
+    return [Graphed(apart), *([Graphed(around(Packed(instead=apart)))] if some_are_alike else [])]
 
 
 def _raise(error: Exception) -> None:

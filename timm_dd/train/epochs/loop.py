@@ -22,6 +22,7 @@ from ...storage.atomic import replacing
 from ...text import duration
 from ..engines import Engine
 from ..images.data import begin_epoch
+from ..updates.layout import precise
 from ..updates.learner import Learner
 from .checkpoints import CheckpointTimer, save
 from .progress import Progress
@@ -211,24 +212,23 @@ def measure(
     """Top-1 and top-5 accuracies in %, and the cross entropy, of each learner on its view; with `together` also of the
     sum of their logits, last.
 
-    What is `shared` by the ranks of a process group, each of them counts its share of, each image once.
+    What is `shared` by the ranks of a process group, each of them counts its share of, each image once. The sums stay
+    on the device until all is counted.
     """
     for learner in learners:
         learner.model.eval()
     shared = shared and dist.is_initialized()
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if shared else (1, 0)
-    total, seen = len(loader.dataset), 0
-    sums = torch.zeros(len(learners) + together, 3, dtype=torch.float64)
+    total, device = len(loader.dataset), learners[0].device
+    left = -(-(total - rank) // ranks)  # of this rank's images; the sampler pads with repeats
+    sums = torch.zeros(len(learners) + together, 3, dtype=precise(device), device=device)
     for x, y in loader:
-        mine = (torch.arange(seen, seen + len(y)) * ranks + rank < total).to(y.device)  # the sampler pads with repeats
-        seen += len(y)
         outputs = engine.scores(learners, x)
-        for i, logits in enumerate([*outputs, sum(outputs)] if together else outputs):
-            sums[i] += _sums(logits[mine], y[mine])
+        mine, left = min(len(y), left), max(left - len(y), 0)
+        sums += torch.stack([_sums(z[:mine], y[:mine]) for z in ([*outputs, sum(outputs)] if together else outputs)])
         if timer is not None and timer.due:
             timer.keep(learners)
     if shared:
-        sums = sums.to(learners[0].device)
         dist.all_reduce(sums)
     return [{"top1": 100 * a / total, "top5": 100 * b / total, "loss": c / total} for a, b, c in sums.tolist()]
 
@@ -237,4 +237,4 @@ def _sums(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Images whose class is the first, or among the first five, and the cross entropy of all."""
     five = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
     loss = F.cross_entropy(logits, y, reduction="sum")
-    return torch.stack([n.cpu().double() for n in ((logits.argmax(1) == y).sum(), five.any(1).sum(), loss)])
+    return torch.stack([n.to(precise(y.device)) for n in ((logits.argmax(1) == y).sum(), five.any(1).sum(), loss)])

@@ -351,12 +351,6 @@ def _composed(g) -> None:
         help="of the learning rate, for the weights between the blocks while the composed model is fine-tuned",
     )
     g.add_argument(
-        "--fold-norms",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="before fine-tuning, fold the parts' statistics into the composed model's LayerNorms",
-    )
-    g.add_argument(
         "--refit-head",
         action=argparse.BooleanOptionalAction,
         default=False,

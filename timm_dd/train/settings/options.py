@@ -29,7 +29,7 @@ SECOND_LEVEL = ("aggregate", "coarse_dropout", "coarse_epochs", "coarse_folds", 
 TOGETHER_TOO = ("coarse_dropout", "coarse_widths")
 SHARED = ("dist_bn", "sync_bn")  # of networks that ranks share
 COMPOSED = (  # nothing to parts and baseline
-    "calibrate", "distill", "fold_norms", "keep_momenta", "off_diagonal_lr", "off_diagonal_noise", "refit_head",
+    "calibrate", "distill", "keep_momenta", "off_diagonal_lr", "off_diagonal_noise", "refit_head",
     "tune_rate", "update_bn",
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ from ..epochs.loop import TrainingLoop
 from ..images import data
 from ..settings import options
 from ..updates import schedule
+from ..updates.layout import precise
 from ..updates.learner import Learner, within_memory
 from .context import Context, accuracy, learner_of, load_trained
 from .parts import finish_part
@@ -43,7 +44,7 @@ class Joint(Engine):
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
         gradients = partial(self.gradients, learners, [n.view(x) for n in learners], y)
         losses = gradients() if self.group else within_memory(learners, gradients, len(y))  # ranks halve no batch alone
-        self.by.run([partial(n.update, loss, len(y)) for n, loss in zip(learners, losses)])
+        self.update(learners, losses, len(y))
 
     def gradients(
         self, learners: Sequence[Learner], seen: Sequence[torch.Tensor], y: torch.Tensor
@@ -62,10 +63,15 @@ class Joint(Engine):
             total += loss.detach()
         return [total] * len(learners)
 
+    def apply_gradients(self, learners: Sequence[Learner], isolate_failures: bool = False) -> None:
+        self.by.apply_gradients(learners, isolate_failures)
+
+    def average(self, learners: Sequence[Learner]) -> None:
+        self.by.average(learners)
+
     def _sum(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
         """Over all parts of all ranks; in float64, where the order of float32 numbers does not matter."""
-        wide = torch.float32 if logits[0].device.type == "mps" else torch.float64  # of which it has none
-        total = torch.stack(list(logits)).to(wide).sum(0)
+        total = torch.stack(list(logits)).to(precise(logits[0].device)).sum(0)
         if self.group is not None:
             dist.all_reduce(total, group=self.group)
         return total.to(torch.promote_types(logits[0].dtype, torch.float32))

@@ -30,7 +30,6 @@ from .composed import add_noise, between, calibrate, rate_between, refit_head, s
 from .context import Context, fit, global_learner, last_top5, load_trained, part_learner, save_global, shared_loaders
 from .distill import distilled
 from .momenta import carry
-from .norms import fold_statistics
 
 
 def tune(run: Context) -> tuple[dict[str, Any], dict[str, float | None], dict[str, float]]:
@@ -90,7 +89,6 @@ def _prepare(run: Context, learner: Learner, plan: Plan, loader, args: argparse.
     if re_estimate:
         update_bn(some(loader), learner.model, run.device)
         average_statistics(learner)
-    folded = args.fold_norms and fold_statistics(net, plan, loader, run.device)
     if args.refit_head:
         refit_head(net, plan, loader, run.device)
     calibrate(net, plan, args.calibrate, loader, run.device)
@@ -98,4 +96,4 @@ def _prepare(run: Context, learner: Learner, plan: Plan, loader, args: argparse.
         carry(learner, plan, run.folder.trained, run.parts[0], run.states)
     if learner.ema is not None:
         learner.ema.set(net)
-    return re_estimate or bool(args.off_diagonal_noise) or args.refit_head or bool(folded)
+    return re_estimate or bool(args.off_diagonal_noise) or args.refit_head

@@ -61,7 +61,9 @@ class Captured:
     ):
         self._graph, self._given = graph, [t.clone() for t in given]
         self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self._rates = [torch.empty((), device=given[0].device) for _ in self._groups]
+        self._alike = self._pattern()
+        rates = [torch.empty((), device=given[0].device) for _ in self._groups]
+        self._rates = [rates[i] for i in self._alike]
         self._held = [group["params"][0] for group in self._groups]
         self._places = [p.data_ptr() for p in self._held]
         with self._rates_in_place():
@@ -81,10 +83,18 @@ class Captured:
     def takes(self, given: Sequence[torch.Tensor]) -> bool:
         return all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(self._given, given))
 
+    def _pattern(self) -> list[int]:
+        """For each learning rate the first that is the same: what is the same has one tensor."""
+        rates = [group["lr"] for group in self._groups]
+        return [rates.index(rate) for rate in rates]
+
     @property
     def moved(self) -> bool:
-        """Whether the weights have another place in memory, as when somebody packs them."""
-        return any(p.data_ptr() != place for p, place in zip(self._held, self._places))
+        """Whether the weights have another place in memory, as when somebody packs them, or learning rates that were
+        the same are no longer."""
+        return self._pattern() != self._alike or any(
+            p.data_ptr() != place for p, place in zip(self._held, self._places)
+        )
 
     def __call__(self, *given: torch.Tensor) -> Any:
         for mine, t in zip(self._given, given):

@@ -1,4 +1,4 @@
-"""The memory layout that a network is trained in: ``--channels-last``, where its kernels can be trusted."""
+"""What devices can be trusted with: the memory layout of a network in training (``--channels-last``), and float64."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import torch
 from torch import nn
 
 NARROW = 16  # floats of the widest vector of a CPU
+
+
+def precise(device: torch.device) -> torch.dtype:
+    """The most precise numbers that a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def layout(model: nn.Module, args: argparse.Namespace, device: torch.device) -> torch.memory_format:

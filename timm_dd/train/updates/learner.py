@@ -69,6 +69,11 @@ class Sight:
         self.own, self.args, self.seed, self.layout = own, args, seed, layout
         self.draws: Sequence[View | Box | None] = (own,)
 
+    @property
+    def sizes(self) -> tuple[tuple[int, ...] | None, ...]:
+        """Pixels of what it may see; None for all of the batch."""
+        return tuple(v.size if isinstance(v, View) else v and v.extent for v in (self.own, *self.draws))
+
     def evaluating(self, x: torch.Tensor) -> torch.Tensor:
         return self._of(x, self.own)
 
@@ -189,6 +194,7 @@ class Learner:
         """Take a step along the gradients of a batch, whose mean loss was `loss`."""
         self.apply_gradients()
         self.note(loss, images)
+        average_weights(self)
 
     def apply_gradients(self) -> None:
         if self.args.clip_grad is not None:
@@ -202,8 +208,6 @@ class Learner:
         """An update has been taken on a batch, whose mean loss was `loss`."""
         self.updates += 1
         average_statistics(self)
-        if self.ema is not None:
-            self.ema.update(self.net, step=self.updates)
         self.schedule.step_update(self.updates)
         self._total, self._images = self._total + loss * images, self._images + images
 
@@ -284,6 +288,12 @@ class Learner:
         self.scaler.load_state_dict(numbers["scaler"])
         self.seconds, self._images = numbers["seconds"], numbers["images"]
         self._total = tensors["total"].to(self.device)
+
+
+def average_weights(learner: Learner) -> None:
+    """Take what an update has made of the weights into their moving average."""
+    if learner.ema is not None:
+        learner.ema.update(learner.net, step=learner.updates)
 
 
 @torch.no_grad()

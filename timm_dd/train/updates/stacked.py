@@ -1,0 +1,343 @@
+"""One optimizer on the stacked tensors of K networks, in the place of K optimizers.
+
+Where an update is elementwise, the optimizer takes the stacked tensors as they are; where it has norms or factors of a
+tensor, its step runs under vmap, which keeps the networks apart. Which of them gives what K optimizers give, if any
+does, is tried once, on random tensors of the same shapes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.func import debug_unwrap, vmap
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+from ...compat import has_vmap_rule
+
+SAME = 1e-4  # of the largest element: how near the updates in the trial are
+TRIED = 3  # updates in the trial, the first of which makes the states
+
+
+class Differ(Exception):
+    """The numbers of the K optimizers are not the same."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one optimizer does the work of K.
+
+    Attributes:
+        mapped: under vmap.
+        names: of each parameter's states, once it has taken an update.
+        varying: of states without dims that may differ from network to network.
+        rates: whether learning rates may differ too.
+    """
+
+    mapped: bool
+    names: tuple[frozenset[str], ...]
+    varying: frozenset[str] = frozenset()
+    rates: bool = False
+
+
+class TensorByTensor(TorchFunctionMode):
+    """What vmap has no rules for: functions of lists of tensors, as what they are of each; some that work in place;
+    factors that are tensors."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name, named = getattr(function, "__name__", ""), dict(kwargs or {})
+        for factor in ("alpha", "value"):
+            if isinstance(named.get(factor), torch.Tensor):
+                args = (args[0], args[1] * named.pop(factor), *args[2:])
+        if name.endswith("_") and not name.endswith("__") and not has_vmap_rule(name):
+            beside = getattr(torch.Tensor, name[:-1], None)
+            if callable(beside):
+                return args[0].copy_(beside(*args, **named))
+        if not name.startswith("_foreach_"):
+            return function(*args, **named)
+        single = getattr(torch.Tensor, name.removeprefix("_foreach_"))
+        rows = zip(*(a if isinstance(a, (list, tuple)) else [a] * len(args[0]) for a in args))
+        with self:
+            return [single(*row, **named) for row in rows]
+
+
+class Stacked:
+    """The optimizer of K networks whose parameters are slices of `tensors`, (K, *shape). The states of their `own`
+    optimizers become slices of its states, so that checkpoints are theirs; numbers that all have are shared.
+
+    Args:
+        tensors: in the order of the optimizers' parameters, with gradients.
+
+    Raises:
+        Differ: their numbers are not the same, or some have no states yet.
+    """
+
+    def __init__(self, own: Sequence[Optimizer], tensors: Sequence[torch.Tensor], way: Way):
+        self.own, self.tensors, self.way = list(own), list(tensors), way
+        self._rows = list(zip(*(_parameters(o) for o in own)))
+        for row, t, names in zip(self._rows, self.tensors, way.names):
+            if t.grad is not None and any(o.state.get(p, {}).keys() != names for o, p in zip(own, row)):
+                raise Differ(names)
+        groups = [_common([_numbers(g) for g in row], way) for row in zip(*(o.param_groups for o in own))]
+        states = [_common([o.state.get(p, {}) for o, p in zip(own, row)], way) for row in self._rows]
+        state: defaultdict[torch.Tensor, dict] = defaultdict(dict, zip(self.tensors, states))
+        memo: dict[int, Any] = {id(own[0].state): state}
+        memo |= {id(p): t for (p, *_), t in zip(self._rows, self.tensors)}
+        self.optimizer = copy.deepcopy(own[0], memo)
+        for group, numbers in zip(self.optimizer.param_groups, groups):
+            group.update(numbers)
+        self._bound: list[dict[str, Any]] = [{} for _ in self.tensors]
+        self._tell([{} for _ in groups])
+        self._left: list[bool] = []  # by those that went on alone
+        for o in own:
+            _unshare_when_alone(o, self._left)
+
+    @property
+    def holds(self) -> bool:
+        """Whether nobody has taken an update with its own optimizer, or loaded another state."""
+        return not self._left
+
+    @property
+    def takes_rates(self) -> bool:
+        """Whether it can go by the learning rates that the optimizers have now."""
+        return self.way.rates or self._agree()
+
+    def _agree(self) -> bool:
+        """Whether they have the same; tensors are the same if they are one."""
+        rows = (zip(*(_rates(g).values() for g in row)) for row in zip(*(o.param_groups for o in self.own)))
+        rates = [values for row in rows for values in row]
+        return all(r is v[0] or not isinstance(r, torch.Tensor) and r == v[0] for v in rates for r in v)
+
+    def step(self) -> None:
+        """One update of all networks, along the gradients of `tensors`."""
+        for mine, theirs in zip(self.optimizer.param_groups, self.own[0].param_groups):
+            mine.update(_rates(theirs))
+        before = [dict(group) for group in self.optimizer.param_groups]
+        if self.way.mapped:
+            self._step_of_each([] if self._agree() else self._own_rates())
+        else:
+            self.optimizer.step()
+        self._tell(before)
+
+    def _own_rates(self) -> list[dict[str, torch.Tensor]]:
+        """(K,) by name, of each group."""
+        rows = (list(map(_rates, row)) for row in zip(*(o.param_groups for o in self.own)))
+        return [{n: torch.tensor([r[n] for r in row]).to(self.tensors[0]) for n in row[0]} for row in rows]
+
+    @torch.no_grad()
+    def _step_of_each(self, rates: Sequence[dict[str, torch.Tensor]]) -> None:
+        """The optimizer's step of a network, under vmap, with its learning rates if they are not all the same."""
+        mine, groups, state = self.optimizer, [g["params"] for g in self.optimizer.param_groups], self.optimizer.state
+        moving = [t for t in self.tensors if t.grad is not None]
+        of_each = [{n: v for n, v in state[t].items() if self._is_stacked(v, t)} for t in moving]
+        shared = [{n: v for n, v in state[t].items() if n not in each} for t, each in zip(moving, of_each)]
+        found: list[dict[str, Any]] = []
+
+        def of_one(slices: list, gradients: list, states: list, own_rates: list) -> list[dict]:
+            place = {id(t): s for t, s in zip(moving, slices)}
+            for s, gradient in zip(slices, gradients):
+                s.grad = gradient
+            mine.state = defaultdict(dict, {s: {**a, **b} for s, a, b in zip(slices, states, shared)})
+            for group, whole in zip(mine.param_groups, groups):
+                group["params"] = [place[id(t)] for t in whole if id(t) in place]
+            for group, own in zip(mine.param_groups, own_rates):
+                group.update(own)
+            mine.step()
+            after = [mine.state[s] for s in slices]
+            found.extend({n: v for n, v in held.items() if not _is_batched(v)} for held in after)
+            return [{n: v for n, v in held.items() if _is_batched(v)} for held in after]
+
+        try:
+            with TensorByTensor():
+                stacked = vmap(of_one)([t.detach() for t in moving], [t.grad for t in moving], of_each, rates)
+        finally:
+            mine.state = state
+            for group, whole in zip(mine.param_groups, groups):
+                group["params"] = whole
+        for t, new, numbers, before in zip(moving, stacked, found, of_each):
+            state[t] = {**numbers, **{n: _in_place(v, before.get(n)) for n, v in new.items()}}
+
+    def _is_stacked(self, value: Any, t: torch.Tensor) -> bool:
+        """Whether a state has a slice for each network."""
+        return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == len(t)
+
+    def _tell(self, before: Sequence[dict]) -> None:
+        """Give the networks' optimizers what has changed: slices of new states, and numbers."""
+        for j, (group, old) in enumerate(zip(self.optimizer.param_groups, before)):
+            changed = {n: v for n, v in _numbers(group).items() if old.get(n, self) is not v}
+            for o in self.own:
+                o.param_groups[j].update(changed)
+        for t, row, bound in zip(self.tensors, self._rows, self._bound):
+            for name, value in self.optimizer.state.get(t, {}).items():
+                if bound.get(name, self) is not value:
+                    bound[name] = value
+                    sliced = self._is_stacked(value, t)
+                    for k, (o, p) in enumerate(zip(self.own, row)):
+                        o.state[p][name] = value[k] if sliced else value
+
+
+def _in_place(value: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+    """`value` where it was before, if it was."""
+    if before is None:
+        return value.contiguous()
+    return before if value.data_ptr() == before.data_ptr() else before.copy_(value)
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"])
+
+
+def _numbers(group: dict) -> dict:
+    return {name: value for name, value in group.items() if name != "params" and name not in _rates(group)}
+
+
+def _rates(group: dict) -> dict:
+    """The learning rate, and what groups hold besides it of the schedule."""
+    return {name: value for name, value in group.items() if "lr" in name}
+
+
+def _is_batched(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and debug_unwrap(value) is not value
+
+
+def _common(rows: Sequence[dict], way: Way) -> dict:
+    """States of K networks as those of the stacked tensors; Differ if their numbers are not the same."""
+    if any(row.keys() != rows[0].keys() for row in rows):
+        raise Differ(rows[0].keys())
+    return {n: _one(n, [row[n] for row in rows], way) for n in rows[0]}
+
+
+def _one(name: str, values: list, way: Way) -> Any:
+    first = values[0]
+    if not isinstance(first, torch.Tensor):
+        if any(v != first for v in values):
+            raise Differ(name)
+        return first
+    if first.ndim > 0:  # in the memory format that each has
+        return torch.cat(values).unflatten(0, (len(values), -1))
+    if name in way.varying:
+        return torch.stack(values)
+    if not all(torch.equal(v, first) for v in values):
+        raise Differ(name)
+    return first.clone()
+
+
+def _unshare_when_alone(optimizer: Optimizer, left: list[bool]) -> None:
+    """Before it takes an update for itself, give `optimizer` its own numbers, and note that it did; so too when it has
+    loaded a state."""
+
+    def leave(*_: Any) -> None:
+        left.append(True)
+        for handle in handles:
+            handle.remove()
+        for values in (*optimizer.state.values(), *optimizer.param_groups):
+            values.update((n, v.clone()) for n, v in values.items() if isinstance(v, torch.Tensor) and not v.ndim)
+
+    handles = [optimizer.register_step_pre_hook(leave), optimizer.register_load_state_dict_post_hook(leave)]
+
+
+def find_way(optimizer: Optimizer, networks: int) -> Way | None:
+    """How one optimizer can do the work of several like this; None if it cannot."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # as of what vmap does slice after slice
+        for mapped in (False, True):
+            with contextlib.suppress(Exception):  # whatever its code does not do with stacked tensors
+                trial = _Trial(optimizer, networks, mapped)
+                if trial.succeeds():
+                    return replace(trial.way, rates=mapped and trial.takes_rates())
+    return None
+
+
+class _Trial:
+    """Networks with random weights and gradients take updates by their own optimizers, and others by one."""
+
+    def __init__(self, optimizer: Optimizer, networks: int, mapped: bool):
+        self.networks = networks
+        self.expected, self.found = _random_copies(optimizer, networks), _random_copies(optimizer, networks)
+        self.tensors = [torch.stack(row) for row in zip(*map(_parameters, self.found))]
+        self.start = [t.clone() for t in self.tensors]
+        for k, o in enumerate(self.found):
+            for p, t in zip(_parameters(o), self.tensors):
+                p.data = t[k]
+        self._draw(0)
+        for o in (*self.expected, *self.found):
+            o.step()
+        names = tuple(frozenset(self.found[0].state.get(p, ())) for p in _parameters(self.found[0]))
+        self.way = Way(mapped, names, _varying(self.found) if mapped else frozenset())
+        self.stacked = Stacked(self.found, self.tensors, self.way)
+
+    def _draw(self, seed: int) -> None:
+        """Random gradients, larger from network to network."""
+        generator = torch.Generator().manual_seed(seed)
+        for t, *row in zip(self.tensors, *map(_parameters, (*self.expected, *self.found))):
+            t.grad = torch.stack([(1 + k) * _like(t[k], generator) for k in range(self.networks)])
+            for i, p in enumerate(row):
+                p.grad = t.grad[i % self.networks].clone()
+
+    def succeeds(self) -> bool:
+        """Whether weights and states are the same after some updates."""
+        for seed in range(1, TRIED):
+            self._draw(seed)
+            for o in (*self.expected, self.stacked):
+                o.step()
+        for t, first, *row in zip(self.tensors, self.start, *map(_parameters, self.expected)):
+            if not _near(torch.stack(row) - first, t - first):
+                return False
+        states = ((o.state[p], q.state[r]) for o, q in zip(self.expected, self.found) for p, r in _pairs(o, q))
+        return all(_near(value, found[name]) for own, found in states for name, value in own.items())
+
+    def takes_rates(self) -> bool:
+        """Whether they are still, with learning rates of their own."""
+        for k, (o, other) in enumerate(zip(self.expected, self.found)):
+            for group in (*o.param_groups, *other.param_groups):
+                group.update((name, rate / (1 + k)) for name, rate in _rates(group).items())
+        try:
+            return self.succeeds()
+        except Exception:  # as `math.sqrt` of a tensor
+            return False
+
+
+def _near(expected: Any, found: Any) -> bool:
+    """Numbers are the same; tensors differ by no more than rounding."""
+    if not isinstance(expected, torch.Tensor):
+        return expected == found
+    return bool((expected - found).abs().max() <= SAME * expected.abs().max())
+
+
+def _pairs(o: Optimizer, other: Optimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return zip(_parameters(o), _parameters(other))
+
+
+def _varying(own: Sequence[Optimizer]) -> frozenset[str]:
+    """The states without dims that differ after an update."""
+    rows = ([o.state[p] for o, p in zip(own, row)] for row in zip(*map(_parameters, own)))
+    scalars = ((n, [s[n] for s in states]) for states in rows for n, v in states[0].items() if _is_scalar(v))
+    return frozenset(name for name, values in scalars if any(not torch.equal(v, values[0]) for v in values))
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.ndim
+
+
+def _random_copies(optimizer: Optimizer, networks: int) -> list[Optimizer]:
+    """Some like it, with random weights of different size, and no states."""
+    generator, copies = torch.Generator().manual_seed(0), []
+    for k in range(networks):
+        memo: dict[int, Any] = {id(optimizer.state): defaultdict(dict)}
+        for p in _parameters(optimizer):
+            memo[id(p)] = torch.nn.Parameter((1 + 2 * k) * _like(p, generator))
+        copies.append(copy.deepcopy(optimizer, memo))
+        for group in copies[-1].param_groups:
+            group["lr"] = 0.1
+    return copies
+
+
+def _like(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(t.shape, generator=generator).to(t)
