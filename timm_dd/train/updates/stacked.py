@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -20,9 +22,10 @@ from torch.func import debug_unwrap, vmap
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from ...compat import has_vmap_rule
+from ...compat import TorchDispatchMode, has_vmap_rule
 
 SAME = 1e-4  # of the largest element: how near the updates in the trial are
+FACTORS = ("alpha", "value")  # of arguments, by name
 TRIED = 3  # updates in the trial, the first of which makes the states
 
 
@@ -52,20 +55,35 @@ class TensorByTensor(TorchFunctionMode):
     factors that are tensors."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name, named = getattr(function, "__name__", ""), dict(kwargs or {})
-        for factor in ("alpha", "value"):
-            if isinstance(named.get(factor), torch.Tensor):
-                args = (args[0], args[1] * named.pop(factor), *args[2:])
-        if name.endswith("_") and not name.endswith("__") and not has_vmap_rule(name):
-            beside = getattr(torch.Tensor, name[:-1], None)
-            if callable(beside):
-                return args[0].copy_(beside(*args, **named))
-        if not name.startswith("_foreach_"):
-            return function(*args, **named)
-        single = getattr(torch.Tensor, name.removeprefix("_foreach_"))
+        instead, of_lists = _without_rule(function)
+        if kwargs and any(isinstance(kwargs.get(factor), torch.Tensor) for factor in FACTORS):
+            args, kwargs = _multiplied(args, kwargs)
+        if instead is None:
+            return function(*args, **(kwargs or {}))
+        if not of_lists:
+            return args[0].copy_(instead(*args, **(kwargs or {})))
         rows = zip(*(a if isinstance(a, (list, tuple)) else [a] * len(args[0]) for a in args))
         with self:
-            return [single(*row, **named) for row in rows]
+            return [instead(*row, **(kwargs or {})) for row in rows]
+
+
+@functools.cache
+def _without_rule(function: Any) -> tuple[Any, bool]:
+    """(what to call instead of a function that vmap has no rule for, or None; whether for each tensor of lists)."""
+    name = getattr(function, "__name__", "")
+    if name.startswith("_foreach_"):
+        return getattr(torch.Tensor, name.removeprefix("_foreach_")), True
+    in_place = name.endswith("_") and not name.endswith("__") and not has_vmap_rule(name)
+    beside = getattr(torch.Tensor, name[:-1], None) if in_place else None
+    return (beside if callable(beside) else None), False
+
+
+def _multiplied(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """With the factors that are tensors taken into what they multiply."""
+    rest = {name: v for name, v in kwargs.items() if name not in FACTORS or not isinstance(v, torch.Tensor)}
+    for name in kwargs.keys() - rest.keys():
+        args = (args[0], args[1] * kwargs[name], *args[2:])
+    return args, rest
 
 
 class Stacked:
@@ -138,31 +156,44 @@ class Stacked:
         moving = [t for t in self.tensors if t.grad is not None]
         of_each = [{n: v for n, v in state[t].items() if self._is_stacked(v, t)} for t in moving]
         shared = [{n: v for n, v in state[t].items() if n not in each} for t, each in zip(moving, of_each)]
-        found: list[dict[str, Any]] = []
+        found: list[tuple[int, str, Any]] = []
+        names = [(i, name) for i, each in enumerate(of_each) for name in each]
+        made: list[tuple[int, str]] = []
 
-        def of_one(slices: list, gradients: list, states: list, own_rates: list) -> list[dict]:
+        def of_one(*flat: torch.Tensor) -> list[torch.Tensor]:
+            given = iter(flat)
+            slices = list(islice(given, len(moving)))
+            for s in slices:
+                s.grad = next(given)
+            held = [dict(each) for each in shared]
+            for i, name in names:
+                held[i][name] = next(given)
+            mine.state = defaultdict(dict, zip(slices, held))
             place = {id(t): s for t, s in zip(moving, slices)}
-            for s, gradient in zip(slices, gradients):
-                s.grad = gradient
-            mine.state = defaultdict(dict, {s: {**a, **b} for s, a, b in zip(slices, states, shared)})
             for group, whole in zip(mine.param_groups, groups):
                 group["params"] = [place[id(t)] for t in whole if id(t) in place]
-            for group, own in zip(mine.param_groups, own_rates):
-                group.update(own)
+            for group, own in zip(mine.param_groups, rates):
+                group.update(zip(own, given))
             mine.step()
-            after = [mine.state[s] for s in slices]
-            found.extend({n: v for n, v in held.items() if not _is_batched(v)} for held in after)
-            return [{n: v for n, v in held.items() if _is_batched(v)} for held in after]
+            after = [(i, name, v) for i, s in enumerate(slices) for name, v in mine.state[s].items()]
+            found.extend((i, name, v) for i, name, v in after if not _is_batched(v))
+            made.extend((i, name) for i, name, v in after if _is_batched(v))
+            return [v for _, _, v in after if _is_batched(v)]
 
+        given = [of_each[i][name] for i, name in names], [r for own in rates for r in own.values()]
         try:
             with TensorByTensor():
-                stacked = vmap(of_one)([t.detach() for t in moving], [t.grad for t in moving], of_each, rates)
+                stacked = vmap(of_one)(*(t.detach() for t in moving), *(t.grad for t in moving), *chain(*given))
         finally:
             mine.state = state
             for group, whole in zip(mine.param_groups, groups):
                 group["params"] = whole
-        for t, new, numbers, before in zip(moving, stacked, found, of_each):
-            state[t] = {**numbers, **{n: _in_place(v, before.get(n)) for n, v in new.items()}}
+        for t in moving:
+            state[t] = {}
+        for i, name, value in found:
+            state[moving[i]][name] = value
+        for (i, name), value in zip(made, stacked):
+            state[moving[i]][name] = _in_place(value, of_each[i].get(name))
 
     def _is_stacked(self, value: Any, t: torch.Tensor) -> bool:
         """Whether a state has a slice for each network."""
@@ -244,8 +275,9 @@ def _unshare_when_alone(optimizer: Optimizer, left: list[bool]) -> None:
 
 
 def find_way(optimizer: Optimizer, networks: int) -> Way | None:
-    """How one optimizer can do the work of several like this; None if it cannot."""
-    with warnings.catch_warnings(action="error", category=UserWarning):  # as of what vmap does slice after slice
+    """How one optimizer can do the work of several like this, in fewer operations; None if it cannot."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # as of what vmap does slice after slice
         for mapped in (False, True):
             with contextlib.suppress(Exception):  # whatever its code does not do with stacked tensors
                 trial = _Trial(optimizer, networks, mapped)
@@ -271,6 +303,7 @@ class _Trial:
         names = tuple(frozenset(self.found[0].state.get(p, ())) for p in _parameters(self.found[0]))
         self.way = Way(mapped, names, _varying(self.found) if mapped else frozenset())
         self.stacked = Stacked(self.found, self.tensors, self.way)
+        self.theirs, self.its = _Operations(), _Operations()
 
     def _draw(self, seed: int) -> None:
         """Random gradients, larger from network to network."""
@@ -281,11 +314,16 @@ class _Trial:
                 p.grad = t.grad[i % self.networks].clone()
 
     def succeeds(self) -> bool:
-        """Whether weights and states are the same after some updates."""
+        """Whether weights and states are the same after some updates, and operations less."""
         for seed in range(1, TRIED):
             self._draw(seed)
-            for o in (*self.expected, self.stacked):
-                o.step()
+            with self.theirs:
+                for o in self.expected:
+                    o.step()
+            with self.its:
+                self.stacked.step()
+        if self.its.count >= self.theirs.count:
+            return False
         for t, first, *row in zip(self.tensors, self.start, *map(_parameters, self.expected)):
             if not _near(torch.stack(row) - first, t - first):
                 return False
@@ -301,6 +339,18 @@ class _Trial:
             return self.succeeds()
         except Exception:  # as `math.sqrt` of a tensor
             return False
+
+
+class _Operations(TorchDispatchMode):
+    """Counts those that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
 
 
 def _near(expected: Any, found: Any) -> bool:
