@@ -14,7 +14,7 @@ from timm_dd.train.engines import Engine, Packed
 from timm_dd.train.settings import options
 from timm_dd.train.updates import optimizers
 from timm_dd.train.updates.learner import Learner
-from timm_dd.train.updates.stacked import find_way
+from timm_dd.train.updates.trial import find_way
 
 CPU = torch.device("cpu")
 

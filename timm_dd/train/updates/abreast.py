@@ -15,7 +15,8 @@ from torch.func import vmap
 
 from ...compat import foreach_copy_, foreach_lerp_, foreach_mul_, foreach_norm, overflows
 from .learner import Learner
-from .stacked import Differ, Stacked, TensorByTensor, Way, find_way
+from .stacked import Differ, Stacked, TensorByTensor, Way
+from .trial import find_way
 
 EPS = 1e-6  # of `torch.nn.utils.clip_grad_norm_`
 

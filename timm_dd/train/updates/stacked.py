@@ -2,17 +2,17 @@
 
 Where an update is elementwise, the optimizer takes the stacked tensors as they are; where it has norms or factors of a
 tensor, its step runs under vmap, which keeps the networks apart. Which of them gives what K optimizers give, if any
-does, is tried once, on random tensors of the same shapes.
+does, is tried once, see `trial`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import warnings
+import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -22,8 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...compat import has_vmap_rule
 
-SAME = 1e-4  # of the largest element: how near the updates in the trial are
-TRIED = 3  # updates in the trial, the first of which makes the states
+FACTORS = ("alpha", "value")  # of arguments, by name
 
 
 class Differ(Exception):
@@ -52,20 +51,35 @@ class TensorByTensor(TorchFunctionMode):
     factors that are tensors."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name, named = getattr(function, "__name__", ""), dict(kwargs or {})
-        for factor in ("alpha", "value"):
-            if isinstance(named.get(factor), torch.Tensor):
-                args = (args[0], args[1] * named.pop(factor), *args[2:])
-        if name.endswith("_") and not name.endswith("__") and not has_vmap_rule(name):
-            beside = getattr(torch.Tensor, name[:-1], None)
-            if callable(beside):
-                return args[0].copy_(beside(*args, **named))
-        if not name.startswith("_foreach_"):
-            return function(*args, **named)
-        single = getattr(torch.Tensor, name.removeprefix("_foreach_"))
+        instead, of_lists = _without_rule(function)
+        if kwargs and any(isinstance(kwargs.get(factor), torch.Tensor) for factor in FACTORS):
+            args, kwargs = _multiplied(args, kwargs)
+        if instead is None:
+            return function(*args, **(kwargs or {}))
+        if not of_lists:
+            return args[0].copy_(instead(*args, **(kwargs or {})))
         rows = zip(*(a if isinstance(a, (list, tuple)) else [a] * len(args[0]) for a in args))
         with self:
-            return [single(*row, **named) for row in rows]
+            return [instead(*row, **(kwargs or {})) for row in rows]
+
+
+@functools.cache
+def _without_rule(function: Any) -> tuple[Any, bool]:
+    """(what to call instead of a function that vmap has no rule for, or None; whether for each tensor of lists)."""
+    name = getattr(function, "__name__", "")
+    if name.startswith("_foreach_"):
+        return getattr(torch.Tensor, name.removeprefix("_foreach_")), True
+    in_place = name.endswith("_") and not name.endswith("__") and not has_vmap_rule(name)
+    beside = getattr(torch.Tensor, name[:-1], None) if in_place else None
+    return (beside if callable(beside) else None), False
+
+
+def _multiplied(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """With the factors that are tensors taken into what they multiply."""
+    rest = {name: v for name, v in kwargs.items() if name not in FACTORS or not isinstance(v, torch.Tensor)}
+    for name in kwargs.keys() - rest.keys():
+        args = (args[0], args[1] * kwargs[name], *args[2:])
+    return args, rest
 
 
 class Stacked:
@@ -81,7 +95,7 @@ class Stacked:
 
     def __init__(self, own: Sequence[Optimizer], tensors: Sequence[torch.Tensor], way: Way):
         self.own, self.tensors, self.way = list(own), list(tensors), way
-        self._rows = list(zip(*(_parameters(o) for o in own)))
+        self._rows = list(zip(*(parameters(o) for o in own)))
         for row, t, names in zip(self._rows, self.tensors, way.names):
             if t.grad is not None and any(o.state.get(p, {}).keys() != names for o, p in zip(own, row)):
                 raise Differ(names)
@@ -111,14 +125,14 @@ class Stacked:
 
     def _agree(self) -> bool:
         """Whether they have the same; tensors are the same if they are one."""
-        rows = (zip(*(_rates(g).values() for g in row)) for row in zip(*(o.param_groups for o in self.own)))
+        rows = (zip(*(rates_of(g).values() for g in row)) for row in zip(*(o.param_groups for o in self.own)))
         rates = [values for row in rows for values in row]
         return all(r is v[0] or not isinstance(r, torch.Tensor) and r == v[0] for v in rates for r in v)
 
     def step(self) -> None:
         """One update of all networks, along the gradients of `tensors`."""
         for mine, theirs in zip(self.optimizer.param_groups, self.own[0].param_groups):
-            mine.update(_rates(theirs))
+            mine.update(rates_of(theirs))
         before = [dict(group) for group in self.optimizer.param_groups]
         if self.way.mapped:
             self._step_of_each([] if self._agree() else self._own_rates())
@@ -128,7 +142,7 @@ class Stacked:
 
     def _own_rates(self) -> list[dict[str, torch.Tensor]]:
         """(K,) by name, of each group."""
-        rows = (list(map(_rates, row)) for row in zip(*(o.param_groups for o in self.own)))
+        rows = (list(map(rates_of, row)) for row in zip(*(o.param_groups for o in self.own)))
         return [{n: torch.tensor([r[n] for r in row]).to(self.tensors[0]) for n in row[0]} for row in rows]
 
     @torch.no_grad()
@@ -138,31 +152,44 @@ class Stacked:
         moving = [t for t in self.tensors if t.grad is not None]
         of_each = [{n: v for n, v in state[t].items() if self._is_stacked(v, t)} for t in moving]
         shared = [{n: v for n, v in state[t].items() if n not in each} for t, each in zip(moving, of_each)]
-        found: list[dict[str, Any]] = []
+        found: list[tuple[int, str, Any]] = []
+        names = [(i, name) for i, each in enumerate(of_each) for name in each]
+        made: list[tuple[int, str]] = []
 
-        def of_one(slices: list, gradients: list, states: list, own_rates: list) -> list[dict]:
+        def of_one(*flat: torch.Tensor) -> list[torch.Tensor]:
+            given = iter(flat)
+            slices = list(islice(given, len(moving)))
+            for s in slices:
+                s.grad = next(given)
+            held = [dict(each) for each in shared]
+            for i, name in names:
+                held[i][name] = next(given)
+            mine.state = defaultdict(dict, zip(slices, held))
             place = {id(t): s for t, s in zip(moving, slices)}
-            for s, gradient in zip(slices, gradients):
-                s.grad = gradient
-            mine.state = defaultdict(dict, {s: {**a, **b} for s, a, b in zip(slices, states, shared)})
             for group, whole in zip(mine.param_groups, groups):
                 group["params"] = [place[id(t)] for t in whole if id(t) in place]
-            for group, own in zip(mine.param_groups, own_rates):
-                group.update(own)
+            for group, own in zip(mine.param_groups, rates):
+                group.update(zip(own, given))
             mine.step()
-            after = [mine.state[s] for s in slices]
-            found.extend({n: v for n, v in held.items() if not _is_batched(v)} for held in after)
-            return [{n: v for n, v in held.items() if _is_batched(v)} for held in after]
+            after = [(i, name, v) for i, s in enumerate(slices) for name, v in mine.state[s].items()]
+            found.extend((i, name, v) for i, name, v in after if not _is_batched(v))
+            made.extend((i, name) for i, name, v in after if _is_batched(v))
+            return [v for _, _, v in after if _is_batched(v)]
 
+        given = [of_each[i][name] for i, name in names], [r for own in rates for r in own.values()]
         try:
             with TensorByTensor():
-                stacked = vmap(of_one)([t.detach() for t in moving], [t.grad for t in moving], of_each, rates)
+                stacked = vmap(of_one)(*(t.detach() for t in moving), *(t.grad for t in moving), *chain(*given))
         finally:
             mine.state = state
             for group, whole in zip(mine.param_groups, groups):
                 group["params"] = whole
-        for t, new, numbers, before in zip(moving, stacked, found, of_each):
-            state[t] = {**numbers, **{n: _in_place(v, before.get(n)) for n, v in new.items()}}
+        for t in moving:
+            state[t] = {}
+        for i, name, value in found:
+            state[moving[i]][name] = value
+        for (i, name), value in zip(made, stacked):
+            state[moving[i]][name] = _in_place(value, of_each[i].get(name))
 
     def _is_stacked(self, value: Any, t: torch.Tensor) -> bool:
         """Whether a state has a slice for each network."""
@@ -190,15 +217,15 @@ def _in_place(value: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
     return before if value.data_ptr() == before.data_ptr() else before.copy_(value)
 
 
-def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+def parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
     return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def _numbers(group: dict) -> dict:
-    return {name: value for name, value in group.items() if name != "params" and name not in _rates(group)}
+    return {name: value for name, value in group.items() if name != "params" and name not in rates_of(group)}
 
 
-def _rates(group: dict) -> dict:
+def rates_of(group: dict) -> dict:
     """The learning rate, and what groups hold besides it of the schedule."""
     return {name: value for name, value in group.items() if "lr" in name}
 
@@ -241,103 +268,3 @@ def _unshare_when_alone(optimizer: Optimizer, left: list[bool]) -> None:
             values.update((n, v.clone()) for n, v in values.items() if isinstance(v, torch.Tensor) and not v.ndim)
 
     handles = [optimizer.register_step_pre_hook(leave), optimizer.register_load_state_dict_post_hook(leave)]
-
-
-def find_way(optimizer: Optimizer, networks: int) -> Way | None:
-    """How one optimizer can do the work of several like this; None if it cannot."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # as of what vmap does slice after slice
-        for mapped in (False, True):
-            with contextlib.suppress(Exception):  # whatever its code does not do with stacked tensors
-                trial = _Trial(optimizer, networks, mapped)
-                if trial.succeeds():
-                    return replace(trial.way, rates=mapped and trial.takes_rates())
-    return None
-
-
-class _Trial:
-    """Networks with random weights and gradients take updates by their own optimizers, and others by one."""
-
-    def __init__(self, optimizer: Optimizer, networks: int, mapped: bool):
-        self.networks = networks
-        self.expected, self.found = _random_copies(optimizer, networks), _random_copies(optimizer, networks)
-        self.tensors = [torch.stack(row) for row in zip(*map(_parameters, self.found))]
-        self.start = [t.clone() for t in self.tensors]
-        for k, o in enumerate(self.found):
-            for p, t in zip(_parameters(o), self.tensors):
-                p.data = t[k]
-        self._draw(0)
-        for o in (*self.expected, *self.found):
-            o.step()
-        names = tuple(frozenset(self.found[0].state.get(p, ())) for p in _parameters(self.found[0]))
-        self.way = Way(mapped, names, _varying(self.found) if mapped else frozenset())
-        self.stacked = Stacked(self.found, self.tensors, self.way)
-
-    def _draw(self, seed: int) -> None:
-        """Random gradients, larger from network to network."""
-        generator = torch.Generator().manual_seed(seed)
-        for t, *row in zip(self.tensors, *map(_parameters, (*self.expected, *self.found))):
-            t.grad = torch.stack([(1 + k) * _like(t[k], generator) for k in range(self.networks)])
-            for i, p in enumerate(row):
-                p.grad = t.grad[i % self.networks].clone()
-
-    def succeeds(self) -> bool:
-        """Whether weights and states are the same after some updates."""
-        for seed in range(1, TRIED):
-            self._draw(seed)
-            for o in (*self.expected, self.stacked):
-                o.step()
-        for t, first, *row in zip(self.tensors, self.start, *map(_parameters, self.expected)):
-            if not _near(torch.stack(row) - first, t - first):
-                return False
-        states = ((o.state[p], q.state[r]) for o, q in zip(self.expected, self.found) for p, r in _pairs(o, q))
-        return all(_near(value, found[name]) for own, found in states for name, value in own.items())
-
-    def takes_rates(self) -> bool:
-        """Whether they are still, with learning rates of their own."""
-        for k, (o, other) in enumerate(zip(self.expected, self.found)):
-            for group in (*o.param_groups, *other.param_groups):
-                group.update((name, rate / (1 + k)) for name, rate in _rates(group).items())
-        try:
-            return self.succeeds()
-        except Exception:  # as `math.sqrt` of a tensor
-            return False
-
-
-def _near(expected: Any, found: Any) -> bool:
-    """Numbers are the same; tensors differ by no more than rounding."""
-    if not isinstance(expected, torch.Tensor):
-        return expected == found
-    return bool((expected - found).abs().max() <= SAME * expected.abs().max())
-
-
-def _pairs(o: Optimizer, other: Optimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    return zip(_parameters(o), _parameters(other))
-
-
-def _varying(own: Sequence[Optimizer]) -> frozenset[str]:
-    """The states without dims that differ after an update."""
-    rows = ([o.state[p] for o, p in zip(own, row)] for row in zip(*map(_parameters, own)))
-    scalars = ((n, [s[n] for s in states]) for states in rows for n, v in states[0].items() if _is_scalar(v))
-    return frozenset(name for name, values in scalars if any(not torch.equal(v, values[0]) for v in values))
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not value.ndim
-
-
-def _random_copies(optimizer: Optimizer, networks: int) -> list[Optimizer]:
-    """Some like it, with random weights of different size, and no states."""
-    generator, copies = torch.Generator().manual_seed(0), []
-    for k in range(networks):
-        memo: dict[int, Any] = {id(optimizer.state): defaultdict(dict)}
-        for p in _parameters(optimizer):
-            memo[id(p)] = torch.nn.Parameter((1 + 2 * k) * _like(p, generator))
-        copies.append(copy.deepcopy(optimizer, memo))
-        for group in copies[-1].param_groups:
-            group["lr"] = 0.1
-    return copies
-
-
-def _like(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(t.shape, generator=generator).to(t)
