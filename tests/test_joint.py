@@ -97,7 +97,7 @@ def test_the_learners_take_their_steps(tmp_path):
     losses = []
     for _ in range(8):
         joint.step(some, x, y, isolate_failures=False)
-        losses.append([float(n._total) for n in some])
+        losses.append([float(n.sums.loss) for n in some])
     assert all(len(set(row)) == 1 for row in losses)
     steps = [b[0] - a[0] for a, b in zip(losses, losses[1:])]
     assert steps[-1] < 0.7 * losses[0][0] and [n.updates for n in some] == [8] * 4

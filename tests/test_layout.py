@@ -45,7 +45,9 @@ ROOMS = {
     "train.settings": ["views", "flags", "config", "checks", "options"],
     "train.images": ["workers", "readable", "data", "decoded", "resident"],
     "train.ranks": ["world", "meeting", "sharing", "dealing"],
-    "train.updates": "capture optimizers stacked trial layout metrics schedule learner abreast packs".split(),
+    "train.updates": (
+        "capture clipping sums optimizers stacked trial layout metrics schedule learner abreast packs"
+    ).split(),
     "train.epochs": ["checkpoints", "trackers", "progress", "loop"],
     "train.stages": (
         "folder arrived initial composed momenta distill context parts joint coarse together tuned baseline summary"

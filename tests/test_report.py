@@ -72,6 +72,19 @@ def test_curves_are_those_of_the_csv(one):
         assert f"{row['name']}, epoch {row['epoch']}, {row['seconds']:.1f} s: {row['top1']:.4g}</title>" in text
 
 
+def test_gradients_that_were_clipped_are_said(one, tmp_path):
+    run = shutil.copytree(one, tmp_path / "run")
+    path = run / "baseline" / "summary.csv"
+    head, *rows = path.read_text().splitlines()
+    shares = [20.0 * (1 + i) for i in range(len(rows))]
+    path.write_text("\n".join([f"{head},clipped", *(f"{row},{share}" for row, share in zip(rows, shares))]) + "\n")
+    said = [text for text in outcome.warnings(read(run)) if "clipped" in text]
+    mean, most = sum(shares) / len(shares), max(shares)
+    assert said == [
+        f"{mean:.0f} % of the updates of baseline had gradients that were clipped, in the epoch with the most {most:.0f} %."
+    ]
+
+
 def test_a_loss_that_is_not_finite_is_said_and_moves_no_title(one, tmp_path):
     run = shutil.copytree(one, tmp_path / "run")
     path = run / "baseline" / "summary.csv"

@@ -81,6 +81,23 @@ def test_one_optimizer_is_those_of_the_parts(given, tmp_path):
     assert stacked is not None and stacked.holds and stacked.takes_rates
 
 
+@pytest.mark.parametrize("by", [Engine, Packed])
+def test_updates_whose_gradients_were_clipped_are_counted(by, tmp_path):
+    """By the norms of the parts' gradients; an epoch's share is in its row, and the count begins anew."""
+    for bound, share in ((1e-6, 100.0), (1e6, 0.0)):
+        some = learners(tmp_path, "--clip-grad", str(bound))
+        train(by(), some, 3)
+        assert [float(n.sums.clipped) for n in some] == [3 * share / 100] * len(some)
+        for n in some:
+            n.end_epoch(None, 1.0)
+            assert n.history[-1]["clipped"] == 3 * share / n.options["updates_per_epoch"]
+            assert n.sums.clipped == 0
+    unbounded = learners(tmp_path, "--clip-grad", "0.01", "--clip-mode", "agc")
+    train(by(), unbounded, 1)
+    unbounded[0].end_epoch(None, 1.0)
+    assert "clipped" not in unbounded[0].history[-1]
+
+
 @pytest.mark.parametrize("given", ["--opt muon", "--opt adamp", "--opt adamw --part-lr 0.1 0.2 0.3 0.4"])
 def test_what_one_optimizer_cannot_do_each_does_for_itself(given, tmp_path):
     by = Packed()

@@ -299,7 +299,7 @@ def test_the_metric_says_which_epoch_is_the_best(metric, best, rates, tmp_path):
     n = learner(tmp_path, "--eval-metric", metric, "--plateau-epochs", "1", "--lr", "1", "--sched", "step",
                 "--warmup-epochs", "0")  # fmt: skip
     for top1, top5, loss in ((10.0, 60.0, 2.0), (30.0, 50.0, 1.9), (20.0, 40.0, 1.8), (None, None, None)):
-        n._images, n._total = 1, torch.ones(())
+        n.sums.images, n.sums.loss = 1, torch.ones(())
         n.end_epoch(top1, 1.0, **({} if top1 is None else {"top5": top5, "eval_loss": loss}))
     assert metrics.best(n.history, n.args) == best
     assert n.lr == pytest.approx(math.sqrt(10) ** -rates)

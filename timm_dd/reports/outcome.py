@@ -107,6 +107,12 @@ def warnings(record: Record) -> list[str]:
         if odd:
             epochs = counted(len(odd), "epoch")
             found.append(f"The loss of {curve.name} is not finite in {epochs}, the first is {odd[0]}.")
+        cut = [row["clipped"] for row in curve.rows if "clipped" in row]
+        if any(cut):
+            mean, most = sum(cut) / len(cut), max(cut)
+            found.append(
+                f"{mean:.0f} % of the updates of {curve.name} had clipped gradients, at most {most:.0f} % in an epoch."
+            )
     plan = record.plan
     if plan is None:
         return found

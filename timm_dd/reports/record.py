@@ -32,8 +32,8 @@ class Curve:
         name: ``part 0``, ``joint``, ``composed``, ``coherent``, ``transfer`` or ``baseline``.
         stage: the name without the number.
         rows: of each epoch, numbered from 1: epoch, loss, top1 in % (NaN where it was not evaluated), and seconds
-            since the stage began; what it waited for data and what its evaluation took, in seconds, where that is
-            known.
+            since the stage began; where it is known what it waited for data and what its evaluation took, in seconds,
+            and of how many updates the gradients were clipped, in %.
     """
 
     name: str
@@ -178,7 +178,10 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _rows(path: Path) -> tuple[dict[str, float], ...]:
-    found = [{ours: float(row[theirs] or "nan") for theirs, ours in COLUMNS.items()} for row in _csv(path)]
+    table = _csv(path)
+    found = [{ours: float(row[theirs] or "nan") for theirs, ours in COLUMNS.items()} for row in table]
+    for row, said in zip(found, table):
+        row |= {"clipped": float(said["clipped"])} if said.get("clipped") else {}
     for row, spent in zip(found, _csv(path.with_name("times.csv"))):
         row |= {kind: float(spent[kind]) for kind in SPENT if spent[kind]}
     return tuple({**row, "epoch": row["epoch"] + 1} for row in found)

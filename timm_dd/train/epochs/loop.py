@@ -179,9 +179,11 @@ def _share_statistics(learner: Learner) -> None:
 
 
 def _write_summary(learner: Learner) -> None:
-    """All epochs so far, in the form of timm's summary.csv; and what of their seconds was no training."""
+    """All epochs so far, in the form of timm's summary.csv; and what of their seconds was no training. Where gradients
+    are clipped, summary.csv says in how many of an epoch's updates, in %."""
     columns = {"train_loss": "loss", **{f"eval_{name}": name for name in ("top1", "top5")}, "eval_loss": "eval_loss"}
     columns |= {"lr": "lr", "seconds": "seconds"}
+    columns |= {"clipped": "clipped"} if any("clipped" in row for row in learner.history) else {}
     for name, of in ("summary.csv", columns), ("times.csv", {kind: kind for kind in ("waiting", "evaluation")}):
         with replacing(learner.folder / name) as temporary, open(temporary, "w", newline="") as f:
             writer = csv.writer(f)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.func import vmap
 
 from ...compat import foreach_copy_, foreach_lerp_, foreach_mul_, foreach_norm, overflows
+from .clipping import clip as clip_one
 from .learner import Learner
 from .stacked import Differ, Stacked, TensorByTensor, Way
 from .trial import find_way
@@ -101,7 +102,7 @@ def _fail(learner: Learner, error: Exception) -> None:
 def _step_alone(learner: Learner) -> None:
     """`Learner.apply_gradients` with gradients that are unscaled; nothing if they are not finite."""
     if learner.args.clip_grad is not None:
-        dispatch_clip_grad(learner.model.parameters(), learner.args.clip_grad, learner.args.clip_mode)
+        learner.sums.clipped += clip_one(learner.model.parameters(), learner.args)
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
 
@@ -118,9 +119,11 @@ def _averaged(learners: Sequence[Learner]) -> tuple[list, list, list, list] | No
 
 
 def clip(learners: Sequence[Learner], packed: nn.Module, value: float, mode: str) -> None:
-    """`dispatch_clip_grad` of each learner."""
+    """`clipping.clip` of each learner."""
     if mode == "norm":
-        _clip_norms([[p.grad for p in n.net.parameters() if p.grad is not None] for n in learners], value)
+        gradients = [[p.grad for p in n.net.parameters() if p.grad is not None] for n in learners]
+        for n, above in zip(learners, _clip_norms(gradients, value)):
+            n.sums.clipped += above
     elif mode == "value":
         dispatch_clip_grad(packed.parameters(), value, mode)
     else:
@@ -136,9 +139,10 @@ def _clip_of_one(value: float, mode: str, slices: list, gradients: list) -> torc
     return gradients[0]
 
 
-def _clip_norms(gradients: Sequence[Sequence[torch.Tensor]], largest: float) -> None:
-    """As `torch.nn.utils.clip_grad_norm_` of each of the lists."""
+def _clip_norms(gradients: Sequence[Sequence[torch.Tensor]], largest: float) -> Sequence[torch.Tensor]:
+    """As `torch.nn.utils.clip_grad_norm_` of each of the lists; whose norms were above the `largest`."""
     norms = torch.stack(foreach_norm(list(chain.from_iterable(gradients)))).view(len(gradients), -1)
-    factors = (largest / (torch.linalg.vector_norm(norms, dim=1) + EPS)).clamp(max=1.0)
-    for some, factor in zip(gradients, factors):
+    norms = torch.linalg.vector_norm(norms, dim=1)
+    for some, factor in zip(gradients, (largest / (norms + EPS)).clamp(max=1.0)):
         foreach_mul_(some, factor)
+    return (norms > largest).unbind()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.loss import create_classification_loss
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -26,7 +26,9 @@ from ..settings import options
 from ..settings.views import drawn
 from . import metrics, optimizers, schedule
 from .capture import capturing
+from .clipping import clip
 from .layout import layout
+from .sums import EpochSums
 
 _RANDOM = threading.Lock()  # torch has one random state for all threads
 
@@ -127,8 +129,11 @@ class Learner:
         self.name, self.model, self.args, self.device = name, model, args, device
         self.seed, self.folder = seed, folder
         self.sight = Sight(sees, args, seed, held_in)
-        pace = {"updates_per_epoch": updates_per_epoch, "images": global_batch}
-        self.options = {**options.training_identity(args), **pace}
+        self.options = {
+            **options.training_identity(args),
+            "updates_per_epoch": updates_per_epoch,
+            "images": global_batch,
+        }
         self.optimizer = optimizers.create(self.net, args, optimizers.rate(args, global_batch))
         self.schedule = schedule.create(args, self.optimizer, updates_per_epoch)
         self.forward = compiled(model, args)
@@ -139,10 +144,9 @@ class Learner:
         self.micro_batches, self.dtype = args.grad_accum_steps, getattr(torch, args.amp_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=optimizers.scales(args))
         self.random = SeededRandom(seed, device)
-        self.updates, self.seconds = 0, 0.0
+        self.updates, self.seconds, self.sums = 0, 0.0, EpochSums(device)
         self.history: list[dict[str, float]] = []
         self.failure: str | None = None
-        self._total, self._images = torch.zeros((), device=device), 0  # loss of the epoch so far
 
     @property
     def net(self) -> nn.Module:
@@ -170,7 +174,7 @@ class Learner:
     def gradients(self, seen: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The loss of a batch, of which it has `seen` its view; gradients are added up over the micro-batches."""
         self.optimizer.zero_grad()
-        total = torch.zeros_like(self._total)
+        total = torch.zeros_like(self.sums.loss)
         batches = list(self.chunks(seen, y))
         for i, (x_i, y_i) in enumerate(batches):
             later = self.model.no_sync() if self.distributed and i + 1 < len(batches) else nullcontext()
@@ -199,7 +203,7 @@ class Learner:
     def apply_gradients(self) -> None:
         if self.args.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            dispatch_clip_grad(self.model.parameters(), self.args.clip_grad, self.args.clip_mode)
+            self.sums.clipped += clip(self.model.parameters(), self.args)
         with self.around_step():
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -209,30 +213,22 @@ class Learner:
         self.updates += 1
         average_statistics(self)
         self.schedule.step_update(self.updates)
-        self._total, self._images = self._total + loss * images, self._images + images
+        self.sums.add(loss, images)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.args.amp)
 
     def check_finite(self) -> float:
-        """The mean loss of the epoch so far.
-
-        Raises:
-            TrainError: it is not finite.
-        """
-        loss = float(self._total) / max(self._images, 1)
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise TrainError(
-                f"{self.name}: the loss is {loss}; use a smaller --lr, --clip-grad, or longer --warmup-epochs"
-            )
-        return loss
+        """The mean loss of the epoch so far; TrainError if it is not finite."""
+        return self.sums.mean(self.name)
 
     def end_epoch(self, accuracy: float | None, seconds: float, **more: float) -> None:
         """Note the epoch's loss and time, its validation accuracy (None if it was not evaluated) and what `more` was
         found with that, and go on to the next."""
         loss, self.seconds = self.check_finite(), self.seconds + seconds
+        more |= self.sums.clipping(self.args, self.options["updates_per_epoch"])
         self.history.append({"loss": loss, "top1": accuracy, "lr": self.lr, "seconds": self.seconds, **more})
-        self._total, self._images = torch.zeros_like(self._total), 0
+        self.sums.clear()
         self.schedule.step(len(self.history), metrics.latest(self.history, self.args))
 
     def guard(self, work: Callable[[], Any], isolate_failures: bool) -> None:
@@ -259,15 +255,14 @@ class Learner:
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """All that `restore` needs: tensors by name, and JSON. The schedule follows from the history."""
-        tensors = {f"model.{name}": t for name, t in self.net.state_dict().items()} | {"total": self._total}
+        tensors = self.sums.state() | {f"model.{name}": t for name, t in self.net.state_dict().items()}
         if self.ema is not None:
             tensors |= {f"ema.{name}": t for name, t in self.result.state_dict().items()}
         optimizer_tensors, optimizer_numbers = optimizers.state(self.optimizer)
-        tensors |= optimizer_tensors
-        return tensors, {
+        return tensors | optimizer_tensors, {
             "options": self.options,
             "updates": self.updates,
-            "images": self._images,
+            "images": self.sums.images,
             "seconds": self.seconds,
             "history": self.history,
             "optimizer": optimizer_numbers,
@@ -286,8 +281,8 @@ class Learner:
         longer = numbers["options"]["epochs"] < self.options["epochs"]
         optimizers.restore(self.optimizer, tensors, numbers["optimizer"], keep_rates=longer)
         self.scaler.load_state_dict(numbers["scaler"])
-        self.seconds, self._images = numbers["seconds"], numbers["images"]
-        self._total = tensors["total"].to(self.device)
+        self.seconds = numbers["seconds"]
+        self.sums.restore(tensors, numbers["images"])
 
 
 def average_weights(learner: Learner) -> None:
