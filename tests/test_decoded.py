@@ -60,7 +60,7 @@ def test_workers_do_not_share_a_tar(photographs, tmp_path):
 STUCK = """
 import multiprocessing, sys, threading
 from torch.utils.data import DataLoader
-from timm_dd.train.workers import _begin
+from timm_dd.train.images.workers import _begin
 
 class Stuck(list):
     def __getitem__(self, i):

@@ -10,7 +10,7 @@ import torch
 from timm_dd.train.images import workers
 
 LEFT = """
-from timm_dd.train import workers
+from timm_dd.train.images import workers
 
 class Numbers(list):
     def __getitem__(self, i):
