@@ -4,16 +4,19 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import timm_dd
+from timm_dd.cli import main
 
 pytest.importorskip("matplotlib")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10"  # as the benchmarks have it
 SECTIONS = ["happened", "curves", "times", "boxes", "weights", "maps", "look", "right", "again"]
 LEAST = 4.5  # contrast of text, WCAG AA
 
@@ -84,13 +87,27 @@ def page(one, tmp_path_factory):
     return output
 
 
+@pytest.fixture(scope="module")
+def page_of_cifar(tmp_path_factory):
+    """Of a short run on photographs, boxes and two levels."""
+    if not CIFAR.is_dir():
+        pytest.skip(f"no CIFAR-10 in {CIFAR}")
+    folder = tmp_path_factory.mktemp("cifar")
+    given = f"--data-dir {CIFAR} --model dd_resnet20 --model-kwargs widths=(8,16,32) --overlap 4 --baseline"
+    given += " --train-num-samples 256 --val-num-samples 100 -b 64 -j 0 --part-epochs 1 --epochs 1 --aggregate mean dnn"
+    assert main(["train", *given.split(), "--output", str(folder), "--experiment", "run"]) == 0
+    timm_dd.report(folder / "run", folder / "page.html", images=40)
+    return folder / "page.html"
+
+
 @needs_chromium
 @pytest.mark.slow
+@pytest.mark.parametrize("run", ["page", "page_of_cifar"])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_in_a_browser(width, dark, page, tmp_path):
+def test_the_page_in_a_browser(width, dark, run, request, tmp_path):
     theme = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    found = probe(page, tmp_path, f"--window-size={width},900", *theme)
+    found = probe(request.getfixturevalue(run), tmp_path, f"--window-size={width},900", *theme)
     assert found["sections"] == SECTIONS
     assert found["width"] <= found["client"]
     assert found["pictures"] >= 20 and found["unnamed"] == found["empty"] == 0
