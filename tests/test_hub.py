@@ -310,6 +310,18 @@ def test_a_card_is_written_again_unless_somebody_edited_it(hub, folders, caplog)
     assert "model.safetensors" in hub.repos[REPO].commits[-1].tree
 
 
+def test_pictures_of_a_card_that_was_edited_stay(hub, one, folders):
+    """Those of ours go with it."""
+    pytest.importorskip("matplotlib")
+    pictures = {"accuracy-over-seconds.png", "boxes.png"}
+    for change, left in (("## My own words", pictures), ("## Use", set())):
+        timm_dd.push(one / "global" / "best", REPO)
+        edit(card(hub).replace("## Use", change))
+        timm_dd.push(folders / "composed", REPO)
+        assert {name for name in hub.repos[REPO].commits[-1].tree if name.endswith(".png")} == left
+        hub.repos.clear()
+
+
 def test_a_dry_run_writes_the_folder_that_would_be_pushed(hub, folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["push", str(folders / "composed"), REPO, "--dry-run"]) == 0

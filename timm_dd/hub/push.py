@@ -127,12 +127,14 @@ def _upload(staged: Path, repo: str, private: bool, message: str, tag: str | Non
     api = HfApi(library_name="timm_dd", library_version=__version__)
     _check_state(api, repo, private, tag)
     repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+    others: list[str] = []  # of another network
     with contextlib.suppress(EntryNotFoundError):
         there = Path(api.hf_hub_download(repo, CARD)).read_text(encoding="utf-8")
-        if not _is_signed(there):
+        if _is_signed(there):
+            others += card.PICTURES
+        else:  # which may show them
             _logger.warning("%s: the card there was edited and stays as it is", repo)
             (staged / CARD).write_text(there, encoding="utf-8")
-    others = [*card.PICTURES]  # of another network
     if (staged / files.PLAN).exists():
         others += [*two_level.FILES, "part-*.safetensors"]
     commit = api.upload_folder(repo_id=repo, folder_path=staged, commit_message=message, delete_patterns=others)
