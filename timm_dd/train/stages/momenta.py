@@ -33,7 +33,8 @@ def carry(learner: Learner, plan: Plan, stage: PartsStage, part: nn.Module, befo
         before: of the model that the parts were split from, which the weights between the blocks keep.
     """
     shapes = [{name: t.part_shape(k, plan.divisor) for name, t in plan.tensors.items()} for k in range(plan.parts)]
-    states = [_by_weight(stage.part(k), learner.args, part, shapes[k]) for k in range(plan.parts)]
+    names = _names(part, learner.args)
+    states = [_by_weight(stage.part(k), names, shapes[k]) for k in range(plan.parts)]
     if not all(states):
         return
     merged: dict[str, dict] = {}
@@ -67,7 +68,7 @@ def merge_state(t: TensorPlan, states: Sequence[torch.Tensor], onto: torch.Tenso
 def of_tuned(folder: Path, args: argparse.Namespace, plan: Plan) -> States:
     """Of the last checkpoint of a fine-tuned model; none if there is none, or if they are not by weight."""
     model = models.create(plan.model, **plan.model_args)
-    return _by_weight(folder, args, model, {name: t.shape for name, t in plan.tensors.items()})
+    return _by_weight(folder, _names(model, args), {name: t.shape for name, t in plan.tensors.items()})
 
 
 def changed(states: States, change: Callable[[str, torch.Tensor], torch.Tensor]) -> States:
@@ -84,11 +85,16 @@ def hand_down(learner: Learner, plan: Plan, k: int, states: States) -> None:
     optimizers.take(learner.optimizer, learner.net, restricted)
 
 
-def _by_weight(folder: Path, args: argparse.Namespace, model: nn.Module, shapes: Mapping[str, tuple]) -> dict:
+def _names(model: nn.Module, args: argparse.Namespace) -> list[str]:
+    """Its parameters, in the order in which their states are numbered."""
+    return optimizers.names(optimizers.create(model, args, 0.0), model)
+
+
+def _by_weight(folder: Path, names: Sequence[str], shapes: Mapping[str, tuple]) -> dict:
     """The states of the newest checkpoint of a model, if each has its weight's shape."""
     held = read_newest(folder)
     if held is None:
         return {}
-    states = optimizers.by_name(optimizers.names(optimizers.create(model, args, 0.0), model), *held)
+    states = optimizers.by_name(names, *held)
     tensors = ((name, v) for name, values in states.items() for v in values.values() if isinstance(v, torch.Tensor))
     return states if all(not v.ndim or tuple(v.shape) == tuple(shapes[name]) for name, v in tensors) else {}

@@ -47,7 +47,7 @@ def train_parts(run: Context) -> None:
     size, (images, _) = views.loader_size(args, run.parts.plan), data.folds(run.args, run.sets[0])
     loaders = run.loaders(args, distributed=False, train_size=size, images=images)
     learners = [part_learner(run, k, len(loaders[0])) for k in due]
-    for k, learner in zip(due, learners):
+    for k, learner in zip(due, learners) if run.states else ():
         hand_down(learner, run.parts.plan, k, run.states)
     if run.folder.resuming:
         for k, learner in zip(due, learners):

@@ -14,7 +14,6 @@ from torch import nn
 from torch.func import vmap
 
 from ...compat import foreach_copy_, foreach_lerp_, foreach_mul_, foreach_norm, overflows
-from .clipping import clip as clip_one
 from .learner import Learner
 from .stacked import Differ, Stacked, TensorByTensor, Way
 from .trial import find_way
@@ -45,7 +44,7 @@ class Abreast:
             if not self._may_stack():
                 alone = Learner.apply_gradients
             elif any(self._overflows()):
-                alone = _step_alone
+                alone = partial(Learner.apply_gradients, unscaled=True)
             else:
                 self._step()
         except Exception as e:  # of all
@@ -97,14 +96,6 @@ class Abreast:
 
 def _fail(learner: Learner, error: Exception) -> None:
     raise error
-
-
-def _step_alone(learner: Learner) -> None:
-    """`Learner.apply_gradients` with gradients that are unscaled; nothing if they are not finite."""
-    if learner.args.clip_grad is not None:
-        learner.sums.clipped += clip_one(learner.model.parameters(), learner.args)
-    learner.scaler.step(learner.optimizer)
-    learner.scaler.update()
 
 
 def _averaged(learners: Sequence[Learner]) -> tuple[list, list, list, list] | None:

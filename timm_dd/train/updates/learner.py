@@ -200,9 +200,11 @@ class Learner:
         self.note(loss, images)
         average_weights(self)
 
-    def apply_gradients(self) -> None:
+    def apply_gradients(self, unscaled: bool = False) -> None:
+        """Clip the gradients, which may be `unscaled` already, and step; nothing if they are not finite."""
         if self.args.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
+            if not unscaled:
+                self.scaler.unscale_(self.optimizer)
             self.sums.clipped += clip(self.model.parameters(), self.args)
         with self.around_step():
             self.scaler.step(self.optimizer)
