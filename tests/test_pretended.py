@@ -8,6 +8,8 @@ from pretended import DEVICE, Mixed, Pretended
 from test_capture import Again
 from test_host_reads import Loader
 from test_stacked import CPU, Small, batches
+from timm.data.loader import PrefetchLoader
+from torch.utils.data import DataLoader
 
 import timm_dd
 from timm_dd import Domain
@@ -16,6 +18,8 @@ from timm_dd.surgery.packed import pack
 from timm_dd.train.engines import Engine, Graphed, Packed
 from timm_dd.train.epochs import checkpoints
 from timm_dd.train.epochs.loop import measure
+from timm_dd.train.images.batched import KERNELS, Erase, Flip, Jitter, ResizedCrop, Shift
+from timm_dd.train.images.resident import Resident
 from timm_dd.train.settings import options
 from timm_dd.train.stages.joint import Joint
 from timm_dd.train.updates.learner import Learner
@@ -104,3 +108,23 @@ def test_packed_networks_are_loaded_and_unloaded(pretended, tmp_path):
         packed.unload(parts[:2])
         assert {t.device for m in (packed, *parts) for t in m.state_dict().values()} == {DEVICE}
         assert torch.equal(parts[0].conv.weight, parts[2].conv.weight)
+
+
+def test_images_on_the_device(pretended):
+    """Every random transform is where they are, and reads nothing."""
+    drawn = Jitter(((0.5, 1.5),) * 3, 0.8), ResizedCrop((9, 8), (7, 9), (0.2, 1.0), (0.5, 2.0), tuple(KERNELS.values()))
+    changes = [Shift(2), Flip(2, 0.5), *drawn]
+    erasing = [Erase((7, 9), 0.9, (0.1, 0.4), (-1.0, 1.0), (1, 2), mode) for mode in ("const", "rand", "pixel")]
+    images, targets = torch.randint(256, (20, 3, 9, 8), dtype=torch.uint8), torch.arange(20)
+
+    def batches_on(device):
+        loader = PrefetchLoader(DataLoader(range(20), batch_size=8), device=device)
+        torch.manual_seed(0)
+        return list(Resident(loader, images.to(device), targets.to(device), changes, erasing))
+
+    with pretended:
+        there = batches_on(DEVICE)
+        assert not pretended.reads and all(t.device == DEVICE for batch in there for t in batch)
+        there = [[t.cpu() for t in batch] for batch in there]
+    for batch, expected in zip(there, batches_on(CPU), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, expected, strict=True))

@@ -79,8 +79,8 @@ class Context:
         """(train, validation), on `images` instead of all to train on; see `data.loaders`, and on GPUs `resident`."""
         config, device = self.data_config, self.device
         sets = (self.sets[0] if images is None else images, self.sets[1])
-        train, val = data.loaders(args, config, *sets, device, distributed, train_size)
-        return resident.training(train, args, config, device), resident.validation(val, config, device)
+        loaders = data.loaders(args, config, *sets, device, distributed, train_size)
+        return tuple(resident.resident(loader, device) for loader in loaders)
 
     def stop_if_asked(self) -> None:
         """Raise TrainError if this process was asked to stop while nothing of it is to be saved."""
