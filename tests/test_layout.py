@@ -35,7 +35,7 @@ ROOMS = {
     "algebra": ["axes", "journal", "widths", "view", "domain"],
     "planning": ("inputs graphs costs modes trace shapes rules reader relations plan numbers assemble planner").split(),
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
-    "surgery": ["emit", "trial", "source", "packed", "parts", "merge", "claim", "split"],
+    "surgery": ["emit", "trial", "source", "convolutions", "vectorized", "packed", "parts", "merge", "claim", "split"],
     "two_level": ["aggregate", "files", "network"],
     "reports": (
         "profile claims maps verify picture record outcome draw curves boxes blocks networks features cam decisions "
@@ -46,7 +46,7 @@ ROOMS = {
     "train.images": ["workers", "readable", "data", "decoded", "batched", "resident"],
     "train.ranks": ["world", "meeting", "sharing", "dealing"],
     "train.updates": (
-        "capture clipping sums optimizers stacked trial layout metrics schedule learner abreast packs"
+        "capture timings clipping sums optimizers stacked trial layout metrics schedule learner abreast packs"
     ).split(),
     "train.epochs": ["checkpoints", "trackers", "progress", "loop"],
     "train.stages": (

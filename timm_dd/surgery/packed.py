@@ -17,12 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 
-from ..compat import Convolution, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from ..compat import Convolution
 from ..errors import SplitError
 from ..planning.graphs import BATCH_NORMS, CONTENTS, STAYS_IN_EVAL, Graph, copy_graph, graph_module
 from ..planning.modes import is_training_only
+from .convolutions import Geometry, Way, grouped, is_plain
+from .vectorized import WAYS, as_images, autocast, one_by_one, over_parts
 
 LINEAR_MAPS = (
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
@@ -57,6 +59,12 @@ class PackedGraph(Graph):
         for k, part in enumerate(parts):
             for stacked, p in zip(self.parameters(), part.parameters()):
                 p.grad = None if stacked.grad is None else stacked.grad[k]
+
+    def choose_convolutions(self, choose: Callable[..., Way]) -> None:
+        """By what `choose` says of (x, w, b, geometry), see `convolutions`."""
+        for module in self.modules():
+            if isinstance(module, PackedConvolution):
+                module.choose = choose
 
     def _slices(self, parts: Iterable[nn.Module]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(part k's slice here, part k's tensor), of all of them."""
@@ -98,6 +106,27 @@ class PackedLinearMap(PackedModule):
         return over_parts(self._call, self._parts, *autocast((_state(self), args, kwargs)))
 
 
+class PackedConvolution(PackedLinearMap):
+    """One that is padded with zeros.
+
+    Attributes:
+        choose: the way to compute it, see `convolutions`; None: grouped.
+    """
+
+    def __init__(self, module: Convolution, parts: int):
+        super().__init__(module, parts)
+        self.choose: Callable[..., Way] | None = None
+        self._geometry = Geometry.of(module)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        state, x = autocast((_state(self), input))
+        given = x, state["weight"], state.get("bias"), self._geometry
+        if x.ndim != state["weight"].ndim:  # one image
+            return super().forward(input)
+        way = grouped if self.choose is None else self.choose(*given)
+        return way(*given)
+
+
 class OneByOne(PackedModule):
     """A module that vmap has no rule for, or whose code may branch on values."""
 
@@ -114,74 +143,11 @@ class PackedBatchNorm(PackedModule):
         return y.unflatten(1, (self._parts, -1)).movedim(1, 0)
 
 
-def over_parts(function: Callable, parts: int, *args: Any, **kwargs: Any) -> Any:
-    """``function(*args, **kwargs)`` of each part. Tensors among the arguments and results are all parts', stacked; what
-    is no tensor is the same for all parts."""
-    leaves, spec = tree_flatten((args, kwargs))
-    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    if not tensors:
-        return _in_each(function(*args, **kwargs), lambda t: t.expand(parts, *t.shape))
-    made: list[Any] = []
+class PackedPool(PackedModule):
+    """Average pooling to a size."""
 
-    def of_part(*values: torch.Tensor) -> Any:
-        filled = list(leaves)
-        for i, value in zip(tensors, values):
-            filled[i] = value
-        given, named = tree_unflatten(filled, spec)
-        made.append(function(*given, **named))  # sizes, dtypes and None are nothing that vmap returns
-        return tuple(leaf for leaf in tree_leaves(made[0]) if isinstance(leaf, torch.Tensor))
-
-    stacked = iter(vmap(of_part, randomness="different")(*(leaves[i] for i in tensors)))
-    return _in_each(made[0], lambda _: next(stacked))
-
-
-def _in_each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """With its tensors changed; what has none, as a `torch.Size`, stays what it is."""
-    has_any = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
-    return tree_map_only(torch.Tensor, change, value) if has_any else value
-
-
-def autocast(tensors: Any) -> Any:
-    """`tensors` as a convolution or a linear layer takes them under autocast, whose lists lack what vmap makes of
-    these."""
-
-    def lower(t: torch.Tensor) -> torch.Tensor:
-        kind, single = t.device.type, t.is_floating_point() and t.dtype != torch.float64
-        enabled = single and not t.is_meta and torch.is_autocast_enabled(kind)
-        return t.to(torch.get_autocast_dtype(kind)) if enabled else t
-
-    return tree_map_only(torch.Tensor, lower, tensors)
-
-
-def one_by_one(function: Callable, parts: int, *args: Any, **kwargs: Any) -> Any:
-    """As `over_parts`, part after part: as many launches."""
-    leaves, spec = tree_flatten((args, kwargs))
-    results = []
-    for k in range(parts):
-        given, named = tree_unflatten([leaf[k] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec)
-        results.append(tree_flatten(function(*given, **named)))
-    stacked = [
-        torch.stack(row) if isinstance(row[0], torch.Tensor) else row[0] for row in zip(*(r for r, _ in results))
-    ]
-    return tree_unflatten(stacked, results[0][1])
-
-
-def attention(
-    function: Callable, parts: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any
-) -> Any:
-    """As `over_parts`, for scaled_dot_product_attention, which vmap has no rule for: parts are more of the batch."""
-    given = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), args)), **kwargs}
-    mask, batch = given.pop("attn_mask", None), q.shape[:2]
-    if q.ndim < 4 or not batch == k.shape[:2] == v.shape[:2]:
-        return over_parts(function, parts, q, k, v, mask, **given)
-    if mask is not None:
-        mask = mask.view(parts, *[1] * (q.ndim - mask.ndim), *mask.shape[1:])
-        mask = mask.expand(*batch, *mask.shape[2:]).flatten(0, 1)
-    y = function(*(t.flatten(0, 1) for t in (q, k, v)), mask, **given)
-    return y.unflatten(0, batch)
-
-
-WAYS = {F.scaled_dot_product_attention: attention, F.rrelu: one_by_one, F.rrelu_: one_by_one}
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return as_images(self._of_part[0], self._parts, input)
 
 
 def pack(parts: Sequence[fx.GraphModule]) -> PackedGraph:
@@ -244,7 +210,9 @@ def _kind(module: nn.Module) -> type[PackedModule]:
     if counts or isinstance(module, (nn.RNNBase, nn.RReLU)) or is_training_only(module):
         return OneByOne
     if isinstance(module, (nn.Linear, Convolution)):
-        return PackedLinearMap
+        return PackedConvolution if is_plain(module) else PackedLinearMap
+    if isinstance(module, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)):
+        return PackedPool
     plain = isinstance(module, BATCH_NORMS) and {name for name, _ in _tensors(module)} <= OF_BATCH_NORM
     return PackedBatchNorm if plain else PackedModule
 

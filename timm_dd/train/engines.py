@@ -24,6 +24,7 @@ from ..errors import TrainError, headline
 from .updates.capture import Captured, CudaGraph, has_graphs
 from .updates.learner import Learner, average_weights, within_memory
 from .updates.packs import Pack, groups
+from .updates.timings import Timings
 
 TRIALS = 3  # updates of each engine, to choose by
 CAPTURE_AFTER = 3  # updates, in which convolutions choose their algorithms and optimizers make their states
@@ -119,10 +120,11 @@ class Packed(Engine):
 
     Args:
         instead: who goes on if that fails; without it the learners fail.
+        timings: by which convolutions are computed; None: as grouped ones.
     """
 
-    def __init__(self, instead: Engine | None = None):
-        self.instead, self.works, self.evaluates = instead, True, True
+    def __init__(self, instead: Engine | None = None, timings: Timings | None = None):
+        self.instead, self.timings, self.works, self.evaluates = instead, timings, True, True
         self.learners: list[Learner] = []
         self.packs: list[Pack] = []
 
@@ -175,7 +177,7 @@ class Packed(Engine):
         learners = list(learners)
         if learners != self.learners:
             self.packs = []
-            self.learners, self.packs = learners, [Pack(alike) for alike in groups(learners)]
+            self.learners, self.packs = learners, [Pack(alike, self.timings) for alike in groups(learners)]
         place, results = {id(n): i for i, n in enumerate(learners)}, [None] * len(learners)
         for pack in self.packs:
             at = [place[id(n)] for n in pack.learners]
@@ -366,7 +368,7 @@ def engine(
     if name == "threads" and not on_cpu or name == "graph" and not has_graphs(device):
         raise TrainError(f"--engine {name} is for {'CPUs' if name == 'threads' else 'GPUs'}; use auto")
     if name == "packed":
-        return around(Packed())
+        return around(Packed(timings=_timings(device)))
     if name == "sequential":
         return around(Engine())
     candidates = [around(Engine())] if name == "auto" else []
@@ -386,7 +388,13 @@ def engine_of_one(name: str, device: torch.device) -> Engine:
 def _graphs(learners: Sequence[Learner], device: torch.device, around: Callable[[Engine], Engine]) -> list[Engine]:
     apart = around(Streams(len(learners), device)) if len(learners) > 1 else around(Engine())
     some_are_alike = len(groups(learners)) < len(learners)
-    return [Graphed(apart), *([Graphed(around(Packed(instead=apart)))] if some_are_alike else [])]
+    packed = Packed(apart, _timings(device))
+    return [Graphed(apart), *([Graphed(around(packed))] if some_are_alike else [])]
+
+
+def _timings(device: torch.device) -> Timings | None:
+    """On CPUs packed convolutions are grouped, so that a run's bits do not depend on how fast they are."""
+    return None if device.type == "cpu" else Timings.of_this_machine()
 
 
 def _raise(error: Exception) -> None:

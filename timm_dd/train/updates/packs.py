@@ -9,15 +9,22 @@ import torch
 from ...surgery.packed import alike, pack
 from .abreast import Abreast
 from .learner import Learner, compiled
+from .timings import Timings
 
 
 class Pack:
     """Learners of one shape, that see views of one size, as one network, whose slices their tensors are; see
-    `surgery.packed`. The losses are summed, so that each has the gradients of its loss alone."""
+    `surgery.packed`. The losses are summed, so that each has the gradients of its loss alone.
 
-    def __init__(self, learners: Sequence[Learner]):
+    Args:
+        timings: by which convolutions are computed; None: as grouped ones.
+    """
+
+    def __init__(self, learners: Sequence[Learner], timings: Timings | None = None):
         self.learners, self.packed = list(learners), pack([n.net for n in learners])
         self.packed.share_storage(n.net for n in learners)
+        if timings is not None and not learners[0].args.torchcompile:  # which chooses for itself
+            self.packed.choose_convolutions(timings.fastest)
         self.forward, self.abreast = compiled(self.packed, learners[0].args), Abreast(learners, self.packed)
 
     def gradients(self, seen: Sequence[torch.Tensor], y: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -1,0 +1,116 @@
+"""Which way to compute a packed convolution is the fastest: each is timed once for each shape, on a device's own batch,
+and remembered in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import cached_assets_path
+from torch.utils.benchmark import Timer
+
+from ...errors import FileError
+from ...storage.atomic import locked, replace_json
+from ...surgery.convolutions import Geometry, Way, grouped, ways
+from .capture import CudaGraph, capturing, has_graphs
+
+MEASURED = 0.02  # seconds of each way
+WARM_UP = 3  # runs, in which libraries choose their algorithms
+FILE = "convolutions.json"
+
+
+class Timings:
+    """Of the ways of packed convolutions, in microseconds: {convolution: {way: forward and backward pass}}.
+
+    Args:
+        path: of the file, whose device and versions the names of its convolutions say; None: it is not kept.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self.path, self.known = path, _read(path)
+
+    @classmethod
+    def of_this_machine(cls) -> Timings:
+        """Beside what huggingface_hub keeps, where no home is read-only."""
+        with contextlib.suppress(OSError, ValueError):
+            return cls(cached_assets_path("timm_dd", "timings") / FILE)
+        return cls()
+
+    def fastest(self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, at: Geometry) -> Way:
+        """Grouped where nothing is learned; see `surgery.convolutions` for the shapes."""
+        if not torch.is_grad_enabled() or not (x.requires_grad or w.requires_grad):
+            return grouped
+        name = _name(x, w, b, at)
+        if name not in self.known and not capturing():
+            measured = {way.__name__: _microseconds(way, x, w, b, at) for way in ways(x, w, at)}
+            self._keep(name, {way: time for way, time in measured.items() if math.isfinite(time)})
+        measured = self.known.get(name, {})
+        return min(ways(x, w, at), key=lambda way: measured.get(way.__name__, math.inf))
+
+    def _keep(self, name: str, measured: dict[str, float]) -> None:
+        """Another process may have added some."""
+        self.known[name] = measured
+        if self.path is not None:
+            with contextlib.suppress(OSError, FileError), locked(self.path.parent):
+                self.known = {**_read(self.path), **self.known}
+                replace_json(self.path, self.known)
+
+
+def _read(path: Path | None) -> dict[str, dict[str, float]]:
+    """Nothing from a file that is not there, or is not ours."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+    except (OSError, ValueError):
+        return {}
+    tables = known.items() if isinstance(known, dict) else ()
+    return {
+        name: row for name, row in tables if isinstance(row, dict) and all(isinstance(v, float) for v in row.values())
+    }
+
+
+def _name(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, at: Geometry) -> str:
+    """What a timing depends on."""
+    device, cpu = torch.get_device_module(x.device), x.device.type == "cpu"
+    given = {
+        "on": "cpu" if cpu else device.get_device_name(x.device),
+        "torch": torch.__version__,
+        "x": (*x.shape, x.stride(), str(x.dtype), x.requires_grad),
+        "w": (*w.shape, w.stride()),
+        "b": b is not None,
+        **at._asdict(),
+    }
+    return ", ".join(f"{key} {value}" for key, value in given.items())
+
+
+def _microseconds(way: Way, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, at: Geometry) -> float:
+    """Of a forward and a backward pass; infinite where it fails."""
+    given = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in (x, w, b)]
+    learned = [t for t in given if t is not None and t.requires_grad]
+
+    def run() -> None:
+        y = way(*given, at)
+        torch.autograd.grad(y, learned, torch.ones_like(y))
+
+    try:
+        return 1e6 * _seconds(run, x.device)
+    except RuntimeError:  # no memory, or a shape that a library lacks
+        return math.inf
+
+
+def _seconds(run: Callable[[], None], device: torch.device) -> float:
+    """As it will be, without launches where they are captured."""
+    work = run
+    if has_graphs(device):
+        graph = CudaGraph()
+        with graph.aside():
+            for _ in range(WARM_UP):
+                run()
+        graph.capture(run)
+        work = graph.replay
+    work()
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=MEASURED).median
