@@ -4,9 +4,10 @@
 
 A step is views, forward, backward and optimizer on a batch that stands in the device's memory: milliseconds, the median
 of three turns, and peak memory. Both networks in TF32, bfloat16, and bfloat16 with channels last; the global one as it
-is and as a CUDA graph, the parts one after another, packed, and as CUDA graphs of packed ones and of one stream for
-each. "roofline_ms" is the time that the layers take at the device's rates, each the larger of that of its bytes and
-that of its FLOPs; "limit" the ratio of the global network's to the parts'.
+is and as a CUDA graph, the parts one after another, packed, and as CUDA graphs of packed ones, whose convolutions are
+grouped or the fastest of several ways, and of one stream for each. "roofline_ms" is the time that the layers take at
+the device's rates, each the larger of that of its bytes and that of its FLOPs; "limit" the ratio of the global
+network's to the parts'.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from timm_dd import Domain, Parts, models
 from timm_dd.train.engines import Engine, Graphed, Packed, Streams
 from timm_dd.train.settings import options
 from timm_dd.train.updates.learner import Learner
+from timm_dd.train.updates.timings import Timings
 
 GPU = torch.device("cuda", 0)
 BYTES, FLOPS = {"NVIDIA H200": 4.8e12}, 790e12  # a second: by the data sheet; bfloat16 products as measured
@@ -39,6 +41,7 @@ ENGINES: dict[str, tuple[bool, Callable[[int], Engine]]] = {  # whether of the p
     "one after another": (True, lambda k: Engine()),
     "packed": (True, lambda k: Packed()),
     "graph of packed": (True, lambda k: Graphed(Packed())),
+    "graph of packed, timed": (True, lambda k: Graphed(Packed(timings=Timings()))),
     "graph of streams": (True, lambda k: Graphed(Streams(k, GPU))),
 }
 

@@ -22,8 +22,10 @@ from timm_dd.train.images.batched import KERNELS, Erase, Flip, Jitter, ResizedCr
 from timm_dd.train.images.resident import Resident
 from timm_dd.train.settings import options
 from timm_dd.train.stages.joint import Joint
+from timm_dd.train.updates import timings
 from timm_dd.train.updates.learner import Learner
 from timm_dd.train.updates.optimizers import has_graphs
+from timm_dd.train.updates.timings import Timings
 
 BOXES = [Box((0, i), (8, 5)) for i in range(4)]
 ENGINES = {
@@ -97,6 +99,18 @@ def test_a_step_an_evaluation_and_a_checkpoint(given, make, pretended, tmp_path)
     for one, other in zip(found[:4], found[4:]):
         assert all(torch.equal(t, other[name]) for name, t in one.items())
     for here, there in zip(trained(make(), learners(CPU, tmp_path, *given.split())), figures):
+        assert there == pytest.approx(here, rel=1e-4)
+
+
+def test_convolutions_are_timed(pretended, monkeypatch, tmp_path):
+    """On the device's tensors; without graphs, which only a GPU has."""
+    monkeypatch.setattr(timings, "has_graphs", lambda device: False)
+    with pretended:
+        by = Timings()
+        figures = trained(Packed(timings=by), learners(DEVICE, tmp_path))
+    assert by.known and all(name.startswith(f"on {DEVICE.type}") for name in by.known)
+    assert all(row.keys() >= {"grouped", "grouped_channels_last", "one_by_one"} for row in by.known.values())
+    for here, there in zip(trained(Packed(), learners(CPU, tmp_path)), figures):
         assert there == pytest.approx(here, rel=1e-4)
 
 

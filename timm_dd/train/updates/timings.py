@@ -6,14 +6,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from huggingface_hub import cached_assets_path
 from torch.utils.benchmark import Timer
+from tqdm import tqdm
 
-from ...errors import FileError
+from ...errors import FileError, headline
 from ...storage.atomic import locked, replace_json
 from ...surgery.convolutions import Geometry, Way, grouped, ways
 from .capture import CudaGraph, capturing, has_graphs
@@ -46,8 +48,7 @@ class Timings:
             return grouped
         name = _name(x, w, b, at)
         if name not in self.known and not capturing():
-            measured = {way.__name__: _microseconds(way, x, w, b, at) for way in ways(x, w, at)}
-            self._keep(name, {way: time for way, time in measured.items() if math.isfinite(time)})
+            self._keep(name, _measured(x, w, b, at))
         measured = self.known.get(name, {})
         return min(ways(x, w, at), key=lambda way: measured.get(way.__name__, math.inf))
 
@@ -74,9 +75,9 @@ def _read(path: Path | None) -> dict[str, dict[str, float]]:
 
 def _name(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, at: Geometry) -> str:
     """What a timing depends on."""
-    device, cpu = torch.get_device_module(x.device), x.device.type == "cpu"
+    tells = getattr(torch.get_device_module(x.device), "get_device_name", None)
     given = {
-        "on": "cpu" if cpu else device.get_device_name(x.device),
+        "on": tells(x.device) if tells is not None else x.device.type,
         "torch": torch.__version__,
         "x": (*x.shape, x.stride(), str(x.dtype), x.requires_grad),
         "w": (*w.shape, w.stride()),
@@ -86,19 +87,24 @@ def _name(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, at: Geometry
     return ", ".join(f"{key} {value}" for key, value in given.items())
 
 
-def _microseconds(way: Way, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, at: Geometry) -> float:
-    """Of a forward and a backward pass; infinite where it fails."""
+def _measured(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, at: Geometry) -> dict[str, float]:
+    """Microseconds of a forward and a backward pass, of each way that does not fail."""
     given = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in (x, w, b)]
     learned = [t for t in given if t is not None and t.requires_grad]
+    found: dict[str, float] = {}
+    for way in ways(x, w, at):
 
-    def run() -> None:
-        y = way(*given, at)
-        torch.autograd.grad(y, learned, torch.ones_like(y))
+        def run(way: Way = way) -> None:
+            y = way(*given, at)
+            torch.autograd.grad(y, learned, torch.ones_like(y))
 
-    try:
-        return 1e6 * _seconds(run, x.device)
-    except RuntimeError:  # no memory, or a shape that a library lacks
-        return math.inf
+        try:
+            found[way.__name__] = 1e6 * _seconds(run, x.device)
+        except RuntimeError as e:  # no memory, or a shape that a library lacks
+            why = headline(e)
+    if not found:
+        tqdm.write(f"convolutions are grouped: none could be timed ({why})", sys.stdout)
+    return found
 
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
