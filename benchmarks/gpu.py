@@ -21,10 +21,12 @@ from typing import NamedTuple
 
 import torch
 from common import provenance, write_table
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_dd
-from timm_dd import Domain, Parts, models
+from timm_dd import Domain, models
+from timm_dd.algebra.view import View
 from timm_dd.train.engines import Engine, Graphed, Packed, Streams
 from timm_dd.train.settings import options
 from timm_dd.train.updates.learner import Learner
@@ -55,13 +57,16 @@ class Setting(NamedTuple):
     batch: int
     widths: tuple[int, ...] | None = None
 
-    @property
-    def given(self) -> dict:
-        return {"num_classes": 10, **({"widths": self.widths} if self.widths else {})}
-
-    def split(self) -> Parts:
+    def networks(self, parts: bool) -> list[tuple[nn.Module, View | None]]:
+        """The global network or its parts, with what they see; of a grid of one box the parts are whole networks."""
+        given = {"num_classes": 10, **({"widths": self.widths} if self.widths else {})}
+        if not parts:
+            return [(models.create(self.model, **given), None)]
+        if self.grid == (1, 1):
+            return [(timm_dd.split(self.model, 1, img_size=self.size, **given)[0], None) for _ in range(self.parts)]
         domain = Domain.grid(*self.grid, overlap=self.overlap)
-        return timm_dd.split(self.model, self.parts, domain=domain, img_size=self.size, **self.given)
+        split = timm_dd.split(self.model, self.parts, domain=domain, img_size=self.size, **given)
+        return list(zip(split, split.plan.views()))
 
 
 SETTINGS = {
@@ -73,6 +78,7 @@ SETTINGS = {
         ("resnet32, 8 parts", ("dd_resnet32", 8, (2, 4), 0, 32), (128, 2048), ()),
         ("resnet32, 16 parts", ("dd_resnet32", 16, (4, 4), 0, 32), (128, 2048), ()),
         ("resnet50, 4 parts of 140 pixels", ("resnet50", 4, (2, 2), 28, 224), (128,), ()),
+        ("mobilenetv2_100, 3 whole networks", ("mobilenetv2_100", 3, (1, 1), 0, 32), (128,), ()),
     )
     for batch in batches
 }
@@ -80,11 +86,9 @@ SETTINGS = {
 
 def learners(setting: Setting, parts: bool, precision: str) -> list[Learner]:
     args = options.parse(["--dataset", "digits", "--lr", "0.01", *PRECISIONS[precision]])
-    nets = setting.split() if parts else [models.create(setting.model, **setting.given)]
-    boxes = nets.plan.views() if isinstance(nets, Parts) else [None]
     return [
-        Learner(f"network {k}", net.train(), box, args, GPU, 1000, setting.batch, k, Path())
-        for k, (net, box) in enumerate(zip(nets, boxes))
+        Learner(f"network {k}", net.train(), view, args, GPU, 1000, setting.batch, k, Path())
+        for k, (net, view) in enumerate(setting.networks(parts))
     ]
 
 
@@ -142,12 +146,11 @@ class Roofline(TorchDispatchMode):
 
 def roofline(setting: Setting, parts: bool, device: str) -> float:
     """Milliseconds of a step."""
-    nets = setting.split() if parts else [models.create(setting.model, **setting.given)]
     x = torch.empty(setting.batch, 3, setting.size, setting.size, device="meta")
-    views = nets.crops(x) if isinstance(nets, Parts) else [x]
+    networks = setting.networks(parts)
     with Roofline(device) as counted:
-        for net, view in zip(nets, views):
-            net.to("meta").train()(view)
+        for net, view in networks:
+            net.to("meta").train()(x if view is None else view.crop(x))
     return 1e3 * counted.seconds
 
 
