@@ -472,6 +472,17 @@ class Experts(nn.Module):
         return self.conv(x, torch.sigmoid(self.routing(x.mean((2, 3)))))
 
 
+def fourier_filter(x, p):
+    return torch.fft.irfft2(torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(p), s=x.shape[2:], norm="ortho")
+
+
+def of_frequencies(x, conv):
+    """A fast Fourier convolution: of real and imaginary parts, as channels."""
+    y = torch.view_as_real(torch.fft.rfft2(x)).permute(0, 1, 4, 2, 3).flatten(1, 2)
+    y = conv(y).relu().unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2).contiguous()
+    return torch.fft.irfft2(torch.view_as_complex(y), s=x.shape[2:])
+
+
 def row(make, reason=None, size=(9, 9)):
     """A network, why it is approximate (None: it is exact), and its images' size."""
     return make, reason, size
@@ -599,6 +610,27 @@ ROWS = {
     "flip of channels": row(lambda: net(fn(lambda x: x.flip([1]))), "flip along channels"),
     "roll of channels": row(lambda: net(fn(lambda x: x.roll(1, 1))), "roll along channels"),
     "cumsum of channels": row(lambda: net(fn(lambda x: torch.cumsum(x, 1))), "cumsum along channels"),
+    "Fourier filter": row(lambda: net(Parameter(fourier_filter, 12, 9, 5, 2))),
+    "Fourier transforms of positions": row(
+        lambda: net(
+            fn(lambda x: torch.fft.fft(x, dim=2).real * torch.fft.ifft2(x).imag),
+            fn(lambda x: torch.fft.fftn(x, dim=(2, 3)).abs() + torch.fft.hfft(x, n=x.shape[3])),
+        )
+    ),
+    "Fourier transform of channels": row(
+        lambda: net(fn(lambda x: torch.fft.fft(x, dim=1).real)), "without channels to cut"
+    ),
+    "convolution of frequencies": row(lambda: net(fn(of_frequencies, conv(24, 24, 1)))),
+    "complex numbers": row(
+        lambda: net(fn(lambda x: torch.polar(x, x.sin()).conj().angle() + torch.imag(torch.complex(x, x.cos()))))
+    ),
+    "cosine similarity of positions": row(
+        lambda: net(fn(lambda x: x * F.cosine_similarity(x, x.roll(1, 2), dim=-1).unsqueeze(-1)))
+    ),
+    "cosine similarity of channels": row(
+        lambda: net(fn(lambda x: x * F.cosine_similarity(x, x.roll(1, 2)).unsqueeze(1))),
+        "cosine_similarity over channels",
+    ),
     "GLU": row(lambda: net(nn.GLU(1), out=6)),
     "GLU as a function": row(lambda: net(fn(lambda x: F.glu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)), out=6)),
     "tensors of one number": row(
@@ -1121,6 +1153,7 @@ def test_rule(name, parts):
 # Where positions are entries of a weight, a part has those of its box, (2.13): by value in test_theorem.
 POSITIONS = ["ConvMlp", "two fully connected", "reshape by constants", "GRU on a sum"]
 NOT_ON_BOXES = {
+    "Fourier filter": "does not work on a part's box of 9×6",  # a weight for each frequency of the whole image
     "a fixed transform": r"on these boxes: linear .* differ between parts; use Domain.full\(2\)",
     "MultiheadAttention with a mask": "does not work on a part's box of 9×6",
     "attention to channels": "does not work on a part's box of 9×7",

@@ -227,7 +227,7 @@ class Unknown(nn.Module):
         self.conv = nn.Conv2d(3, 8, 1)
 
     def forward(self, x):
-        return torch.fft.fft(self.conv(x)).real.flatten(1)
+        return torch.cdist(self.conv(x), x[:, :1]).flatten(1)
 
 
 class OfOneSize(nn.Module):
@@ -318,6 +318,12 @@ def test_what_nobody_has_foreseen_names_its_place(monkeypatch):
 VALID = nn.Sequential(nn.Conv2d(3, 8, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
 
 
+def holding(tensor):
+    model = nn.Sequential(nn.Conv2d(3, 8, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    model.register_buffer("scale", tensor)
+    return model
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -336,6 +342,9 @@ VALID = nn.Sequential(nn.Conv2d(3, 8, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         (lambda: timm_dd.split(hooked(spectral_norm), 2, example_input=IMAGE), "0 has a hook, .*remove_weight_norm"),
         (lambda: timm_dd.split(parametrized(by.spectral_norm), 2, example_input=IMAGE), "0 is parametrized; remove"),
         (lambda: timm_dd.split(parametrized(by.orthogonal), 2, example_input=IMAGE), "0 is parametrized; remove"),
+        (lambda: timm_dd.split(holding(torch.ones(8).cfloat()), 2, example_input=IMAGE), "scale is complex64; parts"),
+        (lambda: timm_dd.plan(holding(torch.ones(8).to(torch.uint16)), 2, example_input=IMAGE), "scale is uint16; "),
+        (lambda: timm_dd.split(holding(2 * VALID[3].bias), 2, example_input=IMAGE), r"scale is computed .* detach\(\)"),
         (lambda: timm_dd.split("dd_resnet32", 4).crops(None), "expected images of .* got NoneType"),
         (lambda: timm_dd.verify(VALID, None), "expected a merged model .* and NoneType"),
         (lambda: timm_dd.split("resnet18", 4, domain=Domain.grid(2, 2, overlap=500)), "larger than the image"),

@@ -24,6 +24,7 @@ from ..planning.plan import Plan
 from ..planning.planner import make_plan
 from ..planning.rules import has_rule
 from ..planning.trace import trace
+from ..storage.tensorfile import DTYPES
 from .emit import emit, slices
 from .trial import check_parts_run
 
@@ -75,6 +76,7 @@ class Network:
         given = [name for name, value in options.items() if value or name not in OF_A_NAME]
         if given:
             raise SplitError(f"{', '.join(given)}: only for a timm name; a module is split as it is")
+        _check_tensors(model)
         inputs, batch = Inputs.of(example_input, signature_of(model))
         module = model if with_weights else skeleton(model)
         return cls(module, inputs, _output(model, reconstruct), batch=max(batch, 2))
@@ -181,6 +183,20 @@ def _warn_of_narrow(plan: Plan) -> None:
             "narrow='refuse' makes that an error",
             stacklevel=6,  # the caller of `split`, `plan` or `profile`
         )
+
+
+def _check_tensors(model: nn.Module) -> None:
+    """Raise SplitError unless parts can hold all that `model` saves, and it can be copied."""
+    for name, t in model.state_dict(keep_vars=True).items():
+        if isinstance(t, torch.Tensor) and t.dtype not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            kept = "as real ones, for torch.view_as_complex" if t.dtype.is_complex else "as one of these"
+            raise SplitError(f"{name} is {str(t.dtype).removeprefix('torch.')}; parts hold {known}: keep it {kept}")
+        if isinstance(t, torch.Tensor) and not t.is_leaf:
+            raise SplitError(
+                f"{name} is computed from other weights, of which torch makes no copy; detach() it, or compute it in "
+                "forward or by a parametrization"
+            )
 
 
 def _output(model: nn.Module, reconstruct: bool) -> str:

@@ -7,6 +7,7 @@ edits and a law, and knows nothing of Plans.
 from . import (  # noqa: F401  (each registers its rules)
     attention,
     conv,
+    fourier,
     linear,
     norm,
     pieces,

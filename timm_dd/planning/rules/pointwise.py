@@ -24,7 +24,7 @@ ACTIVATIONS = (
     ta.HardMish, ta.GELU, ta.GELUTanh, ta.QuickGELU,
 )  # fmt: skip
 NAMES = (
-    "abs", "absolute", "acos", "acosh", "arctan2", "asin", "asinh", "atan", "atan2", "atanh", "bitwise_and",
+    "abs", "absolute", "acos", "acosh", "angle", "arctan2", "asin", "asinh", "atan", "atan2", "atanh", "bitwise_and",
     "bitwise_not", "bitwise_or", "bitwise_xor", "ceil", "clamp", "clamp_max", "clamp_min", "clip", "copysign", "cos",
     "cosh", "deg2rad", "digamma", "eq", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "fix", "float_power", "floor",
     "floor_divide", "fmod", "frac", "ge", "greater", "greater_equal", "gt", "heaviside", "hypot", "isfinite", "isinf",
@@ -39,7 +39,7 @@ FUNCTIONS = (
     F.softshrink, F.leaky_relu_, F.elu_, F.selu_, F.celu_, F.rrelu_, F.hardtanh_, F.threshold_, operator.pow,
     operator.mod, operator.floordiv, operator.abs, operator.gt, operator.ge, operator.lt, operator.le, operator.eq,
     operator.ne, operator.invert, operator.and_, operator.or_, operator.xor, operator.ipow,
-    *(getattr(torch, name) for name in NAMES), *NAMES, *(f"{name}_" for name in NAMES),
+    torch.polar, *(getattr(torch, name) for name in NAMES), *NAMES, *(f"{name}_" for name in NAMES),
     *(getattr(torch, f"{name}_") for name in NAMES if hasattr(torch, f"{name}_")),
 )  # fmt: skip
 SUMS = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub", "sub_")

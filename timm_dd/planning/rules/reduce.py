@@ -71,6 +71,16 @@ def chosen(op: Op, x: Value, dim=None, keepdim: bool = False) -> Value:
     return _reduce(op, x, dim, keepdim, _cross_channel(op, laws.pointwise))
 
 
+@rule(F.cosine_similarity)
+def cosine_similarity(op: Op, a: Value, b: Value, dim: int = 1, eps: float = 1e-8) -> Value:
+    if a.shape != b.shape:
+        raise op.refuse(f"compares {a.shape} and {b.shape}; expand one to the other's shape")
+    axes = [op.unify(x, y) for x, y in zip(a.axes, b.axes)]
+    op.reduces_over(axes[dim])
+    law = _cross_channel(op, laws.pointwise)([axes[dim]])
+    return op.result([axis for d, axis in enumerate(axes) if d != dim % len(axes)], law, a, b)
+
+
 @rule(torch.sort, "sort", torch.argsort, "argsort")
 def sort(op: Op, x: Value, dim: int = -1, *args, **kwargs):
     """(values, indices), or the indices alone."""

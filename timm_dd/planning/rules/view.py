@@ -274,7 +274,7 @@ def attribute(op: Op, x, name: str) -> Value:
         return t(op, x)
     if name in ("mT", "mH"):
         return transpose(op, x, -2, -1)
-    if name in ("data", "real"):
+    if name in ("data", "real", "imag"):
         return op.result(x.axes, laws.linear, x)
     raise op.refuse(f"reads {name} of a tensor, of whose channels nothing is known; write it as a function")
 
@@ -334,14 +334,14 @@ def unfold_module(op: Op, x: Value) -> Value:
 def unfold(op: Op, x: Value, *args, **kwargs) -> Value:
     """(B, C, H, W) to (B, C · kernel, positions)."""
     patches = op.axis(x, 1).times(op.out.shape[1] // x.shape[1])
-    return op.result((x.axes[0], patches, None), _over_positions(op, x, x.axes[2:]), x)
+    return op.result((x.axes[0], patches, None), over_positions(op, x, x.axes[2:]), x)
 
 
 @rule("unfold")
 def windows(op: Op, x: Value, dimension: int, size: int, step: int) -> Value:
     """Overlapping windows along a dim: their numbers become a last dim."""
     axes = list(x.axes)
-    law = _over_positions(op, x, [axes[dimension]])
+    law = over_positions(op, x, [axes[dimension]])
     axes[dimension] = None if axes[dimension] is None else Axis.of(op.out.shape[dimension])
     return op.result((*axes, None), law, x)
 
@@ -356,10 +356,10 @@ def fold(op: Op, x: Value, *args, **kwargs) -> Value:
     """(B, C · kernel, positions) to (B, C, H, W)."""
     channels = op.channels(op.out.shape[1])
     op.unify(x.axes[1], channels.times(x.shape[1] // op.out.shape[1]))
-    return op.result((x.axes[0], channels, None, None), _over_positions(op, x, x.axes[2:]), x)
+    return op.result((x.axes[0], channels, None, None), over_positions(op, x, x.axes[2:]), x)
 
 
-def _over_positions(op: Op, x: Value, axes) -> laws.Law:
+def over_positions(op: Op, x: Value, axes) -> laws.Law:
     """The law of an operation that is linear along the dims of `axes`, which it makes others of."""
     for axis in axes:
         if axis is not None:
