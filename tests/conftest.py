@@ -20,7 +20,7 @@ import timm_dd
 import timm_dd.reports.verify
 from timm_dd.cli import main
 from timm_dd.planning import planner
-from timm_dd.planning.trace import Tracer
+from timm_dd.planning.tracer import Tracer
 from timm_dd.storage.files import part_name
 
 NARROW = "too few channels for"  # the warning of what is replicated

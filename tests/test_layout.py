@@ -33,7 +33,9 @@ LAYERS = [
 # Inside a room, in the order of its story.
 ROOMS = {
     "algebra": ["axes", "journal", "widths", "view", "domain"],
-    "planning": ("inputs graphs costs modes trace shapes rules reader relations plan numbers assemble planner").split(),
+    "planning": (
+        "inputs graphs costs modes tracer trace shapes rules reader relations plan numbers assemble planner"
+    ).split(),
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
     "surgery": ["emit", "trial", "source", "convolutions", "vectorized", "packed", "parts", "merge", "claim", "split"],
     "two_level": ["aggregate", "files", "network"],

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from conftest import images, shake, sum_error
 from test_rules import fn, net
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import timm_dd
 from timm_dd import Domain, SplitError
@@ -60,6 +62,10 @@ SCALES = {
     "positions": lambda x: F.interpolate(x, size=(int(x.shape[2] * 1.5), int(x.shape[3] * 1.5))),
     "a branch": lambda x: x * 2 if x.shape[1] > 5 else x,
     "a whole shape": lambda x: x.flatten(2).tanh().view(x.shape),
+    "a text": lambda x: x * {"c 12": 2.0}.get(f"c {x.shape[1]}", 3.0),
+    "a quotient and a rest": lambda x: x * divmod(x.shape[1], 5)[0] + divmod(100, x.shape[1])[1],
+    "rounded": lambda x: x * round(x.shape[1] / 5) * round(x.shape[1] / 7, 2),
+    "a list repeated": lambda x: torch.cat([x] * (x.shape[1] // 4), 1)[:, :12] + sum((2 * x.ndim // 8) * [x]),
     "a count as a size": lambda x: x.view(x.numel() // 81, 81).view(x.shape).tanh(),
 }
 
@@ -96,7 +102,50 @@ ON_THE_BATCH = {
     "a loop over images": lambda x: torch.stack([image for image in x]),
     "a loop over numbers": lambda x: torch.cat([x[i : i + 1] for i in range(x.shape[0])]),
     "a whole number": lambda x: x * int(x.shape[0]),
+    "a text": lambda x: x * {"1": 2.0}.get(f"{x.shape[0]}", 3.0),
 }
+ON_GRADIENTS = {
+    "those of a tensor": lambda x: x * 2 if x.requires_grad else x,
+    "a leaf": lambda x: x if x.is_leaf else x * 2,
+    "a history": lambda x: x if x.grad_fn is None else x * 2,
+    "the mode": lambda x: x * 2 if torch.is_grad_enabled() else x,
+}
+
+
+@pytest.mark.parametrize("name", ON_GRADIENTS)
+def test_what_gradients_decide_is_refused(name):
+    """A part that trains would do in its evaluation what the merged network does not."""
+    with pytest.raises(SplitError, match=r"test_numbers.py:\d+ .* does something else where no gradients are computed"):
+        timm_dd.split(net(fn(ON_GRADIENTS[name])), 3, example_input=images(2, 3, 9, 9))
+
+
+def test_what_gradients_do_not_change():
+    def forward(x, c):
+        with torch.no_grad():
+            scale = x.mean((2, 3), keepdim=True)
+        return (
+            checkpoint(c, x, use_reentrant=False) * scale
+            if torch.is_grad_enabled() and x.requires_grad
+            else c(x) * scale
+        )
+
+    x = images(2, 3, 9, 9)
+    split = shake(timm_dd.split(net(fn(forward, nn.Conv2d(12, 12, 1))), 3, domain=Domain.full(3), example_input=x))
+    assert split.plan.exact and sum_error(split, timm_dd.merge(split), x) <= RELATIVE
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_limits_are_those_of_the_dtype_that_comes(dtype):
+    """A mask of the smallest number, in the dtype of a part that was converted after its split."""
+
+    def masked(x):
+        scores = x.flatten(2)
+        return scores.masked_fill(scores < 0, torch.finfo(scores.dtype).min).softmax(-1).view(x.shape)
+
+    x = images(2, 3, 9, 9)
+    split = timm_dd.split(net(fn(masked)).float(), 3, domain=Domain.full(3), example_input=x.float())
+    (limit,) = (node for node in split[0].graph.nodes if node.target is torch.finfo)
+    assert split.plan.exact and split[0].to(dtype)(x.to(dtype)).isfinite().all() and len(limit.users) == 1
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])

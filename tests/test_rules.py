@@ -631,6 +631,9 @@ ROWS = {
         lambda: net(fn(lambda x: x * F.cosine_similarity(x, x.roll(1, 2)).unsqueeze(1))),
         "cosine_similarity over channels",
     ),
+    "triangles of positions": row(
+        lambda: net(fn(lambda x: x @ torch.ones(x.shape[3], x.shape[3]).tril(-1).type_as(x) + torch.triu(x, 1)))
+    ),
     "GLU": row(lambda: net(nn.GLU(1), out=6)),
     "GLU as a function": row(lambda: net(fn(lambda x: F.glu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)), out=6)),
     "tensors of one number": row(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import linecache
 import os
 import random
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -168,6 +169,12 @@ def line_of(frames: Iterable[tuple[FrameType, int]]) -> str:
         if not file.startswith((*LIBRARIES, "<")):
             return f"{file}:{number} ({linecache.getline(file, number).strip()})"
     return ""
+
+
+def raised_at(error: Exception) -> str:
+    """Where in the model's code, for messages."""
+    line = line_of(reversed(list(traceback.walk_tb(error.__traceback__))))
+    return f"{line}; " if line else ""
 
 
 def where(node: fx.Node) -> str:

@@ -412,6 +412,11 @@ def cumsum(op: Op, x: Value, dim: int, *, dtype=None) -> Value:
     return _move(op, x, [dim])
 
 
+@rule(torch.tril, "tril", torch.triu, "triu")
+def tril(op: Op, x: Value, diagonal: int = 0) -> Value:
+    return op.result(x.axes, over_positions(op, x, x.axes[-2:]), x)
+
+
 def _move(op: Op, x: Value, dims) -> Value:
     """Linear along positions; channels that are cut would meet others in each part."""
     reason = f"{op.name} along channels: each part sees only its own"

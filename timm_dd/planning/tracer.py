@@ -1,0 +1,403 @@
+"""How a forward is recorded: what its nodes give answers what sizes decide, and ordinary code goes on.
+
+A branch, a length or a text that only the sizes of the image decide goes the way that it goes at the image's size, and
+is noted, so that `trace` can ask whether it goes the same way on other batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from timm.layers import get_notrace_functions
+from torch import fx, nn
+
+from ..compat import register_pytree_node, tree_knows, tree_leaves
+from ..errors import SplitError, headline
+from . import modes
+from .graphs import MAKERS, ancestors, evaluate_node, skeleton
+from .inputs import Inputs, Like, bind, leaves, signature_of
+
+OF_GRADIENTS = {"requires_grad", "is_leaf"}  # attributes of tensors
+NOT_ASKING = {"torch", __name__.partition(".")[0]}  # whether gradients are computed, for what a forward does
+
+
+def assign_(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    """``x[index] = value``, as an operation that gives `x`."""
+    x[index] = value
+    return x
+
+
+class Known(fx.Proxy):
+    """What a node gives, of which Python may ask what the sizes of the image decide: a length, a whole number."""
+
+    def __getattr__(self, name: str) -> KnownAttribute:
+        return KnownAttribute(self, name)
+
+    @property
+    def ndim(self) -> Any:
+        """Of no image's size and no part: a number of Python, with which a dict may be asked."""
+        return self.tracer.decide(self.node, torch.Tensor.dim, lambda: KnownAttribute(self, "ndim"))
+
+    @property
+    def grad_fn(self) -> Any:
+        return KnownAttribute(self, "grad_fn") if self.tracer.decide(self.node, has_history) else None
+
+    def __len__(self) -> int:
+        return self.tracer.decide(self.node, len)
+
+    def __int__(self) -> int:
+        return self.tracer.decide(self.node, int)
+
+    def __index__(self) -> int:
+        return self.tracer.decide(self.node, operator.index)
+
+    def __float__(self) -> float:
+        return self.tracer.decide(self.node, float)
+
+    def __format__(self, spec: str) -> str:
+        return self.tracer.decide(self.node, partial(_text, spec), lambda: repr(self))
+
+    def __round__(self, digits: int | None = None) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", round, (self, digits), {})
+
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> tuple[Any, Any]:
+        return other // self, other % self
+
+    def __mul__(self, other: Any) -> Any:
+        return other * int(self) if isinstance(other, (list, tuple)) else super().__mul__(other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return other * int(self) if isinstance(other, (list, tuple)) else super().__rmul__(other)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", assign_, (self, index, value), {})
+
+
+class KnownAttribute(fx.proxy.Attribute, Known):
+    """An attribute of `Known`, which becomes a node where it is not called."""
+
+
+def has_history(t: torch.Tensor) -> bool:
+    return t.grad_fn is not None
+
+
+def _text(spec: str, value: Any) -> str:
+    return format(value, spec)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the forward asked of a node, the answer at the image's size, and the line where it asked."""
+
+    node: fx.Node
+    ask: Callable[[Any], Any]
+    answer: Any
+    line: str
+
+
+class Tracer(fx.Tracer):
+    """fx tracing with the modules and timm's functions that have a rule as leaves. timm marks others as leaves too,
+    those that branch on sizes and those that work in place: these are traced through, at the sizes that the image
+    gives. What is computed from a buffer is part of the graph, as it is from a parameter.
+
+    Args:
+        inputs: what the model takes.
+        example: an argument on the meta device, by its name, for a batch of images, by default that of the trace.
+        grads: whether gradients are computed, as the forward may ask of a tensor.
+
+    Attributes:
+        decisions: all that the forward asked of sizes.
+        of_gradients: the line where it first asked whether they are computed.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, is_leaf: Callable[[Any], bool], inputs: Inputs, example: Callable, grads: bool = True):
+        super().__init__(autowrap_functions=tuple(filter(is_leaf, get_notrace_functions())))
+        self._is_leaf, self._inputs, self._example, self.grads = is_leaf, inputs, example, grads
+        self._env: dict[fx.Node, Any] = {}
+        self._evaluating = False
+        self.decisions: list[Decision] = []
+        self.of_gradients: str | None = None
+        self.failed: str | None = None  # why sizes are not known
+
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        return self._is_leaf(m) or modes.is_training_only(m) or super().is_leaf_module(m, qualified_name)
+
+    def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple:
+        """The forward as a function of the model alone, on a placeholder for each argument that holds tensors; tuples,
+        lists and dicts are what they are in Python, of entries of the placeholder."""
+        inputs = self._inputs
+
+        def place(name: str, tree: Any) -> Any:
+            if not any(isinstance(leaf, Like) for leaf in leaves(tree)):
+                return tree
+            return entries(self.create_proxy("placeholder", name, (), {}), tree)
+
+        def entries(proxy: fx.Proxy, tree: Any) -> Any:
+            if isinstance(tree, dict):
+                return {key: entries(proxy[key], inner) for key, inner in tree.items()}
+            if isinstance(tree, (tuple, list)):
+                return type(tree)(entries(proxy[i], inner) for i, inner in enumerate(tree))
+            return proxy if isinstance(tree, Like) else tree
+
+        bound = bind(signature_of(self.root), inputs.args, inputs.kwargs, place)
+
+        @functools.wraps(root_fn)
+        def forward(root: nn.Module) -> Any:
+            return self._given_out(root_fn(root, *bound.args, **bound.kwargs))
+
+        return forward, [self.root]
+
+    def _given_out(self, value: Any) -> Any:
+        """What the forward returns, in which fx would make a plain dict of any class of dict."""
+        if isinstance(value, dict):
+            entries = {key: self._given_out(v) for key, v in value.items()}
+            return entries if type(value) is dict else self.create_proxy("call_function", *_remade(value, entries))
+        if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+            return type(value)(map(self._given_out, value))
+        return value
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Known(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """A branch on sizes goes the way it goes at the image's size; one on values of a tensor is an error of fx."""
+        return self.decide(obj.node, bool, lambda: super(Tracer, self).to_bool(obj))
+
+    def iter(self, obj: fx.Proxy) -> Iterator:
+        return iter([obj[i] for i in range(self.decide(obj.node, len, lambda: super(Tracer, self).iter(obj)))])
+
+    def decide(self, node: fx.Node, ask: Callable[[Any], Any], otherwise: Callable[[], Any] | None = None) -> Any:
+        """What `ask` says of the node's value at the image's size; `otherwise` where that is not known."""
+        self._evaluating = True
+        try:
+            with torch.set_grad_enabled(self.grads):
+                self._evaluate_all()
+            value = self._env[node]
+            if isinstance(value, torch.Tensor) and ask not in (len, torch.Tensor.dim, has_history):
+                raise TypeError(
+                    f"{ask.__name__} of a tensor's values at {_line()}, which are not known while it is traced"
+                )
+            answer = ask(value)
+        except Exception:  # any operation may fail on meta tensors; then fx says what it cannot trace
+            if otherwise is None:
+                raise
+            return otherwise()
+        finally:
+            self._evaluating = False
+        self.decisions.append(Decision(node, ask, answer, _line()))
+        if ask is has_history or node.target is getattr and node.args[1] in OF_GRADIENTS:
+            self.of_gradients = self.of_gradients or _line()
+        return answer
+
+    def _evaluate_all(self) -> None:
+        for node in self.graph.nodes:
+            if node not in self._env:
+                try:
+                    self._env[node] = self._evaluate(node, self._env)
+                except Exception as e:
+                    if not isinstance(e, NotImplementedError) and "meta" not in str(e):  # it needs no values either
+                        self.failed = f"{node.meta['line']} fails: {headline(e)}"
+                    raise
+
+    def other_decision(self, batch: int) -> Decision | None:
+        """The first decision that is another one on a `batch` of images; None too where the model does not run."""
+        env: dict[fx.Node, Any] = {}
+        try:
+            for decision in self.decisions:
+                for node in ancestors(decision.node, env):
+                    env[node] = self._evaluate(node, env, batch)
+                if decision.ask(env[decision.node]) != decision.answer:
+                    return decision
+        except Exception:  # any operation may refuse a batch in its own way
+            pass
+        return None
+
+    def _evaluate(self, node: fx.Node, env: dict[fx.Node, Any], batch: int | None = None) -> Any:
+        if node.op != "placeholder":
+            return evaluate_node(self.root, node, env)
+        return self._example(node.target, batch)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["line"] = _line()
+        if not torch.is_grad_enabled():
+            node.meta["no_grad"] = True
+        return node
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        if self._evaluating:
+            return forward(*args, **kwargs)
+        result = super().call_module(m, forward, args, kwargs)
+        if not m.training and args and result is args[0] and self._acts_in_training(m, forward, args, kwargs):
+            modes.mark_training_only(m)
+            return super().call_module(m, forward, args, kwargs)
+        return result
+
+    def _acts_in_training(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> bool:
+        """Whether a module without tensors that gives back its input in eval mode does not do so in training."""
+        attributes = (vars(module).values() for module in m.modules())
+        if any(isinstance(v, torch.Tensor) for v in chain(m.parameters(), m.buffers(), *attributes)):
+            return False
+        count, stack, asked = len(self.graph.nodes), self.module_stack.copy(), len(self.decisions)
+        m.train()
+        with modes.watched_draws() as drawn:
+            try:
+                return forward(*args, **kwargs) is not args[0] or drawn()
+            except Exception:  # a branch on what it draws; it runs as it is
+                return True
+            finally:
+                m.eval()
+                self.module_stack = stack
+                del self.decisions[asked:]
+                for node in list(self.graph.nodes)[: count - 1 : -1]:
+                    self.graph.erase_node(node)
+
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph in eval mode, which does in training what the model does."""
+        first, other = skeleton(root).train().eval(), skeleton(root).train()  # `train` clears what a forward keeps
+        graph = self._of_one_mode(first, concrete_args)
+        modes.mark_alike(first, root.eval())
+        for node in graph.find_nodes(op="get_attr"):  # a tensor that the forward makes
+            if not hasattr(root, node.target.split(".")[0]):
+                setattr(root, node.target, getattr(first, node.target))
+        modes.mark_alike(root, other)
+        self._env = {}
+        with modes.watched_draws() as drawn:
+            try:
+                training = self._of_one_mode(other, concrete_args)
+            except Exception as e:
+                raise SplitError(
+                    f"torch.fx cannot trace {type(root).__name__} in training mode: {type(e).__name__}: {headline(e)}; "
+                    f"{modes.raised_at(e)}{modes.REMEDY}"
+                ) from e
+            if drawn():
+                raise SplitError(
+                    f"{type(root).__name__} draws random numbers in training, outside of tensors, and so would do in "
+                    f"all its parts what it did once; {modes.REMEDY}"
+                )
+        modes.keep_training(root, graph, other, training)
+        return graph
+
+    def _of_one_mode(self, root: nn.Module, concrete_args: dict[str, Any] | None) -> fx.Graph:
+        """The graph in the mode that `root` is in, without attributes that were read for nothing."""
+        with _buffers_may_be_computed(), _sizes_may_be_computed(), _gradients_may_be_asked_for(self):
+            graph = super().trace(root, concrete_args)
+        modes.detach(graph)
+        asked = {decision.node for decision in self.decisions}
+        for node in graph.find_nodes(op="call_function", target=getattr):
+            if not node.users and node not in asked:
+                graph.erase_node(node)
+        return graph
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
+        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def _remade(value: dict, entries: dict) -> tuple[type, tuple, dict]:
+    """A call that makes an object of a class of dict of its `entries`; trees look into such objects from now on.
+
+    Raises:
+        SplitError: the class cannot be made of entries.
+    """
+    kind = type(value)
+    for args, kwargs in (((entries,), {}), ((), entries)):
+        try:
+            made = kind(*args, **kwargs)
+        except Exception:  # any class takes what it likes
+            continue
+        if list(made) == list(entries) and all(made[key] is entries[key] for key in entries):
+            if not tree_knows(kind):
+                register_pytree_node(kind, _flattened, partial(_unflattened, kind, bool(args)))
+            return kind, args, kwargs
+    raise SplitError(
+        f"gives a {kind.__name__}, which cannot be made of its entries; return a dict, or a tuple of tensors"
+    )
+
+
+def _flattened(value: dict) -> tuple[list, list]:
+    return list(value.values()), list(value)
+
+
+def _unflattened(kind: type, of_dict: bool, values: Iterable, keys: list) -> Any:
+    entries = dict(zip(keys, values))
+    return kind(entries) if of_dict else kind(**entries)
+
+
+def _line() -> str:
+    return modes.line_of(traceback.walk_stack(None))
+
+
+@contextlib.contextmanager
+def _buffers_may_be_computed() -> Iterator[None]:
+    """A forward that makes its buffer anew, for positions of another size, gives what it made a name of its own."""
+    original = nn.Module.__setattr__
+
+    def assign(module: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, fx.Proxy) and name in module._buffers:
+            del module._buffers[name]
+        original(module, name, value)
+
+    nn.Module.__setattr__ = assign  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _sizes_may_be_computed() -> Iterator[None]:
+    """``torch.zeros(n, …)`` is a node where the graph computes n, of which torch says that it is no number; so are the
+    limits of a tensor's dtype, which under autocast is another one."""
+
+    def recording(maker: Callable) -> Callable:
+        @functools.wraps(maker)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            proxies = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy))
+            proxy = next(proxies, None)
+            if proxy is None:
+                return maker(*args, **kwargs)
+            return proxy.tracer.create_proxy("call_function", maker, args, kwargs)
+
+        return make
+
+    makers = (*MAKERS, torch.finfo, torch.iinfo)
+    for maker in makers:
+        setattr(torch, maker.__name__, recording(maker))
+    try:
+        yield
+    finally:
+        for maker in makers:
+            setattr(torch, maker.__name__, maker)
+
+
+@contextlib.contextmanager
+def _gradients_may_be_asked_for(tracer: Tracer) -> Iterator[None]:
+    """``torch.is_grad_enabled()`` of a forward, not of torch or of what traces, tells what `grads` says."""
+    original = torch.is_grad_enabled
+
+    def is_grad_enabled() -> bool:
+        if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] in NOT_ASKING:
+            return original()
+        tracer.of_gradients = tracer.of_gradients or _line()
+        return original() and tracer.grads
+
+    torch.is_grad_enabled = is_grad_enabled
+    try:
+        yield
+    finally:
+        torch.is_grad_enabled = original
