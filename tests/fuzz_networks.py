@@ -576,7 +576,8 @@ def written(at, a, b):
         assign(lambda i, x: x > 0.5, lambda x: 0.25),
         lambda y, x, i: y[:, :, 1].zero_(), lambda y, x, i: y.clamp_(-1, 1),
         lambda y, x, i: y[:, i:].copy_(x[:, i:].tanh()),
-        lambda y, x, i: y.masked_fill_(x < 0, 0.1), lambda y, x, i: y.flatten(2).sigmoid_(),
+        lambda y, x, i: y.masked_fill_(x < 0.013, 0.1),  # at 0 rounding decides, where sums cancel
+        lambda y, x, i: y.flatten(2).sigmoid_(),
     )  # fmt: skip
     way, i = pick(ways, a), 1 + b % max(1, c - 1)
     return Step(lambda x, before: overwritten(x, way, i))
@@ -729,9 +730,9 @@ def distance(a, b):
 
 
 @torch.no_grad()
-def rounding(merged, given, whole):
-    """How far the network's own outputs move by rounding alone."""
-    return max(map(distance, whole, outputs(merged(given[0] * (1 + 4e-16), *given[1:]))))
+def rounding(network, given, own):
+    """How far its own outputs move by rounding alone."""
+    return max(map(distance, own, outputs(network(given[0] * (1 + 4e-16), *given[1:]))))
 
 
 def check_packed(parts, given, own):
@@ -740,9 +741,9 @@ def check_packed(parts, given, own):
     except SplitError:
         return
     found = outputs(packed(*(torch.stack([t] * len(parts)) for t in given)))
-    for t, terms in zip(found, zip(*own)):
-        if distance(torch.stack(terms), t) > RELATIVE:
-            raise Failure(f"packed is off by {distance(torch.stack(terms), t):.1e}")
+    off = max(distance(torch.stack(terms), t) for t, terms in zip(found, zip(*own)))
+    if off > RELATIVE and off > 10 * max(rounding(part, given, y) for part, y in zip(parts, own)):
+        raise Failure(f"packed is off by {off:.1e}")
 
 
 def check_trip(parts, merged, given):
@@ -820,6 +821,14 @@ ROWS = {
     ),
     "unshuffled maps that carry no channels": (
         Recipe(12, (("conv", 456, 723), ("folded", 761, 192), ("shuffle", 267, 374), ("folded", 338, 477))),
+        "approximate",
+    ),
+    "packed: a division by nearly nothing, which rounding decides": (
+        Recipe(8, (("multihead", 529, 886), ("attention", 126, 666), ("within", 616, 890))),
+        "approximate",
+    ),
+    "packed: a sum that cancels, of which a sign is asked": (
+        Recipe(6, (("repeated", 693, 239), ("across", 114, 429), ("written", 558, 243))),
         "approximate",
     ),
 }
