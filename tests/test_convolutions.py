@@ -16,6 +16,7 @@ from timm_dd.train.engines import Engine, Graphed, Packed, engine
 from timm_dd.train.updates import timings
 from timm_dd.train.updates.timings import Timings
 
+pytestmark = pytest.mark.versions
 PARTS, BATCH = 3, 2
 CASES = {
     "plain": (nn.Conv2d(4, 6, 3, padding=1), (5, 7)),

@@ -324,6 +324,7 @@ def holding(tensor):
     return model
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     "call, message",
     [

@@ -18,11 +18,13 @@ from torch import fx
 from ..algebra.axes import Window
 from ..algebra.domain import spatial
 from ..algebra.view import View
+from ..compat import Convolution
 from ..errors import SplitError, headline
 from .graphs import Graph, argument, evaluate_node
 
 PROBE = 3_548_160  # 2^10 · 3² · 5 · 7 · 11: divisible by every stride up to 12 and by 1024
 UNKNOWN = object()
+CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}  # as functions
 
 
 class Sizes:
@@ -78,10 +80,19 @@ class Sizes:
                 else:
                     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n, e=env: e[n])
                     env[node] = resize(*args, **kwargs)
+                if self._convolves(node) and not env[node].numel() and self.envs[0][node].numel():
+                    raise ValueError(
+                        "the kernel is larger than the image"
+                    )  # of which some versions of torch say nothing
             except Exception as e:  # any operation may refuse a size in its own way
                 if i <= self.boxed:
                     raise self._too_small(self.views[self.of_part.index(i)], where, e) from e
                 env[node] = UNKNOWN
+
+    def _convolves(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.gm.get_submodule(node.target), Convolution)
+        return node.op == "call_function" and getattr(node.target, "__name__", "") in CONVOLUTIONS
 
     def _too_small(self, view: View, where: str, error: Exception) -> SplitError:
         seen, larger = ("view", "a larger scale, ") if view.scaled else ("box", "")
