@@ -1260,7 +1260,7 @@ def test_reentrant_checkpoints_are_traced_through():
 
 
 def test_branches_on_attributes_of_tensors_are_decided():
-    model = net(fn(lambda x, c: checkpoint(c, x, use_reentrant=False) if x.requires_grad else x, conv(12, 12, 1)))
+    model = net(fn(lambda x, c: checkpoint(c, x, use_reentrant=False) if x.requires_grad else c(x), conv(12, 12, 1)))
     parts = timm_dd.split(model, 3, domain=Domain.full(3), example_input=torch.empty(1, 3, 9, 9))
     assert "2.inner.0" in {layer.path for layer in parts.plan.layers}
 

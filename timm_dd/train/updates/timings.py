@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import cached_assets_path
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from ...errors import FileError, headline
@@ -109,6 +108,8 @@ def _measured(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, at: Geom
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
     """As it will be, without launches where they are captured."""
+    from torch.utils.benchmark import Timer  # which looks for compilers, and warns where it finds no GPU
+
     work = run
     if has_graphs(device):
         graph = CudaGraph()
