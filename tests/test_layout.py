@@ -37,7 +37,7 @@ ROOMS = {
         "inputs graphs costs modes tracer trace shapes rules reader relations plan numbers assemble planner"
     ).split(),
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
-    "surgery": ["emit", "trial", "source", "convolutions", "vectorized", "packed", "parts", "merge", "claim", "split"],
+    "surgery": ["emit", "trial", "source", "vectorized", "convolutions", "packed", "parts", "merge", "claim", "split"],
     "two_level": ["aggregate", "files", "network"],
     "reports": (
         "profile claims maps verify picture record outcome draw curves boxes blocks networks features cam decisions "

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from ..algebra.axes import Window
@@ -24,7 +25,7 @@ from .graphs import Graph, argument, evaluate_node
 
 PROBE = 3_548_160  # 2^10 · 3² · 5 · 7 · 11: divisible by every stride up to 12 and by 1024
 UNKNOWN = object()
-CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}  # as functions
+CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 
 
 class Sizes:
@@ -92,7 +93,7 @@ class Sizes:
     def _convolves(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(self.gm.get_submodule(node.target), Convolution)
-        return node.op == "call_function" and getattr(node.target, "__name__", "") in CONVOLUTIONS
+        return node.target in CONVOLUTIONS
 
     def _too_small(self, view: View, where: str, error: Exception) -> SplitError:
         seen, larger = ("view", "a larger scale, ") if view.scaled else ("box", "")

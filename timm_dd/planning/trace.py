@@ -50,13 +50,13 @@ def trace(
     dict has the model's keys, all of them.
 
     Raises:
-        SplitError: fx cannot trace the model, or the batch's size decides what the model does.
+        SplitError: fx cannot trace the model, or the batch's size decides what the model does, or whether gradients are
+            computed.
     """
     _check_plain(model)
     inputs = Inputs.image(size) if inputs is None else inputs
     tracer, graph = _traced(model, is_leaf, inputs, batch)
-    _check_batches(model, is_leaf, inputs, batch, tracer, graph)
-    _check_gradients(model, is_leaf, inputs, batch, tracer, graph)
+    _check_elsewhere(model, is_leaf, inputs, batch, tracer, graph)
     _drop_assertions(graph)
     _inputs_first(graph, model)
     _chain_in_place(graph, model)
@@ -112,7 +112,7 @@ def _traced(
         ) from e
 
 
-def _check_batches(
+def _check_elsewhere(
     model: nn.Module,
     is_leaf: Callable[[Any], bool],
     inputs: Inputs,
@@ -120,39 +120,27 @@ def _check_batches(
     tracer: Tracer,
     graph: fx.Graph,
 ) -> None:
-    """Raise SplitError where the model does something else on another batch: one of a single image, of one image more,
-    of many. A batch on which it does not run, as of 1 image where it folds 4 frames into one, says nothing."""
+    """Raise SplitError where the model does something else on another batch (of a single image, of one image more, of
+    many), or without gradients, as it is evaluated. A batch on which it does not run, as of 1 image where it folds 4
+    frames into one, says nothing."""
+    name, listing = type(model).__name__, _listing(graph)
+
+    def differs(batch: int, grads: bool = True) -> bool:
+        return _listing(_traced(skeleton(model), is_leaf, inputs, batch, grads)[1]) != listing
+
     for other in sorted({1, batch + 1, 2 * batch, 1000 * batch} - {batch}):
-        decision = tracer.other_decision(other)
-        if decision is None:
-            continue
-        try:
-            _, another = _traced(skeleton(model), is_leaf, inputs, other)
-        except SplitError:
-            continue
-        if _listing(another) != _listing(graph):
+        decision, found = tracer.other_decision(other), False
+        with contextlib.suppress(SplitError):
+            found = decision is not None and differs(other)
+        if found:
             raise SplitError(
-                f"{type(model).__name__} at {decision.line} does something else on a batch of {other} than on one of "
-                f"{batch}; what the forward does must not depend on the number of images"
+                f"{name} at {decision.line} does something else on a batch of {other} than on one of {batch}; what the "
+                "forward does must not depend on the number of images"
             )
-
-
-def _check_gradients(
-    model: nn.Module,
-    is_leaf: Callable[[Any], bool],
-    inputs: Inputs,
-    batch: int,
-    tracer: Tracer,
-    graph: fx.Graph,
-) -> None:
-    """Raise SplitError where the model does something else without gradients, as it is evaluated."""
-    if tracer.of_gradients is None:
-        return
-    _, another = _traced(skeleton(model), is_leaf, inputs, batch, grads=False)
-    if _listing(another) != _listing(graph):
+    if tracer.of_gradients is not None and differs(batch, grads=False):
         raise SplitError(
-            f"{type(model).__name__} at {tracer.of_gradients} does something else where no gradients are computed; "
-            "branch on `self.training`"
+            f"{name} at {tracer.of_gradients} does something else where no gradients are computed; branch on "
+            "`self.training`"
         )
 
 

@@ -65,7 +65,7 @@ class Known(fx.Proxy):
         return self.tracer.decide(self.node, float)
 
     def __format__(self, spec: str) -> str:
-        return self.tracer.decide(self.node, partial(_text, spec), lambda: repr(self))
+        return self.tracer.decide(self.node, lambda value: format(value, spec), lambda: repr(self))
 
     def __round__(self, digits: int | None = None) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", round, (self, digits), {})
@@ -92,10 +92,6 @@ class KnownAttribute(fx.proxy.Attribute, Known):
 
 def has_history(t: torch.Tensor) -> bool:
     return t.grad_fn is not None
-
-
-def _text(spec: str, value: Any) -> str:
-    return format(value, spec)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ x is (K, B, C, *size), w (K, O, C / groups, *kernel), b (K, O) or None; the resu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compat import Convolution
+from . import vectorized
 
 CONVOLUTIONS: dict[int, Callable] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -63,7 +64,7 @@ def grouped_channels_last(x: Tensor, w: Tensor, b: Tensor | None, at: Geometry) 
 
 def one_by_one(x: Tensor, w: Tensor, b: Tensor | None, at: Geometry) -> Tensor:
     """K convolutions, one after another."""
-    return torch.stack([_convolve(*of_part, at) for of_part in _each(x, w, b)])
+    return vectorized.one_by_one(_convolve, len(w), x, w, b, at)
 
 
 def on_streams(x: Tensor, w: Tensor, b: Tensor | None, at: Geometry) -> Tensor:
@@ -71,10 +72,10 @@ def on_streams(x: Tensor, w: Tensor, b: Tensor | None, at: Geometry) -> Tensor:
     device = torch.get_device_module(x.device)
     here, streams = device.current_stream(), [device.Stream(x.device) for _ in w]
     results = []
-    for stream, of_part in zip(streams, _each(x, w, b)):
+    for k, stream in enumerate(streams):
         stream.wait_stream(here)
         with device.stream(stream):
-            results.append(_convolve(*of_part, at))
+            results.append(_convolve(x[k], w[k], None if b is None else b[k], at))
     for stream in streams:
         here.wait_stream(stream)
     return torch.stack(results)
@@ -110,10 +111,6 @@ def ways(x: Tensor, w: Tensor, at: Geometry) -> list[Way]:
 
 def _convolve(x: Tensor, w: Tensor, b: Tensor | None, at: Geometry) -> Tensor:
     return CONVOLUTIONS[w.ndim - 2](x, w, b, *at)
-
-
-def _each(x: Tensor, w: Tensor, b: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    return zip(x, w, [None] * len(w) if b is None else b)
 
 
 def _product(w: Tensor, columns: Tensor, b: Tensor | None) -> Tensor:

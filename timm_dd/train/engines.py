@@ -388,8 +388,9 @@ def engine_of_one(name: str, device: torch.device) -> Engine:
 def _graphs(learners: Sequence[Learner], device: torch.device, around: Callable[[Engine], Engine]) -> list[Engine]:
     apart = around(Streams(len(learners), device)) if len(learners) > 1 else around(Engine())
     some_are_alike = len(groups(learners)) < len(learners)
-    packed = Packed(apart, _timings(device))
-    return [Graphed(apart), *([Graphed(around(packed))] if some_are_alike else [])]
+    if not some_are_alike:
+        return [Graphed(apart)]
+    return [Graphed(apart), Graphed(around(Packed(apart, _timings(device))))]
 
 
 def _timings(device: torch.device) -> Timings | None:

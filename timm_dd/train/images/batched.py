@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
 from torchvision import transforms as tv
 
 ATTEMPTS = 10  # of timm's crops and erased boxes, to fit into the image
@@ -22,10 +23,10 @@ LUMA = (19595, 38470, 7471)  # of 2**16: Pillow's weights of red, green and blue
 
 
 class Step(Protocol):
-    def draw(self, n: int) -> tuple[torch.Tensor, ...]:
+    def draw(self, n: int) -> tuple[Tensor, ...]:
         """For each of `n` images, in the first dim of each tensor."""
 
-    def __call__(self, x: torch.Tensor, *drawn: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor, *drawn: Tensor) -> Tensor:
         """(B, C, H, W) after it."""
 
 
@@ -36,10 +37,10 @@ class Flip:
     dim: int
     probability: float
 
-    def draw(self, n: int) -> tuple[torch.Tensor]:
+    def draw(self, n: int) -> tuple[Tensor]:
         return (torch.rand(n, 1, 1, 1) < self.probability,)
 
-    def __call__(self, x: torch.Tensor, flipped: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor, flipped: Tensor) -> Tensor:
         return torch.where(flipped, x.flip(self.dim), x)
 
 
@@ -49,10 +50,10 @@ class Shift:
 
     pixels: int
 
-    def draw(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, n: int) -> tuple[Tensor, Tensor]:
         return tuple(torch.randint(-self.pixels, self.pixels + 1, (n, 1)) for _ in range(2))
 
-    def __call__(self, x: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor, down: Tensor, right: Tensor) -> Tensor:
         images, channels, *places = (torch.arange(size, device=x.device) for size in x.shape)
         rows, columns = (
             (place + start).clamp(0, len(place) - 1) for place, start in zip(places, (down, right), strict=True)
@@ -60,11 +61,11 @@ class Shift:
         return x[images[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None]]
 
 
-def _triangle(d: torch.Tensor) -> torch.Tensor:
+def _triangle(d: Tensor) -> Tensor:
     return (1 - d.abs()).clamp(min=0)
 
 
-def _cubic(d: torch.Tensor) -> torch.Tensor:
+def _cubic(d: Tensor) -> Tensor:
     """Keys' with a = -1/2, which Pillow takes, too."""
     d = d.abs()
     return torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, (((2.5 - 0.5 * d) * d - 4) * d + 2) * (d < 2))
@@ -88,9 +89,9 @@ class ResizedCrop:
     out: tuple[int, int]
     scale: tuple[float, float]
     ratio: tuple[float, float]
-    kernels: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
+    kernels: tuple[Callable[[Tensor], Tensor], ...]
 
-    def draw(self, n: int) -> tuple[torch.Tensor, ...]:
+    def draw(self, n: int) -> tuple[Tensor, ...]:
         """Top, left, height, width, and the number of the kernel."""
         high, wide = self.size
         h, w = _boxes(n, self.size, self.scale, [math.log(r) for r in self.ratio])
@@ -102,13 +103,13 @@ class ResizedCrop:
         top[centred], left[centred] = (high - whole[0]) // 2, (wide - whole[1]) // 2
         return top, left, h, w, torch.randint(len(self.kernels), (n,))
 
-    def __call__(self, x: torch.Tensor, top, left, height, width, kernel) -> torch.Tensor:
+    def __call__(self, x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, kernel: Tensor) -> Tensor:
         rows = self._weights(self.out[0], x.shape[2], top, height, kernel)
         columns = self._weights(self.out[1], x.shape[3], left, width, kernel)
         x = rows[:, None] @ x.float() @ columns[:, None].mT
         return (x + 0.5).clamp(0, 255).to(torch.uint8)
 
-    def _weights(self, out: int, size: int, start, length, kernel) -> torch.Tensor:
+    def _weights(self, out: int, size: int, start: Tensor, length: Tensor, kernel: Tensor) -> Tensor:
         """(B, out, size): what each pixel of an axis gives to those that are made of its box."""
         start, length, kernel = (t[:, None, None] for t in (start, length, kernel))
         scale = length / out
@@ -132,14 +133,14 @@ class Jitter:
     factors: tuple[tuple[float, float] | None, ...]
     probability: float = 1.0
 
-    def draw(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, n: int) -> tuple[Tensor, Tensor]:
         """(n, 3): the factors, and which of them comes when."""
         low, high = torch.tensor([given or (1.0, 1.0) for given in self.factors]).T
         changed = torch.rand(n, 1) < self.probability
         factors = torch.where(changed, low + (high - low) * torch.rand(n, 3), 1.0)
         return factors, torch.rand(n, 3).argsort(1)
 
-    def __call__(self, x: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         for which in order.T:
             gray = _luma(x)
             mean = (gray.mean((2, 3), keepdim=True, dtype=torch.float32) + 0.5).floor()
@@ -151,7 +152,7 @@ class Jitter:
         return x
 
 
-def _luma(x: torch.Tensor) -> torch.Tensor:
+def _luma(x: Tensor) -> Tensor:
     """(B, 1, H, W) of int32, as Pillow's "L"."""
     weighted = (weight * channel for weight, channel in zip(LUMA, x.int().split(1, 1), strict=True))
     return (sum(weighted) + 2**15) >> 16
@@ -174,7 +175,7 @@ class Erase:
     count: tuple[int, int]
     mode: str
 
-    def draw(self, n: int) -> tuple[torch.Tensor, ...]:
+    def draw(self, n: int) -> tuple[Tensor, ...]:
         """(n, count) of top, left, height and width; nothing is 0 pixels wide."""
         few, most = self.count
         count = torch.randint(few, most + 1, (n, 1))
@@ -186,7 +187,7 @@ class Erase:
         erased = (torch.rand(n, 1) <= self.probability) & (torch.arange(most) < count)
         return *(t.view(n, most) for t in (top, left, h)), w.view(n, most) * erased
 
-    def __call__(self, x: torch.Tensor, top, left, height, width) -> torch.Tensor:
+    def __call__(self, x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
         rows, columns = (torch.arange(size, device=x.device) for size in x.shape[2:])
         for k in range(top.shape[1]):
             high, wide = (
@@ -196,13 +197,15 @@ class Erase:
             x = torch.where((high[:, :, None] & wide[:, None])[:, None], self._filling(x), x)
         return x
 
-    def _filling(self, x: torch.Tensor) -> torch.Tensor:
+    def _filling(self, x: Tensor) -> Tensor:
         if self.mode == "const":
             return x.new_zeros(())
         return torch.randn(x.shape if self.mode == "pixel" else (*x.shape[:2], 1, 1), dtype=x.dtype, device=x.device)
 
 
-def _boxes(n: int, size: Sequence[int], share, log_ratio, count=1) -> tuple[torch.Tensor, torch.Tensor]:
+def _boxes(
+    n: int, size: Sequence[int], share: Sequence[float], log_ratio: Sequence[float], count: Tensor | int = 1
+) -> tuple[Tensor, Tensor]:
     """(n, ATTEMPTS) of two sides, whose product is a share of the image's area over `count`; `log_ratio` is of the
     second over the first."""
     area = torch.empty(n, ATTEMPTS).uniform_(*share) * math.prod(size) / count
@@ -210,12 +213,12 @@ def _boxes(n: int, size: Sequence[int], share, log_ratio, count=1) -> tuple[torc
     return (area / ratio).sqrt().round().long(), (area * ratio).sqrt().round().long()
 
 
-def _first(t: torch.Tensor, fits: torch.Tensor, instead: int) -> torch.Tensor:
+def _first(t: Tensor, fits: Tensor, instead: int) -> Tensor:
     """(n,) of (n, ATTEMPTS): of the first that fits, or `instead`."""
     return torch.where(fits.any(1), t.gather(1, fits.int().argmax(1, keepdim=True))[:, 0], instead)
 
 
-def _place(room: torch.Tensor) -> torch.Tensor:
+def _place(room: Tensor) -> Tensor:
     """(n,) of 0 to `room`."""
     return (torch.rand(len(room), dtype=torch.float64) * (room + 1)).long()
 

@@ -46,20 +46,23 @@ class Resident:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         device, order = self.images.device, torch.tensor(list(self.sampler))
-        drawn = [[t.to(device) for t in step.draw(len(order))] for step in (*self.changes, *self.erasing)]
+        before, after = (
+            [(step, [t.to(device) for t in step.draw(len(order))]) for step in some]
+            for some in (self.changes, self.erasing)
+        )
         order = order.to(device)
         for i in range(len(self)):
             batch = slice(i * self._batch_size, (i + 1) * self._batch_size)
-            mine = iter([[t[batch] for t in of_step] for of_step in drawn])
-            x = self._changed(self.images[order[batch]], self.changes, mine)
+            x = _through(before, self.images[order[batch]], batch)
             x = x.float().sub_(self._mean).div_(self._std)
-            yield self._changed(x, self.erasing, mine), self.targets[order[batch]]
+            yield _through(after, x, batch), self.targets[order[batch]]
 
-    @staticmethod
-    def _changed(x: torch.Tensor, by: Sequence[Step], drawn: Iterator[Sequence[torch.Tensor]]) -> torch.Tensor:
-        for step in by:
-            x = step(x, *next(drawn))
-        return x
+
+def _through(drawn: Sequence[tuple[Step, list[torch.Tensor]]], x: torch.Tensor, batch: slice) -> torch.Tensor:
+    """The images of a batch after steps, each with the numbers of an epoch."""
+    for step, numbers in drawn:
+        x = step(x, *(t[batch] for t in numbers))
+    return x
 
 
 def resident(loader: PrefetchLoader, device: torch.device) -> PrefetchLoader | Resident:
@@ -67,11 +70,10 @@ def resident(loader: PrefetchLoader, device: torch.device) -> PrefetchLoader | R
     dataset = loader.dataset
     if device.type in WITHOUT or not isinstance(dataset, Decoded) or loader.loader.collate_fn is not fast_collate:
         return loader
-    sizes = {tuple(s) for s in dataset.sizes.tolist()}
-    changes = steps(dataset.transform, min(sizes)) if len(sizes) == 1 else None
+    size, *others = {tuple(s) for s in dataset.sizes.tolist()}
+    changes = None if others else steps(dataset.transform, size)
     if changes is None or dataset.pixels.nbytes * SHARE > _free(device):
         return loader
-    size = min(sizes)
     images = torch.from_numpy(dataset.pixels).to(device).view(len(dataset), *size, 3).movedim(3, 1).contiguous()
     targets = torch.from_numpy(dataset.targets).to(device)
     shown = next((step.out for step in changes if isinstance(step, ResizedCrop)), size)

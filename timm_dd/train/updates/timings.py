@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ class Timings:
 
     def __init__(self, path: Path | None = None):
         self.path, self.known = path, _read(path)
+        self._ways: dict[tuple, Way] = {}  # by what is quick to ask in every update
 
     @classmethod
     def of_this_machine(cls) -> Timings:
@@ -45,11 +46,16 @@ class Timings:
         """Grouped where nothing is learned; see `surgery.convolutions` for the shapes."""
         if not torch.is_grad_enabled() or not (x.requires_grad or w.requires_grad):
             return grouped
-        name = _name(x, w, b, at)
-        if name not in self.known and not capturing():
-            self._keep(name, _measured(x, w, b, at))
-        measured = self.known.get(name, {})
-        return min(ways(x, w, at), key=lambda way: measured.get(way.__name__, math.inf))
+        key = (x.device, x.shape, x.stride(), x.dtype, x.requires_grad, w.shape, w.stride(), b is None, at)
+        if key not in self._ways:
+            name, able = _name(x, w, b, at), ways(x, w, at)
+            if name not in self.known:
+                if capturing():  # nothing can be timed now
+                    return grouped
+                self._keep(name, _measured(able, x, w, b, at))
+            measured = self.known[name]
+            self._ways[key] = min(able, key=lambda way: measured.get(way.__name__, math.inf))
+        return self._ways[key]
 
     def _keep(self, name: str, measured: dict[str, float]) -> None:
         """Another process may have added some."""
@@ -86,12 +92,14 @@ def _name(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, at: Geometry
     return ", ".join(f"{key} {value}" for key, value in given.items())
 
 
-def _measured(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, at: Geometry) -> dict[str, float]:
+def _measured(
+    able: Sequence[Way], x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, at: Geometry
+) -> dict[str, float]:
     """Microseconds of a forward and a backward pass, of each way that does not fail."""
     given = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in (x, w, b)]
     learned = [t for t in given if t is not None and t.requires_grad]
     found: dict[str, float] = {}
-    for way in ways(x, w, at):
+    for way in able:
 
         def run(way: Way = way) -> None:
             y = way(*given, at)
