@@ -120,18 +120,28 @@ def test_what_gradients_decide_is_refused(name):
 
 
 def test_what_gradients_do_not_change():
+    """Checkpoints, which also hand tuples on where there were lists."""
+
+    def doubled(c, *xs):
+        return c(torch.cat(xs, 1))
+
     def forward(x, c):
         with torch.no_grad():
             scale = x.mean((2, 3), keepdim=True)
-        return (
-            checkpoint(c, x, use_reentrant=False) * scale
-            if torch.is_grad_enabled() and x.requires_grad
-            else c(x) * scale
-        )
+        if torch.is_grad_enabled() and x.requires_grad:
+            return checkpoint(doubled, c, x, x, use_reentrant=False) * scale
+        return c(torch.cat([x, x], 1)) * scale
 
     x = images(2, 3, 9, 9)
-    split = shake(timm_dd.split(net(fn(forward, nn.Conv2d(12, 12, 1))), 3, domain=Domain.full(3), example_input=x))
+    split = shake(timm_dd.split(net(fn(forward, nn.Conv2d(24, 12, 1))), 3, domain=Domain.full(3), example_input=x))
     assert split.plan.exact and sum_error(split, timm_dd.merge(split), x) <= RELATIVE
+
+
+def test_an_index_that_is_a_list_is_no_tuple():
+    with pytest.raises(SplitError, match="does something else where no gradients are computed"):
+        timm_dd.split(
+            net(fn(lambda x: x[[0, 1]] if x.requires_grad else x[(0, 1)])), 3, example_input=images(2, 3, 9, 9)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

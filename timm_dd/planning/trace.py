@@ -151,7 +151,12 @@ def _listing(graph: fx.Graph) -> list[tuple]:
         if node.target not in READS or any(user in place for user in node.users):
             place[node] = -len(place)
     listed = ((n, fx.node.map_arg((n.args, n.kwargs), place.__getitem__)) for n in reversed(place))
-    return [(n.op, n.target, str(given)) for n, given in listed]
+    return [(n.op, n.target, str(given if n.target is operator.getitem else _tuples(given))) for n, given in listed]
+
+
+def _tuples(given: Any) -> Any:
+    """With tuples for lists, which only an index tells apart; a checkpoint makes tuples of lists."""
+    return tuple(map(_tuples, given)) if isinstance(given, (list, tuple)) else given
 
 
 def _normalises_rows(module: nn.Module) -> bool:
