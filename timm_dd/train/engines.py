@@ -140,7 +140,7 @@ class Packed(Engine):
             return self.update(learners, losses, len(y), isolate_failures)
         if self.instead is None:
             for n in learners:
-                n.guard(partial(_raise, failure), isolate_failures)
+                n.fail(failure, isolate_failures)
             return
         said = headline(failure)
         del failure, gradients  # with what its frames hold of the pass that failed, which the others need the memory of
@@ -396,10 +396,6 @@ def _graphs(learners: Sequence[Learner], device: torch.device, around: Callable[
 def _timings(device: torch.device) -> Timings | None:
     """On CPUs packed convolutions are grouped, so that a run's bits do not depend on how fast they are."""
     return None if device.type == "cpu" else Timings.of_this_machine()
-
-
-def _raise(error: Exception) -> None:
-    raise error
 
 
 def cores() -> int:

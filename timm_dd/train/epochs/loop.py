@@ -191,18 +191,6 @@ def _write_summary(learner: Learner) -> None:
             writer.writerows([i, *map(row.get, of.values())] for i, row in enumerate(learner.history))
 
 
-def evaluate(
-    learners: Sequence[Learner],
-    loader,
-    engine: Engine,
-    together: bool = False,
-    timer: CheckpointTimer | None = None,
-    shared: bool = True,
-) -> list[float]:
-    """Top-1 accuracies in %, see `measure`."""
-    return [found["top1"] for found in measure(learners, loader, engine, together, timer, shared)]
-
-
 def measure(
     learners: Sequence[Learner],
     loader,

@@ -18,7 +18,7 @@ from ...storage import files
 from ...surgery.parts import Parts
 from ..engines import Engine, engine_of_one, share_cores
 from ..epochs.checkpoints import CheckpointTimer, SharedTimer, restore
-from ..epochs.loop import TrainingLoop, evaluate
+from ..epochs.loop import TrainingLoop, measure
 from ..epochs.trackers import Trackers
 from ..images import data, resident
 from ..ranks.meeting import Meeting
@@ -174,4 +174,4 @@ def accuracy(learner: Learner, loaders: tuple, shared: bool) -> float:
     """The accuracy after the last epoch; now, if there was none."""
     if learner.history and learner.history[-1]["top1"] is not None:
         return learner.history[-1]["top1"]
-    return evaluate([learner], loaders[1], Engine(), shared=shared)[0]
+    return measure([learner], loaders[1], Engine(), shared=shared)[0]["top1"]

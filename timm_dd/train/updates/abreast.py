@@ -48,7 +48,8 @@ class Abreast:
             else:
                 self._step()
         except Exception as e:  # of all
-            alone = partial(_fail, error=e)
+            for n in self.learners:
+                n.fail(e, isolate_failures)
         for n in self.learners if alone else ():
             n.guard(partial(alone, n), isolate_failures)
 
@@ -92,10 +93,6 @@ class Abreast:
             with torch.no_grad():
                 foreach_lerp_(means, values, 1.0 - first.ema.get_decay(first.updates))
                 foreach_copy_(counts, counted)
-
-
-def _fail(learner: Learner, error: Exception) -> None:
-    raise error
 
 
 def _averaged(learners: Sequence[Learner]) -> tuple[list, list, list, list] | None:

@@ -237,11 +237,15 @@ class Learner:
         """Do `work`; if it fails and failures are isolated, note why."""
         try:
             work()
-        except Exception as e:  # whatever ends one part must not end the others, but all need the loader
-            if not isolate_failures or "DataLoader worker" in str(e):
-                raise
-            self.failure = headline(e)
-            tqdm.write(f"{self.name} failed: {self.failure}", sys.stdout)
+        except Exception as e:  # whatever ends one part must not end the others
+            self.fail(e, isolate_failures)
+
+    def fail(self, error: Exception, isolate_failures: bool) -> None:
+        """Note why this one goes no further; raise where failures are not isolated, or fail all."""
+        if not isolate_failures or "DataLoader worker" in str(error):  # all need the loader
+            raise error
+        self.failure = headline(error)
+        tqdm.write(f"{self.name} failed: {self.failure}", sys.stdout)
 
     @torch.no_grad()
     def logits(self, x: torch.Tensor) -> torch.Tensor:
