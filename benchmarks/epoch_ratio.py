@@ -31,7 +31,8 @@ from timm_dd import Domain, models
 from timm_dd.algebra.view import View
 from timm_dd.reports.draw import axes as axes_of
 from timm_dd.reports.draw import figure
-from timm_dd.train.engines import cores_of_rank, engine, part_threads, share_cores
+from timm_dd.train.engines import engine
+from timm_dd.train.ranks.cores import cores_of_rank, part_threads, share_cores
 from timm_dd.train.settings import options
 from timm_dd.train.updates.learner import Learner
 

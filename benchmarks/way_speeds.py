@@ -19,7 +19,8 @@ from common import provenance, write_table
 
 import timm_dd
 from timm_dd import Domain, models
-from timm_dd.train.engines import Auto, cores_of_rank, engine, engine_of_one, part_threads, share_cores
+from timm_dd.train.engines import Auto, engine, engine_of_one
+from timm_dd.train.ranks.cores import cores_of_rank, part_threads, share_cores
 from timm_dd.train.ranks.world import Ranks
 from timm_dd.train.stages.joint import Joint
 from timm_dd.train.updates.learner import Learner

@@ -8,7 +8,7 @@ import yaml
 from conftest import RUN
 
 from timm_dd.cli import main
-from timm_dd.train import engines
+from timm_dd.train.ranks import cores
 from timm_dd.train.run import Run
 from timm_dd.train.settings import options
 
@@ -19,9 +19,9 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(engines, "CGROUP", tmp_path / "cgroup")
-    monkeypatch.setattr(engines, "CGROUPS", tmp_path / "fs")
-    monkeypatch.setattr(engines, "PROCESSES", tmp_path / "proc")
+    monkeypatch.setattr(cores, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path / "fs")
+    monkeypatch.setattr(cores, "PROCESSES", tmp_path / "proc")
     (tmp_path / "cgroup").write_text("1:cpu:/other\n0::/pod/container\n")
     (tmp_path / "fs" / "pod" / "container").mkdir(parents=True)
     (tmp_path / "proc" / str(os.getppid())).mkdir(parents=True)
@@ -33,14 +33,14 @@ def machine(tmp_path, monkeypatch):
 def test_a_containers_quota_is_seen(where, text, expected, machine):
     """Of its control group and of those above it."""
     (machine / "fs" / where / "cpu.max").write_text(text)
-    assert engines.cores() == expected
+    assert cores.cores() == expected
 
 
 def test_without_control_groups_the_cores_are_those_of_the_affinity(machine):
     (machine / "cgroup").write_text("1:cpu:/other\n")
-    assert engines.cores() == 16
+    assert cores.cores() == 16
     (machine / "cgroup").unlink()
-    assert engines.cores() == 16
+    assert cores.cores() == 16
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_without_control_groups_the_cores_are_those_of_the_affinity(machine):
 def test_threads_are_those_that_the_user_set(asked, ranks, whole, part, machine, monkeypatch):
     if asked is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert engines.cores_of_rank(ranks) == whole and engines.part_threads("auto", 4, ranks) == part
+    assert cores.cores_of_rank(ranks) == whole and cores.part_threads("auto", 4, ranks) == part
 
 
 @pytest.mark.parametrize("environment, expected", [(b"A=1", 4), (b"A=1\0OMP_NUM_THREADS=1", 1), (None, 1)])
@@ -58,7 +58,7 @@ def test_what_torchrun_sets_by_itself_is_not_the_users(environment, expected, ma
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     if environment is not None:
         (machine / "proc" / str(os.getppid()) / "environ").write_bytes(environment)
-    assert engines.part_threads("auto", 4, 2) == expected
+    assert cores.part_threads("auto", 4, 2) == expected
 
 
 def test_a_run_takes_no_more_threads_and_says_so(machine, monkeypatch):

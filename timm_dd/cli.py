@@ -247,8 +247,8 @@ def _labelled_images(args: argparse.Namespace, model, size: Sequence[int]):
     """Validation images as the composed model's config.json describes them; None if no data is given."""
     if not args.data_dir and not args.dataset:
         return None
-    from .train.engines import cores
     from .train.images import data
+    from .train.ranks.cores import cores
     from .train.settings import options
 
     source = ["--data-dir", args.data_dir] if args.data_dir else []

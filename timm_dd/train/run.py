@@ -31,13 +31,13 @@ from ..surgery.claim import check_claim
 from ..surgery.parts import Parts
 from ..surgery.split import split
 from ..text import number
-from .engines import cores, part_threads
 from .epochs import checkpoints
 from .epochs.checkpoints import CheckpointTimer
 from .epochs.trackers import Trackers
 from .images import data
 from .images.decoded import decoded
 from .images.readable import left_out
+from .ranks.cores import cores, part_threads
 from .ranks.dealing import parts_of
 from .ranks.meeting import Meeting
 from .ranks.sharing import Sharing, sees

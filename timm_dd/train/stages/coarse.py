@@ -27,8 +27,8 @@ from ...storage.atomic import replace_json, replacing
 from ...two_level import files
 from ...two_level.aggregate import WITHOUT_WEIGHTS, CoarseNet, side_by_side
 from ...two_level.network import TwoLevel, check_coarse
-from ..engines import share_cores
 from ..images import data
+from ..ranks.cores import share_cores
 from ..settings import options
 from ..updates.learner import Learner
 from .context import Context, load_trained, part_learner

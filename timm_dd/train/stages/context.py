@@ -16,11 +16,12 @@ from torch.utils.data import Dataset
 from ... import models
 from ...storage import files
 from ...surgery.parts import Parts
-from ..engines import Engine, engine_of_one, share_cores
+from ..engines import Engine, engine_of_one
 from ..epochs.checkpoints import CheckpointTimer, SharedTimer, restore
 from ..epochs.loop import TrainingLoop, measure
 from ..epochs.trackers import Trackers
 from ..images import data, resident
+from ..ranks.cores import share_cores
 from ..ranks.meeting import Meeting
 from ..ranks.sharing import Sharing
 from ..ranks.world import Ranks

@@ -14,10 +14,11 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from ..engines import Engine, cores_of_rank, engine
+from ..engines import Engine, engine
 from ..epochs.checkpoints import SharedTimer, restore_together
 from ..epochs.loop import TrainingLoop
 from ..images import data
+from ..ranks.cores import cores_of_rank
 from ..settings import options
 from ..updates import schedule
 from ..updates.layout import precise

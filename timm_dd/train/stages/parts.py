@@ -18,11 +18,12 @@ from tqdm import tqdm
 from ...errors import TrainError
 from ...planning.plan import Plan
 from ...storage import files
-from ..engines import cores_of_rank, engine, share_cores
+from ..engines import engine
 from ..epochs.checkpoints import read_newest, restore
 from ..epochs.loop import TrainingLoop
 from ..epochs.progress import after_parts, filled, seconds_of
 from ..images import data
+from ..ranks.cores import cores_of_rank, share_cores
 from ..settings import options, views
 from ..updates import schedule
 from ..updates.learner import Learner
