@@ -27,6 +27,13 @@ NARROW = "too few channels for"  # the warning of what is replicated
 RELATIVE = 1e-9  # in float64: the bar of an exact claim
 
 
+def pytest_configure():
+    """Processes of tests side by side, and what they start, have a thread each: more than cores slow down all."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
 def shake(parts, seed=0):
     """Random weights and statistics in float64, so that no zero and no unit variance hides a mistake."""
     generator = torch.Generator().manual_seed(seed)

@@ -41,7 +41,7 @@ def run(commands, folder):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", RUN],
-        **dict(input=json.dumps(commands), capture_output=True, text=True, timeout=600),
+        **dict(input=json.dumps(commands), capture_output=True, text=True, timeout=1200),
         **dict(cwd=folder, env={**os.environ, "PATH": path}),
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -66,7 +66,7 @@ def test_the_first_block_installs_and_runs_the_demo(tmp_path):
 def test_the_second_block_installs_and_runs_these_tests():
     language, text = blocks(ROOT / "README.md")[1]
     assert language == "bash" and INSTALL.match(text).group(1) == "test"
-    assert INSTALL.sub("", text).strip() == "python -m pytest"
+    assert INSTALL.sub("", text).strip() == "python -m pytest -n 2"
 
 
 @pytest.mark.parametrize(
