@@ -43,7 +43,9 @@ def run(tmp_path_factory):
 
 def labelled_images(run):
     plan, args = Parts.load(run / "parts").plan, options.parse(RUN)
-    return data.validation(args, {**plan.config["pretrained_cfg"], "input_size": plan.input_size})
+    return data.loader_of(
+        args, {**plan.config["pretrained_cfg"], "input_size": plan.input_size}, data.validation_set(args)
+    )
 
 
 def accuracy(network, run):

@@ -1,4 +1,4 @@
-"""How many threads a run takes: never more than the machine, its container and the user allow."""
+"""How many threads and how much memory a run takes: never more than the machine, its container and the user allow."""
 
 import os
 
@@ -7,6 +7,7 @@ import torch
 import yaml
 from conftest import RUN
 
+import timm_dd.machine
 from timm_dd.cli import main
 from timm_dd.train.ranks import cores
 from timm_dd.train.run import Run
@@ -19,8 +20,8 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cores, "CGROUP", tmp_path / "cgroup")
-    monkeypatch.setattr(cores, "CGROUPS", tmp_path / "fs")
+    monkeypatch.setattr(timm_dd.machine, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(timm_dd.machine, "CGROUPS", tmp_path / "fs")
     monkeypatch.setattr(cores, "PROCESSES", tmp_path / "proc")
     (tmp_path / "cgroup").write_text("1:cpu:/other\n0::/pod/container\n")
     (tmp_path / "fs" / "pod" / "container").mkdir(parents=True)
@@ -34,6 +35,14 @@ def test_a_containers_quota_is_seen(where, text, expected, machine):
     """Of its control group and of those above it."""
     (machine / "fs" / where / "cpu.max").write_text(text)
     assert cores.cores() == expected
+
+
+@pytest.mark.parametrize("where", ["", "pod", "pod/container"])
+def test_a_containers_memory_is_seen(where, machine):
+    physical = timm_dd.machine.memory()
+    for text, expected in (("max", physical), ("x", physical), ("1048576", 2**20), (str(2 * physical), physical)):
+        (machine / "fs" / where / "memory.max").write_text(text + "\n")
+        assert timm_dd.machine.memory() == expected
 
 
 def test_without_control_groups_the_cores_are_those_of_the_affinity(machine):

@@ -137,6 +137,18 @@ def test_parts_of_no_run(form, whole, tmp_path, capsys):
     assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in composed)))
 
 
+def test_parts_of_no_run_are_judged_by_their_own_weights(machines, tmp_path):
+    """Also where averages of weights are kept, which begin with them."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in [p for run in machines for p in (run / "parts").rglob("p*.*")]:
+        shutil.copy(path, bare)
+    trained = [json.loads((machines[k % 2] / "parts" / str(k) / "summary.json").read_text()) for k in range(4)]
+    assert train(tmp_path, "run", "--from-parts", str(bare), "--model-ema", "--epochs", "0", "--no-update-bn") == 0
+    found = [json.loads((tmp_path / "run" / "parts" / str(k) / "summary.json").read_text()) for k in range(4)]
+    assert [f["top1"] for f in found] == [t["top1"] for t in trained] and all("top5" in f for f in found)
+
+
 def test_parts_from_the_hub(whole, tmp_path, monkeypatch):
     """As they are pushed: files in one folder, and no more than what is asked for."""
     repository, asked = tmp_path / "repository", []

@@ -35,6 +35,13 @@ def composed(folder, names=None):
     return parts, folder / "composed"
 
 
+def prepared(path):
+    """An image of the size and statistics of the networks here, by stock timm."""
+    data = timm.data.resolve_data_config(pretrained_cfg={**timm.get_pretrained_cfg("test_resnet").to_dict()})
+    transform = timm.data.create_transform(**{**data, "input_size": (3, 32, 32)})
+    return transform(Image.open(path).convert("RGB"))[None]
+
+
 def as_timm(folder, path):
     """Probabilities of the classes, by stock timm alone."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -65,10 +72,8 @@ def test_a_two_level_network(how, image, tmp_path):
     parts, _ = composed(tmp_path)
     timm_dd.TwoLevel(parts, how, class_names=NAMES).save(tmp_path / "two")
     two = timm_dd.TwoLevel.load(tmp_path / "two").eval()
-    data = timm.data.resolve_data_config(pretrained_cfg={**timm.get_pretrained_cfg("test_resnet").to_dict()})
-    transform = timm.data.create_transform(**{**data, "input_size": (3, 32, 32)})
     with torch.no_grad():
-        scores = two(transform(Image.open(image).convert("RGB"))[None])[0]
+        scores = two(prepared(image))[0]
     expected = scores.softmax(0) if how == "sum" else scores
     (found,) = Classifier.load(str(tmp_path / "two")).predict([image])
     assert sum(p for _, p in found) == pytest.approx(1) and len(found) == 3
@@ -92,6 +97,40 @@ def test_a_run_names_its_classes(one, image, tmp_path, capsys):
     pushed, kept = (folder / "model.safetensors" for folder in (tmp_path / "dry", one / "global" / "best"))
     assert pushed.read_bytes() == kept.read_bytes()
     assert "Classes: 0, 1, 2, 3" in (tmp_path / "dry" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("how", ["mean", "vote", "sum", "composed"])
+def test_one_class_is_told_by_its_sigmoid(how, image, tmp_path):
+    parts = timm_dd.split("test_resnet", 2, num_classes=1, img_size=32, seed=0)
+    (timm_dd.merge(parts) if how == "composed" else timm_dd.TwoLevel(parts, how)).eval()
+    if how == "composed":
+        parts.save(tmp_path / "parts")
+        timm_dd.merge_files(tmp_path / "parts", tmp_path / "two")
+    else:
+        timm_dd.TwoLevel(parts, how).save(tmp_path / "two")
+    ((found,),) = Classifier.load(str(tmp_path / "two")).predict([image])
+    x = prepared(image)
+    with torch.no_grad():
+        whole, own = timm_dd.merge(parts).eval()(x), [part.eval()(crop) for part, crop in zip(parts, parts.crops(x))]
+    p = torch.cat(own).sigmoid()
+    votes = ((p > 0.5).sum() + p.sum() / 3) * 3 / 8  # of two parts, and of what they sum to a third
+    expected = {"mean": p.mean(), "vote": votes, "sum": sum(own).sigmoid(), "composed": whole.sigmoid()}[how]
+    assert found == ("0", pytest.approx(float(expected), abs=1e-5))
+
+
+def test_what_tells_no_classes_is_said(image, tmp_path):
+    for name, given in (("features", {"num_classes": 0}), ("regression", {"num_classes": 3})):
+        parts = timm_dd.split("test_resnet", 2, img_size=32, **given)
+        if name == "regression":
+            timm_dd.TwoLevel(parts, "mean", regression=True).save(tmp_path / name)
+        else:
+            parts.save(tmp_path / "parts")
+            timm_dd.merge_files(tmp_path / "parts", tmp_path / name)
+        with pytest.raises(MergeError, match=f"{name} gives numbers, .*; expected a network that tells classes"):
+            Classifier.load(str(tmp_path / name))
+    _, folder = composed(tmp_path / "other", NAMES[:2])
+    with pytest.raises(MergeError, match="has 2 label_names for 3 classes; mend its config.json"):
+        Classifier.load(str(folder))
 
 
 def test_what_is_no_image_is_named(tmp_path, capsys):

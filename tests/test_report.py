@@ -23,7 +23,7 @@ from torch import nn
 import timm_dd
 from timm_dd.algebra.view import Box
 from timm_dd.cli import main
-from timm_dd.reports import blocks, boxes, cam, curves, decisions, draw, features, outcome, sections
+from timm_dd.reports import blocks, boxes, cam, curves, decisions, draw, features, networks, outcome, sections
 from timm_dd.reports.networks import Samples
 from timm_dd.reports.record import read
 from timm_dd.train import pages
@@ -446,9 +446,9 @@ def test_decisions_are_those_of_the_networks(page, one):
 
 
 def test_as_a_function_with_images_of_a_folder(one, tmp_path, undrawn):
-    """Classes are subfolders; without any nobody is right."""
+    """Classes are subfolders of the run's names; without any nobody is right."""
     classes, flat = tmp_path / "classes", tmp_path / "flat"
-    for i, folder in enumerate([classes / "a", classes / "b", flat]):
+    for i, folder in enumerate([classes / "3", classes / "7", flat]):
         folder.mkdir(parents=True)
         for k in range(6):
             Image.new("RGB", (40, 32), (20 * i, 40 * k, 99)).save(folder / f"{k}.png")
@@ -457,6 +457,11 @@ def test_as_a_function_with_images_of_a_folder(one, tmp_path, undrawn):
     a, b = ((tmp_path / name).read_text() for name in ("a.html", "b.html"))
     assert "figure-confusion" in a and "nothing says who is right" not in a
     assert "figure-confusion" not in b and "nothing says who is right" in b and "figure-cam-0" in b
+    given = networks.of_folder(classes, read(one), 100)
+    assert given.names == list("0123456789") and sorted(given.labels.tolist()) == [3] * 6 + [7] * 6
+    (classes / "7").rename(classes / "ten")
+    given = networks.of_folder(classes, read(one), 100)
+    assert given.names == list("0123456789") and given.labels is None
 
 
 def test_runs_side_by_side(one, tmp_path, undrawn):

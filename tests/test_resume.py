@@ -374,6 +374,17 @@ def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_
     assert not checkpoints.restore(learner(tmp_path))
 
 
+def test_what_is_kept_is_not_what_was_damaged(tmp_path):
+    """A checkpoint that could not be read and stands for more updates than there are now."""
+    later = tmp_path / "checkpoint-000000200.safetensors"
+    later.write_bytes(b"half")
+    again = learner(tmp_path, "--checkpoint-hist", "1")
+    assert not checkpoints.restore(again)
+    for again.updates in (1, 2):
+        checkpoints.save(again)
+        assert [p.name for p in checkpoints.found(tmp_path)] == [f"checkpoint-{again.updates:09d}.safetensors"]
+
+
 def test_a_checkpoint_of_other_options_is_refused(tmp_path):
     checkpoints.save(learner(tmp_path))
     with pytest.raises(TrainError, match=r"--lr was 0.05, not 0.1\); resume with the options"):

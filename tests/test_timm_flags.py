@@ -1,5 +1,6 @@
 """Each flag of timm's train.py is taken, with its meaning, or stands in the documentation's table with the reason."""
 
+import copy
 import math
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 import timm_dd
 from timm_dd.errors import TrainError
+from timm_dd.train.engines import Engine, Packed
 from timm_dd.train.epochs.loop import measure
 from timm_dd.train.images import data
 from timm_dd.train.run import Run
@@ -303,6 +305,25 @@ def test_the_metric_says_which_epoch_is_the_best(metric, best, rates, tmp_path):
         n.end_epoch(top1, 1.0, **({} if top1 is None else {"top5": top5, "eval_loss": loss}))
     assert metrics.best(n.history, n.args) == best
     assert n.lr == pytest.approx(math.sqrt(10) ** -rates)
+
+
+@pytest.mark.parametrize("by", [Engine, Packed])
+@pytest.mark.parametrize("mode", ["norm", "value", "agc"])
+def test_gradients_are_clipped_as_by_timm(mode, by, tmp_path):
+    """Which leaves the classifier to itself where the mode is agc."""
+    models = timm_dd.split("test_resnet", 2, num_classes=10, img_size=32, domain=timm_dd.Domain.full(2), seed=0)
+    given = (
+        f"--clip-grad 0.01 --clip-mode {mode} --opt momentum --momentum 0 --weight-decay 0 --lr 1 --warmup-epochs 0".split()
+    )
+    some = [learner(tmp_path, *given, model=copy.deepcopy(m)) for m in models]
+    x, y = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(8)
+    by().step(some, x, y, isolate_failures=False)
+    for model, n in zip(models, some):
+        criterion(n.args)(model.train()(x), y).backward()
+        timm.utils.dispatch_clip_grad(timm.models.model_parameters(model, exclude_head=mode == "agc"), 0.01, mode)
+        for (name, before), after in zip(model.named_parameters(), n.net.parameters()):
+            torch.testing.assert_close(before - n.lr * before.grad, after, rtol=1e-4, atol=1e-6, msg=name)
+        assert n.lr == 1
 
 
 def test_checkpoints_are_kept_as_many_as_asked_for(tmp_path):

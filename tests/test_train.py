@@ -241,6 +241,16 @@ def test_validation_may_lack_classes(form, lacking, number, folder):
     assert [val[i][1] for i in range(6)] == [number] * 6
 
 
+@pytest.mark.parametrize("form", [lambda f: f, as_tars, as_one_tar], ids=["folder", "tars", "one tar"])
+def test_images_alone_are_numbered_as_the_run_did(form, folder):
+    """For the report and `verify`, who see no training images."""
+    shutil.rmtree(folder / "val" / "a")
+    args = options.parse(["--data-dir", str(form(folder)), "--model", "test_resnet", "-b", "4"])
+    assert [y for _, y in data.validation_set(args, ("a", "b"))] == [1] * 6
+    with pytest.raises(TrainError, match="no training image is of 'b'"):
+        data.validation_set(args, ("a", "c"))
+
+
 def test_a_file_numbers_the_classes(folder):
     (folder / "order.txt").write_text("b\na\n")
     for name in (str(folder / "order.txt"), "order.txt"):

@@ -256,12 +256,13 @@ def _labelled_images(args: argparse.Namespace, model, size: Sequence[int]):
     given.workers = min(4, cores())
     config = Path(args.composed) / "config.json"
     try:
-        saved = json.loads(config.read_text(encoding="utf-8"))["pretrained_cfg"] if config.exists() else {}
+        written = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {"pretrained_cfg": {}}
+        saved, names = written["pretrained_cfg"], written.get("label_names")
     except (ValueError, KeyError, TypeError) as e:
         raise MergeError(f"{config} is damaged ({e}); compose the parts again") from e
     vars(given).update({k: saved[k] for k in ("mean", "std", "interpolation", "crop_pct") if k in saved})
     given.input_size = size
-    return data.validation(given, data.data_config(given, model))
+    return data.loader_of(given, data.data_config(given, model), data.validation_set(given, names))
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -13,11 +13,10 @@ from PIL import Image
 from torch import nn
 
 from . import models
-from .errors import FileError, MergeError, headline
+from .errors import FileError, MergeError, headline, shown
+from .two_level.aggregate import probabilities
 from .two_level.files import ABOUT
 from .two_level.network import TwoLevel
-
-SHARES = ("mean", "vote")  # ways to decide whose scores are probabilities
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,11 @@ class Classifier:
     Attributes:
         data: timm's description of its images: input_size, mean, std, interpolation, crop_pct.
         names: of the classes, in the order of their numbers; these, where nobody has named them.
-        shares: whether its scores are probabilities.
     """
 
     network: nn.Module
     data: Mapping[str, Any]
     names: Sequence[str]
-    shares: bool = False
 
     @classmethod
     def load(cls, source: str) -> Classifier:
@@ -57,7 +54,7 @@ class Classifier:
             expected = "expected a run's folder, a composed model, a two-level network, or hf-hub:USER/REPO"
             raise MergeError(f"no network in {source} ({headline(e)}); {expected}") from e
         named = network.pretrained_cfg.get("label_names")
-        return cls(network, timm.data.resolve_model_data_config(network), _names(named, network.num_classes))
+        return cls(network, timm.data.resolve_model_data_config(network), _names(named, network.num_classes, source))
 
     @classmethod
     def _of_two_levels(cls, place: str) -> Classifier:
@@ -65,7 +62,7 @@ class Classifier:
         plan = two.parts.plan
         given = {**(plan.config or {}).get("pretrained_cfg", {}), "input_size": plan.input_size}
         data = timm.data.resolve_data_config(pretrained_cfg=given)
-        return cls(two, data, _names(two.class_names, two.classes), two.how in SHARES)
+        return cls(two, data, _names(two.class_names, two.classes, place))
 
     @torch.no_grad()
     def predict(self, images: Sequence[str | Path], top: int = 5) -> Iterator[list[tuple[str, float]]]:
@@ -73,21 +70,31 @@ class Classifier:
 
         Raises:
             FileError: an image that cannot be read, with its path.
+            MergeError: the network takes no images.
         """
-        mode = models.IMAGE_MODES[self.data["input_size"][0]]
+        mode = models.IMAGE_MODES.get(self.data["input_size"][0])
+        if mode is None:
+            raise MergeError(f"the network takes {shown(self.data['input_size'])}; expected images of 1 to 4 channels")
         transform: Callable = timm.data.create_transform(**self.data)
         self.network.eval()
         for path in images:
-            scores = self.network(transform(_read(path, mode))[None])[0].float()
-            found = (scores if self.shares else scores.softmax(0)).topk(min(top, len(scores)))
+            x = transform(_read(path, mode))[None]
+            two_levels = isinstance(self.network, TwoLevel)
+            p = (self.network.probabilities(x) if two_levels else probabilities(self.network(x)))[0]
+            found = p.topk(min(top, len(p)))
             yield [(self.names[i], p) for p, i in zip(found.values.tolist(), found.indices.tolist())]
 
 
-def _names(given: Any, classes: int) -> Sequence[str]:
+def _names(given: Any, classes: int, source: str) -> Sequence[str]:
     """From a list, or from a dict by number as some of timm's configs have."""
+    if not classes:
+        raise MergeError(f"{source} gives numbers, features or a regression; expected a network that tells classes")
     if isinstance(given, Mapping):
         given = [given.get(i, given.get(str(i), i)) for i in range(classes)]
-    return [str(name) for name in (given or range(classes))]
+    names = [str(name) for name in (given or range(classes))]
+    if len(names) != classes:
+        raise MergeError(f"{source} has {len(names)} label_names for {classes} classes; mend its config.json")
+    return names
 
 
 def _read(path: str | Path, mode: str) -> Image.Image:

@@ -73,39 +73,38 @@ def of_folder(folder: str | Path, record: Record, count: int) -> Samples:
     Raises:
         ReportError: no images there, one that cannot be read, or nothing says how to prepare them.
     """
-    config = _config(record)
+    config, names, classes = _config(record)
     try:
-        dataset = create_dataset("", root=str(folder), search_split=False, input_img_mode=_mode(config))
+        mode = models.IMAGE_MODES[config["input_size"][0]]
+        dataset = create_dataset("", root=str(folder), search_split=False, input_img_mode=mode)
         dataset.transform = create_transform(**config, is_training=False)
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
         images, labels = zip(*(dataset[i] for i in chosen))
     except Exception as e:  # of timm's reader, of Pillow, of file systems
         raise ReportError(f"--images {folder}: {headline(e)}; expected a folder of images") from e
-    names = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
-    known = any(p.is_dir() for p in Path(folder).iterdir())
+    found = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
+    names = names or (found if len(found) == classes else None)
+    known = names is not None and set(found) <= set(names)
     return Samples(
         torch.stack(images),
-        torch.tensor(labels) if known else None,
-        names if known else None,
+        torch.tensor([names.index(found[i]) for i in labels]) if known else None,
+        names,
         config["mean"],
         config["std"],
         f"{counted(len(images), 'image')} of {folder}",
     )
 
 
-def _config(record: Record) -> dict:
+def _config(record: Record) -> tuple[dict, Sequence[str] | None, int | None]:
+    """How images are prepared, the names of their classes in the order of their numbers, and how many they are."""
     config = None if record.plan is None else record.plan.config
     if config is None and "composed" in record.models:
         path = record.models["composed"] / "config.json"
         config = read_json(path) if path.is_file() else None
     found = timm.data.resolve_data_config(pretrained_cfg=(config or {}).get("pretrained_cfg", {}))
-    if config is None or len(found["input_size"]) != 3:
+    if config is None or len(found["input_size"]) != 3 or found["input_size"][0] not in models.IMAGE_MODES:
         raise ReportError(f"--images: {record.folder} does not say how images of its network are prepared")
-    return found
-
-
-def _mode(config: dict) -> str:
-    return "RGB" if config["input_size"][0] == 3 else "L"
+    return found, config.get("label_names"), config.get("num_classes")
 
 
 class Networks:

@@ -87,7 +87,7 @@ def _samples(record: Record, images: str | Path | int | None) -> tuple[Samples |
 def _of_run(record: Record, plan: Plan, count: int) -> Samples:
     """The first of a fixed shuffle of the run's validation images."""
     args = argparse.Namespace(**{**vars(flags.parser(add_help=False).parse_args([])), **record.args, "workers": 0})
-    val = data.validation_set(args)
+    val = data.validation_set(args, (plan.config or {}).get("label_names"))
     config = data.data_config(args, models.create_empty(args.model, **plan.model_args))
     names = data.class_names(val, args.num_classes)
     if not isinstance(val, IterableDataset):

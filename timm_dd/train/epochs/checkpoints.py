@@ -38,7 +38,8 @@ def save(learner: Learner) -> None:
         raise TrainError(f"--opt {learner.args.opt} has a state that is not saved ({e}); choose another") from e
     with replacing(path) as temporary:
         tensorfile.write_state(temporary, tensors, {"learner": text})
-    for old in found(learner.folder)[learner.args.checkpoint_hist :]:
+    later = [p for p in found(learner.folder) if p > path]  # damaged: the one before was gone on from
+    for old in (*later, *found(learner.folder)[len(later) :][learner.args.checkpoint_hist :]):
         old.unlink(missing_ok=True)
 
 

@@ -163,23 +163,29 @@ def _of_the_same_classes(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     Raises:
         TrainError: a class that no training image has, or images outside the folders of classes.
     """
-    train, val = (_dataset(args, which) for which in ("train", "validation"))
-    known, found = (d.class_map if isinstance(d, Images) else {} for d in (train, val))
-    for images in (train, val) if known or found else ():
-        _check_sorted(images)
+    train = _dataset(args, "train")
+    _check_sorted(train)
+    return train, _validation(args, train.class_map if isinstance(train, Images) else {})
+
+
+def _validation(args: argparse.Namespace, known: Mapping[str, int]) -> Dataset:
+    """The images to validate, of classes whose numbers are `known`; errors as of `_of_the_same_classes`."""
+    val = _dataset(args, "validation")
+    _check_sorted(val)
+    found = val.class_map if isinstance(val, Images) else {}
     if not (known and found) or known == found:
-        return train, val
+        return val
     if odd := sorted(set(found) - set(known)):
         raise TrainError(
             f"train and validation have different classes: no training image is of {odd[0]!r} ({val.example(odd[0])}); "
             "rename or remove that folder, or add it to the training images"
         )
-    return train, _dataset(args, "validation", known)
+    return _dataset(args, "validation", known)
 
 
-def _check_sorted(images: Images) -> None:
+def _check_sorted(images: Dataset) -> None:
     """Raise TrainError if some lie in no folder of a class: timm calls that class by no name."""
-    for name in ("", "."):
+    for name in ("", ".") if isinstance(images, Images) else ():
         if name in images.class_map and (example := images.example(name)):
             at = Path(example)
             raise TrainError(
@@ -383,14 +389,16 @@ def _validation_loader(args: argparse.Namespace, config: dict, val: Dataset, com
     return loader
 
 
-def validation(args: argparse.Namespace, config: dict):
-    """timm's loader for the validation images alone, on the CPU."""
-    return loader_of(args, config, validation_set(args))
+def validation_set(args: argparse.Namespace, names: Sequence[str] | None = None) -> Dataset:
+    """All images to validate; errors as of `datasets`.
 
-
-def validation_set(args: argparse.Namespace) -> Dataset:
-    """All images to validate; errors as of `datasets`."""
-    return _digits(False, image_mode(args)) if args.dataset == "digits" else _dataset(args, "validation")
+    Args:
+        names: of the classes, in the order of the numbers that they had in training, of which these images may lack
+            some.
+    """
+    if args.dataset == "digits":
+        return _digits(False, image_mode(args))
+    return _validation(args, {name: number for number, name in enumerate(names or ())})
 
 
 def loader_of(args: argparse.Namespace, config: dict, val: Dataset):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-PROCESSES, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-CGROUP = PROCESSES / "self" / "cgroup"
+from ...machine import control
+
+PROCESSES = Path("/proc")
 
 
 def cores() -> int:
@@ -19,15 +20,11 @@ def cores() -> int:
 
 
 def _quota() -> int | None:
-    """The cores that the control groups above this process leave it, by ``cpu.max`` of version 2, rounded up."""
-    try:
-        name = next(line for line in CGROUP.read_text().splitlines() if line.startswith("0::"))[4:]
-    except (OSError, StopIteration):
-        return None
+    """The cores that the control groups above this process leave it, rounded up."""
     found = []
-    for folder in (CGROUPS / name, *(CGROUPS / name).parents):
-        with contextlib.suppress(OSError, ValueError):  # no limit: max
-            limit, period = map(int, (folder / "cpu.max").read_text().split())
+    for text in control("cpu.max"):
+        with contextlib.suppress(ValueError):  # no limit: max
+            limit, period = map(int, text.split())
             found.append(-(-limit // period))
     return min(found, default=None)
 

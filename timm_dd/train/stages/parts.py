@@ -18,9 +18,9 @@ from tqdm import tqdm
 from ...errors import TrainError
 from ...planning.plan import Plan
 from ...storage import files
-from ..engines import engine
+from ..engines import Engine, engine
 from ..epochs.checkpoints import read_newest, restore
-from ..epochs.loop import TrainingLoop
+from ..epochs.loop import TrainingLoop, measure
 from ..epochs.progress import after_parts, filled, seconds_of
 from ..images import data
 from ..ranks.cores import cores_of_rank, share_cores
@@ -114,11 +114,11 @@ def take_arrived(run: Context, arrived: Arrived) -> None:
     share_cores(run.ranks.local_world)
     loaders = run.loaders(options.stage_options(run.args, "part"), distributed=False)
     for part in unknown:
+        run.parts[part.k].load_state_dict(load_file(part.file))
         learner = part_learner(run, part.k, len(loaders[0]))
-        learner.net.load_state_dict(load_file(part.file))
+        found = measure([learner], loaders[1], Engine(), shared=False)[0]
         told = {"epochs": part.epoch or 0, "updates": 0, "seconds": 0.0, "options": learner.options}
-        top1 = accuracy(learner, loaders, shared=False)
-        run.folder.parts.finish(part.k, {"part": part.k, "top1": top1, **told})
+        run.folder.parts.finish(part.k, {"part": part.k, "top1": found["top1"], "top5": found["top5"], **told})
 
 
 def meet(run: Context) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.func import vmap
 
 from ...compat import foreach_copy_, foreach_lerp_, foreach_mul_, foreach_norm, overflows
+from .clipping import clipped
 from .learner import Learner
 from .stacked import Differ, Stacked, TensorByTensor, Way
 from .trial import find_way
@@ -115,7 +116,7 @@ def clip(learners: Sequence[Learner], packed: nn.Module, value: float, mode: str
     elif mode == "value":
         dispatch_clip_grad(packed.parameters(), value, mode)
     else:
-        moved = [p for p in packed.parameters() if p.grad is not None]
+        moved = [p for p in clipped(packed, mode) if p.grad is not None]
         with TensorByTensor():
             vmap(partial(_clip_of_one, value, mode))([p.detach() for p in moved], [p.grad for p in moved])
 

@@ -205,7 +205,7 @@ class Learner:
         if self.args.clip_grad is not None:
             if not unscaled:
                 self.scaler.unscale_(self.optimizer)
-            self.sums.clipped += clip(self.model.parameters(), self.args)
+            self.sums.clipped += clip(self.model, self.args)
         with self.around_step():
             self.scaler.step(self.optimizer)
         self.scaler.update()
