@@ -157,9 +157,9 @@ def figures(job: Job, run: Run, summary: dict, wall: float) -> dict[str, str]:
     seconds = {stage: spent if lengths[stage] else 0.0 for stage, spent in seconds.items()}
     updates = len(run.train_set) // run.args.batch_size
     curves = {
-        "part": [read(run.folder / "parts" / str(k) / "summary.csv") for k in range(run.args.parts)],
-        "joint": [read(run.folder / "joint" / "0" / "summary.csv")],
-        "tune": [read(run.folder / "global" / "summary.csv")],
+        "part": [read(run.folder.path / "parts" / str(k) / "summary.csv") for k in range(run.args.parts)],
+        "joint": [read(run.folder.path / "joint" / "0" / "summary.csv")],
+        "tune": [read(run.folder.path / "global" / "summary.csv")],
     }
     last = curves["tune" if lengths["tune"] else "part"][0]
     reached = {

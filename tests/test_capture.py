@@ -1,5 +1,6 @@
 """CUDA graphs and images on the device, on a CPU: with a stand-in for a graph, which does again what was captured."""
 
+from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -54,7 +55,16 @@ def test_a_graph_takes_the_same_steps(given, by, tmp_path):
         states(by(), learners(tmp_path, *given)), states(graphed, learners(tmp_path, *given))
     ):
         assert numbers == same and all(torch.equal(t, found[key]) for key, t in own.items())
-    assert graphed.place.replays == 4
+    assert graphed.graph.replays == 4
+
+
+@pytest.mark.parametrize("given", [[], ["--grad-accum-steps", "2"]], ids=["captured", "not captured"])
+def test_what_a_learner_sees_of_a_batch_is_made_once(given, tmp_path, monkeypatch):
+    made, view = [], Learner.view
+    monkeypatch.setattr(Learner, "view", lambda self, x: made.append(self) or view(self, x))
+    some = learners(tmp_path, *given)
+    states(Graphed(Packed(), Again), some, n=6)
+    assert Counter(made) == {n: 6 for n in some}
 
 
 def test_what_is_captured_follows_the_learners(tmp_path):
@@ -66,7 +76,7 @@ def test_what_is_captured_follows_the_learners(tmp_path):
         by.step(some[:n], x[:size], y[:size], isolate_failures=False)
         Packed().step(alone[:n], x[:size], y[:size], isolate_failures=False)
         captured.append(by.captured is not None)
-    assert captured == [False] * 3 + [True] * 3 + [False] * 3 + [True] * 5 and by.place.replays == 4
+    assert captured == [False] * 3 + [True] * 3 + [False] * 3 + [True] * 5 and by.graph.replays == 4
     for n, other in zip(some, alone):
         assert all(torch.equal(a, b) for a, b in zip(n.net.state_dict().values(), other.net.state_dict().values()))
 

@@ -255,7 +255,7 @@ def test_a_run_is_known_by_what_its_weights_depend_on(one):
 
     def digest(*given, cycle=1):
         run = Run(options.parse([*RUN, "--parts", "4", *given]))
-        return replace(run.place, cycle=cycle).digest(run.parts.plan)
+        return replace(run.folder, cycle=cycle).digest(run.parts.plan)
 
     known = json.loads((one / "summary.json").read_text())["run"]
     assert digest() == digest("--baseline-epochs", "3", "--workers", "1", "--experiment", "other") == known

@@ -260,7 +260,7 @@ def test_torchrun_does_not_go_on_with_the_run_of_another(one, tmp_path):
 
 def test_resume_finds_the_last_run_that_is_not_done(one, tmp_path):
     def folder(*arguments):
-        return Run(options.parse([*RUN, "--parts", "4", "--output", str(tmp_path), *arguments])).folder.name
+        return Run(options.parse([*RUN, "--parts", "4", "--output", str(tmp_path), *arguments])).folder.path.name
 
     assert folder("--resume") == folder() == "test_resnet-4"
     for name in ("test_resnet-4", "test_resnet-4-1", "test_resnet-40"):

@@ -61,7 +61,7 @@ def test_the_baseline_is_the_network_from_a_random_start(scripts, tmp_path):
     words = [*scripts["ways"].words("cifar10", "baseline", 2), *tiny.split(), "--output", str(tmp_path), "--lr", "0.01"]
     run = Run(options.parse([*words, "--baseline", "--baseline-epochs", "2"]))
     run.go()
-    one, other = ((run.folder / name / "summary.csv").read_text() for name in ("parts/0", "baseline"))
+    one, other = ((run.folder.path / name / "summary.csv").read_text() for name in ("parts/0", "baseline"))
     without_seconds = [[row.rpartition(",")[0] for row in text.splitlines()] for text in (one, other)]
     assert without_seconds[0] == without_seconds[1] and len(without_seconds[0]) == 3
 

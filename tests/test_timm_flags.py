@@ -312,10 +312,8 @@ def test_the_metric_says_which_epoch_is_the_best(metric, best, rates, tmp_path):
 def test_gradients_are_clipped_as_by_timm(mode, by, tmp_path):
     """Which leaves the classifier to itself where the mode is agc."""
     models = timm_dd.split("test_resnet", 2, num_classes=10, img_size=32, domain=timm_dd.Domain.full(2), seed=0)
-    given = (
-        f"--clip-grad 0.01 --clip-mode {mode} --opt momentum --momentum 0 --weight-decay 0 --lr 1 --warmup-epochs 0".split()
-    )
-    some = [learner(tmp_path, *given, model=copy.deepcopy(m)) for m in models]
+    given = f"--clip-mode {mode} --opt momentum --momentum 0 --weight-decay 0 --lr 1 --warmup-epochs 0".split()
+    some = [learner(tmp_path, "--clip-grad", "0.01", *given, model=copy.deepcopy(m)) for m in models]
     x, y = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(8)
     by().step(some, x, y, isolate_failures=False)
     for model, n in zip(models, some):

@@ -62,10 +62,7 @@ def _load(folder: Path) -> tuple[nn.Module, tuple[int, ...]]:
     place = models.of_run(folder)
     if not (place / "config.json").exists():
         raise MergeError(f"no network in {folder}; expected a run's folder, a composed model, or a two-level network")
-    try:
-        model = timm.create_model(f"local-dir:{place}", pretrained=True)
-    except Exception as e:  # of timm, torch and safetensors
-        raise MergeError(f"{place} is no model of timm ({headline(e)}); compose its parts again") from e
+    model = models.load(place)
     return model, tuple(timm.data.resolve_model_data_config(model)["input_size"])
 
 

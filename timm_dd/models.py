@@ -66,6 +66,18 @@ def config(model: nn.Module, data: Mapping[str, Any], names: Sequence[str] | Non
     return found if names is None else {**found, "label_names": list(names)}
 
 
+def load(folder: Path) -> nn.Module:
+    """The model of a folder in timm's form.
+
+    Raises:
+        MergeError: timm does not load it.
+    """
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except Exception as e:  # of timm, torch and safetensors
+        raise MergeError(f"{folder} is no model of timm ({headline(e)}); compose its parts again") from e
+
+
 def registered(name: str, model: nn.Module, args: dict) -> tuple[str, dict]:
     """The name and arguments by which any timm makes `model` again: for ``local-dir:`` and ``hf-hub:`` those that are
     written there."""

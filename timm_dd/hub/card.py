@@ -24,12 +24,13 @@ from ..reports.record import read
 from ..storage import files
 from ..storage.tensorfile import READ_ERRORS, TensorFile
 from ..two_level import files as two_level
+from ..two_level.aggregate import TOGETHER
 
 TEMPLATES = Path(__file__).parent / "templates"  # links to hub_cards/
 TAGS = ["timm_dd", "domain-decomposition"]
 STAGES = ("composed", "tuned", "best")  # the models of a run: what its summary calls them, and their metadata
 PICTURES = ("accuracy-over-seconds.png", "boxes.png")
-TWO_LEVEL = ("two_level", "coherent", "transfer")
+TWO_LEVEL = ("two_level", *TOGETHER)
 
 
 class Card(NamedTuple):

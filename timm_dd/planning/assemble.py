@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..algebra.widths import Axis
+from .inputs import leaves
 from .plan import EditPlan, Layer, OutputPlan, Plan, TensorPlan
-from .reader import Reading, flat
+from .reader import Reading
 from .relations import Cuts, Relations
 from .rules.laws import UNSCALABLE
 from .rules.op import Edit, Op, Param, Value
@@ -67,7 +68,7 @@ def rows(reading: Reading, relations: Relations) -> Iterator[tuple[Op, Value, tu
     owners = {".".join(path[:i]) for path in paths for i in range(1, len(path))}
     for op, result in reading.operations:
         has_params, why = op.module is not None and op.node.target in owners, tuple(reasons.get(op.node.name, ()))
-        value = next((v for v in flat(result) if isinstance(v, Value)), None)
+        value = next((v for v in leaves(result) if isinstance(v, Value)), None)
         if value is not None and (has_params or why):
             yield op, value, why
 

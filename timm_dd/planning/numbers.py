@@ -21,8 +21,9 @@ from ..algebra.widths import Axis
 from ..compat import tree_map_only
 from ..errors import SplitError
 from .graphs import ancestors, argument, evaluate_node, float_type, source_line
+from .inputs import leaves
 from .plan import SHARE
-from .reader import Reading, flat
+from .reader import Reading
 from .relations import Cuts
 from .rules.op import Edit, Op, Value
 
@@ -84,7 +85,7 @@ def _computed(op: Op, edit: Edit) -> fx.Node | None:
 
 
 def _counts(op: Op, out: Any) -> bool:
-    return op.node.op.startswith("call") and not any(isinstance(v, Value) for v in flat(out))
+    return op.node.op.startswith("call") and not any(isinstance(v, Value) for v in leaves(out))
 
 
 class _Part:

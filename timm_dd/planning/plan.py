@@ -167,6 +167,11 @@ class Plan:
         """What the parts see of the image of `input_size`: their boxes, at the domain's scale."""
         return self.domain.views(spatial(self.input_size))
 
+    def part_input_size(self, k: int) -> tuple[int, ...]:
+        """(C, *size) of what part `k` sees."""
+        seen = self.views()[k].size
+        return (*self.input_size[: len(self.input_size) - len(seen)], *seen)
+
     def to_json(self) -> dict:
         """What plan.json holds, as docs/format.md describes it."""
         d = {

@@ -18,7 +18,7 @@ from ..algebra.widths import Axis, Width, freeze, make_whole, unify
 from ..compat import tree_knows
 from ..errors import SplitError, WidthError, reporting
 from .graphs import Graph, float_type, module_path, source_line
-from .inputs import Like, zipped
+from .inputs import Like, leaves, zipped
 from .rules.laws import COPY, Context, Kind, Relation, pointwise
 from .rules.op import RULES, Notes, Op, Param, Value, bind, fits, module_rule
 from .shapes import Sizes
@@ -145,18 +145,18 @@ class _Reader:
             return self._output(node)
         if isinstance(node.target, type) and any(isinstance(self.env[n], Value) for n in node.all_input_nodes):
             return self._made(op, node.target)
-        if not any(isinstance(v, torch.Tensor) for v in flat(op.out)):
+        if not any(isinstance(v, torch.Tensor) for v in leaves(op.out)):
             return op.out  # a size, a dtype
         if op.divisor == 1 and not self.sizes.boxed:
             return _uncut(op.out, op)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n])
-        of_tensors = any(isinstance(v, Value) for v in flat((args, tuple(kwargs.values()))))
+        of_tensors = any(isinstance(v, Value) for v in leaves((args, tuple(kwargs.values()))))
         if not of_tensors and node.target not in RULES:
             return op.result([None] * op.out.ndim, _same_in_all)  # made from nothing: arange, linspace
         found = module_rule(op.module) if op.module is not None else RULES.get(node.target)
         if (found is None or not fits(found, op, args, kwargs)) and _is_of_no_channels(op, args, kwargs):
-            values = flat((args, tuple(kwargs.values())))
-            made = [op.result([None] * t.ndim, pointwise, *values) for t in flat(op.out)]
+            values = leaves((args, tuple(kwargs.values())))
+            made = [op.result([None] * t.ndim, pointwise, *values) for t in leaves(op.out)]
             return made[0] if isinstance(op.out, torch.Tensor) else tuple(made)
         if found is None:
             raise SplitError(
@@ -210,7 +210,7 @@ class _Reader:
     def _output(self, output: fx.Node) -> None:
         """Every part gives all logits, of features its channels, of an image the positions of its box."""
         for node in output.all_input_nodes:
-            values = [v for v in flat(self.env[node]) if isinstance(v, Value)]
+            values = [v for v in leaves(self.env[node]) if isinstance(v, Value)]
             self.reading.outputs.extend((node.name, v) for v in values)
             if self.reading.output == "features" and isinstance(self.env[node], Value):
                 continue
@@ -240,18 +240,9 @@ class _Reader:
                     )
 
 
-def flat(value: Any) -> list:
-    """The leaves of nested tuples, lists and dicts."""
-    if isinstance(value, (tuple, list)):
-        return [leaf for v in value for leaf in flat(v)]
-    if isinstance(value, dict):
-        return flat(list(value.values()))
-    return [value]
-
-
 def _is_of_no_channels(op: Op, args: tuple, kwargs: dict) -> bool:
     """Whether a function makes tensors of tensors without channels to cut, so that nothing has to be known of it."""
-    values = [v for v in flat((args, tuple(kwargs.values()))) if isinstance(v, Value)]
+    values = [v for v in leaves((args, tuple(kwargs.values()))) if isinstance(v, Value)]
     carried = any(a is not None and any(True for _ in a.widths()) for v in values for a in v.axes)
     made = op.out if isinstance(op.out, (tuple, list)) else [op.out]
     return op.module is None and all(isinstance(t, torch.Tensor) for t in made) and not carried

@@ -1,7 +1,7 @@
 """A model as an fx graph with shapes, on the meta device: no weights in memory, no arithmetic.
 
-`skeleton` copies a model's structure without its tensors, `trace` records its graph in eval mode, with what it does in
-training (`modes`), and `evaluate_node` runs one node on meta tensors, so that shapes can be had at any input size.
+`trace` records the graph of a `skeleton` in eval mode, with what it does in training (`modes`), and refuses what is not
+the same on another batch or without gradients.
 """
 
 from __future__ import annotations

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ..algebra.view import View
-from ..two_level.aggregate import probabilities
+from ..two_level.aggregate import GIVE_PROBABILITIES, fit_scale, probabilities
 from . import draw
 from .draw import BAD, GOOD, INK, SERIES, Drawing, Panel
 from .networks import Samples, picture
@@ -19,13 +19,12 @@ BINS = 10
 TITLES = {"tuned": "fine-tuned", "dnn": "dense net"}
 LIKE = {"tuned": "composed", "composed": "joint", "dnn": "two_level", "mean": "parts", "vote": "transfer"}
 MANY = 20  # classes from which on a matrix has no numbers of classes
-ALREADY = ("mean", "vote")  # whose scores are probabilities
 Scores = Mapping[str, torch.Tensor]
 
 
 def sure(name: str, scores: torch.Tensor) -> torch.Tensor:
     """The probabilities of a network's scores, (N, C); of one score for two classes, (N, 2)."""
-    p = scores if name in ALREADY else probabilities(scores)
+    p = scores if name in GIVE_PROBABILITIES else probabilities(scores)
     return torch.cat([1 - p, p], 1) if p.shape[1] == 1 else p
 
 
@@ -194,18 +193,7 @@ def agreements(chosen: Scores) -> Drawing:
 
 def temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """By which logits are divided for the smallest cross entropy (Guo et al. 2017)."""
-    logarithm = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    z, optimizer = logits.double(), torch.optim.LBFGS([logarithm], max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(z / logarithm.exp(), labels)
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    return float(logarithm.detach().clamp(-3, 3).exp())
+    return min(max(1 / fit_scale(logits.double(), labels), math.exp(-3)), math.exp(3))
 
 
 def calibration(p: torch.Tensor, labels: torch.Tensor) -> list[dict[str, Any]]:

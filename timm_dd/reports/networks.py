@@ -16,10 +16,10 @@ from torch import nn
 from .. import models
 from ..algebra.domain import spatial
 from ..algebra.view import resample
-from ..errors import MergeError, ReportError, headline
+from ..errors import ReportError, headline
 from ..storage import files
 from ..surgery.parts import Parts
-from ..two_level.aggregate import WITHOUT_WEIGHTS
+from ..two_level.aggregate import GIVE_PROBABILITIES, WITHOUT_WEIGHTS
 from ..two_level.network import TwoLevel
 from .outcome import counted
 from .record import Record, read_json
@@ -147,10 +147,7 @@ class Networks:
             return model
         if not (folder / "config.json").is_file():
             return None
-        try:
-            return timm.create_model(f"local-dir:{folder}", pretrained=True)
-        except Exception as e:  # of timm, torch and safetensors
-            raise MergeError(f"{folder} is no model of timm ({headline(e)}); compose its parts again") from e
+        return models.load(folder)
 
     @functools.cached_property
     def dnn(self) -> TwoLevel | None:
@@ -180,7 +177,7 @@ def scores(networks: Networks, x: torch.Tensor) -> dict[str, torch.Tensor]:
         own = _batched(parts, x, 1)
         if own.ndim == 3:
             found |= {f"part {k}": z for k, z in zip(parts.members, own)}
-            found |= {how: WITHOUT_WEIGHTS[how](own) for how in ("mean", "vote")}
+            found |= {how: WITHOUT_WEIGHTS[how](own) for how in GIVE_PROBABILITIES}
             if networks.dnn is not None:
                 found["dnn"] = _batched(networks.dnn.decide, own, 0, 1)
     for name, model in networks.whole.items():

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..text import number
-from .record import TOGETHER, Record
+from ..two_level.aggregate import TOGETHER
+from .record import Record
 
 MEGA = 10**6
 HEADING = ("", "top-1 %", "top-5 %", "epochs", "seconds", "multiply-adds")

@@ -110,9 +110,7 @@ def profile(
     network = Network.of(model, example_input, with_weights=False, img_size=img_size, **kwargs)
     graph, plan = network.plan(parts, domain, narrow, width_divisor)
     k = max(range(parts), key=plan.params)
-    part, size = network.part(graph, plan, k), plan.input_size
-    seen = plan.views()[k].size
-    part_size = (*size[: len(size) - len(seen)], *seen)
+    part, size, part_size = network.part(graph, plan, k), plan.input_size, plan.part_input_size(k)
     name = model if isinstance(model, str) else None
     of_part = cost(part, part_size, graph)
     return Profile(name, parts, plan.domain, size, part_size, k, cost(graph, size), of_part)

@@ -16,12 +16,12 @@ from ..errors import ReportError, headline
 from ..planning.plan import Plan
 from ..storage import files
 from ..storage.tensorfile import READ_ERRORS, TensorFile
+from ..two_level.aggregate import TOGETHER
 from ..two_level.files import ABOUT, describe
 
 COLUMNS = {"epoch": "epoch", "train_loss": "loss", "eval_top1": "top1", "seconds": "seconds"}  # of summary.csv
 NUMBERS = {"coarse_epochs", "cycles"}  # of the options that a report reads
 SPENT = ("waiting", "evaluation")  # seconds of an epoch that are no training
-TOGETHER = ("coherent", "transfer")
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _rows(path: Path) -> tuple[dict[str, float], ...]:
 
 
 def _csv(path: Path) -> list[dict[str, str]]:
-    """None where there is no such file, as older runs have no times.csv."""
+    """No rows where there is no such file, as older runs have no times.csv."""
     if not path.is_file():
         return []
     with open(path, newline="", encoding="utf-8") as f:

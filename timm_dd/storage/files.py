@@ -1,7 +1,7 @@
 """Folders of parts and composed models, as safetensors and JSON.
 
 A folder of parts holds ``plan.json`` and ``part-0000k-of-0000K.safetensors``, sealed, whose metadata say what they are.
-A composed model is timm's form: ``model.safetensors``, ``config.json``. The README's last section describes the format.
+A composed model is timm's form: ``model.safetensors``, ``config.json``. docs/format.md describes the format.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -56,9 +56,9 @@ class PackedGraph(Graph):
 
     def scatter_gradients(self, parts: Iterable[nn.Module]) -> None:
         """Give each part's parameters their gradients, views of those here."""
-        for k, part in enumerate(parts):
-            for stacked, p in zip(self.parameters(), part.parameters()):
-                p.grad = None if stacked.grad is None else stacked.grad[k]
+        for stacked, *own in zip(self.parameters(), *(part.parameters() for part in parts)):
+            for p, gradient in zip(own, repeat(None) if stacked.grad is None else stacked.grad.unbind()):
+                p.grad = gradient
 
     def choose_convolutions(self, choose: Callable[..., Way]) -> None:
         """By what `choose` says of (x, w, b, geometry), see `convolutions`."""

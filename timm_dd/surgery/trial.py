@@ -28,9 +28,9 @@ def check_parts_run(graph: Graph, plan: Plan) -> None:
     def run(network: fx.GraphModule, size: tuple[int, ...], name: str) -> list[tuple[int, ...]]:
         return _run(network, lambda given: argument(graph, given, plan.batch, size, dtype), size, name)
 
-    for k, view in enumerate(plan.views()):
+    for k in range(plan.parts):
         shapes = {name: t.part_shape(k, plan.divisor) for name, t in tensors.items()}
-        size = (*plan.input_size[: len(plan.input_size) - len(view.size)], *view.size)
+        size = plan.part_input_size(k)
         kind = (size, *shapes.values(), str([edit.values[k] for edit in plan.edits]))
         if kind in tried:
             continue
@@ -48,8 +48,7 @@ def check_packed_runs(
 ) -> None:
     """Raise SplitError unless the network that `pack` makes of the parts runs on their stacked views, in both modes.
     What the meta device cannot tell, where values are read, is tried on zeros."""
-    views, dtype = plan.views(), float_type(graph)
-    size = (*plan.input_size[: len(plan.input_size) - len(views[0].size)], *views[0].size)
+    size, dtype = plan.part_input_size(0), float_type(graph)
     given = [argument(graph, name, plan.batch, size, dtype) for name in graph.inputs.taken(graph.signature)]
     stacked = tree_map_only(torch.Tensor, lambda t: t.expand(len(parts), *t.shape), given)
     for training in (False, True):

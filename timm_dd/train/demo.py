@@ -20,7 +20,7 @@ def demo(output: str, seed: int) -> None:
     args = options.parse(["-c", "demo.yaml", "--output", output, "--seed", str(seed)])
     run = Run(args)
     summary = run.go()
-    folder = run.folder / "global" / "last"
+    folder = run.folder.path / "global" / "last"
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).to(run.device).eval()
     _, val = data.loaders(args, run.data_config, run.train_set, run.val_set, run.device, distributed=False)
     with torch.no_grad():

@@ -7,7 +7,6 @@ rounding, and draws dropout's masks for all its learners together, so that they 
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -144,7 +143,7 @@ class Packed(Engine):
 
     def _give_up(self, why: str) -> None:
         """Go on with the other engine, and leave it the memory."""
-        tqdm.write(f"not packed: {why}", sys.stdout)
+        tqdm.write(f"not packed: {why}")
         for n in self.learners:
             n.optimizer.zero_grad()
         self.works, self.learners, self.packs = False, [], []
@@ -161,7 +160,7 @@ class Packed(Engine):
             return self._in_turn(learners, [n.sight.evaluating(x) for n in learners], Pack.scores)
         except Exception as e:
             why = headline(e)
-        tqdm.write(f"evaluated one after another: {why}", sys.stdout)
+        tqdm.write(f"evaluated one after another: {why}")
         self.evaluates = False
         return super().scores(learners, x)
 
@@ -239,7 +238,7 @@ class Graphed(Engine):
     warm_up = CAPTURE_AFTER + 1
 
     def __init__(self, by: Engine, graph: Callable[[], CudaGraph] = CudaGraph):
-        self.by, self.graph = by, graph
+        self.by, self.new_graph = by, graph
         self.learners: list[Learner] = []
         self.captured: Captured | None = None
 
@@ -252,28 +251,35 @@ class Graphed(Engine):
     def step(self, learners: Sequence[Learner], x: torch.Tensor, y: torch.Tensor, isolate_failures: bool) -> None:
         learners = list(learners)
         if learners != self.learners or (self.captured is not None and self.captured.moved):
-            self.learners, self.steps, self.captured, self.place = learners, 0, None, self.graph()
-        given = [y, *(n.view(x) for n in learners)]
-        if self.steps == CAPTURE_AFTER and self._may_capture():
-            self._capture(given)
+            self.learners, self.steps, self.captured, self.graph = learners, 0, None, self.new_graph()
+        if not self._may_capture():
+            return self.by.step(learners, x, y, isolate_failures)
+        if self.captured is not None or self.steps == CAPTURE_AFTER:
+            given = [y, *(n.view(x) for n in learners)]
+            if self.captured is None:
+                self._capture(given)
+            if self.captured is not None and self.captured.takes(given):
+                return self._replay(given)
         self.steps += 1
-        if self.captured is None or not self.captured.takes(given):
-            with self.place.aside():
-                return self.by.step(learners, x, y, isolate_failures)
-        with learners[0].random(learners[0].updates, 0):
+        with self.graph.aside():
+            self.by.step(learners, x, y, isolate_failures)
+
+    def _replay(self, given: Sequence[torch.Tensor]) -> None:
+        first = self.learners[0]
+        with first.random(first.updates, 0):
             losses = self.captured(*given)
         if not self._steps_inside:
-            self.by.apply_gradients(learners)
-        self.note(learners, losses, len(y))
+            self.by.apply_gradients(self.learners)
+        self.note(self.learners, losses, len(given[0]))
 
     def average(self, learners: Sequence[Learner]) -> None:
         self.by.average(learners)
 
     def _capture(self, given: Sequence[torch.Tensor]) -> None:
         try:
-            self.captured = Captured(self.place, self._learn, given, [n.optimizer for n in self.learners])
+            self.captured = Captured(self.graph, self._learn, given, [n.optimizer for n in self.learners])
         except Exception as e:  # each library has its own for what a graph cannot hold
-            tqdm.write(f"not as a CUDA graph: {headline(e)}", sys.stdout)
+            tqdm.write(f"not as a CUDA graph: {headline(e)}")
 
     def _learn(self, y: torch.Tensor, *seen: torch.Tensor) -> Sequence[torch.Tensor]:
         losses = self.by.gradients(self.learners, seen, y)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import TrainError, headline
 from ..machine import memory
+from ..planning.modes import watched_draws
 from .epochs import trackers
 from .images import data
 from .settings import options
@@ -30,18 +29,6 @@ def _said_of(what: str, remedy: str = "give another") -> Iterator[None]:
         raise
     except Exception as e:  # each library has its own for what it does not know
         raise TrainError(f"{what}: {type(e).__name__}: {headline(e)}; {remedy}") from e
-
-
-@contextmanager
-def _undrawn() -> Iterator[None]:
-    """The random numbers that are drawn inside are drawn again after it."""
-    before, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(before)
-        np.random.set_state(of_numpy)
 
 
 def rehearse(
@@ -71,7 +58,7 @@ def rehearse(
             criterion(staged)
         size = part_size if stage == "part" else None
         kinds[staged.shift, size and tuple(size)] = staged  # of batches
-    with _undrawn():
+    with watched_draws():
         for (_, size), staged in kinds.items():
             _batches(staged, data_config, sets, size)
 

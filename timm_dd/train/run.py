@@ -82,9 +82,12 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace, before: Run | None = None):
-        self.args, self.ranks, self.begun, self.before = args, Ranks.from_environment(), time.time(), before
+        self.args, self.ranks, self.begun = args, Ranks.from_environment(), time.time()
+        self.before = None if before is None else before.folder
+        self.last = None if before is None else before.folder.tuned / "last"
         self.meeting = Meeting(self.ranks) if before is None else before.meeting
-        self.last = None if before is None else before.place.tuned / "last"
+        self.sharing = None if before is None else before.sharing
+        self.done: Sequence[int] = ()
         self.device = self.ranks.device(args.device)
         if args.sync_bn and self.device.type == "cpu":
             raise TrainError("--sync-bn: torch's SyncBatchNorm runs on GPUs alone; leave it out on CPUs")
@@ -97,9 +100,9 @@ class Run:
         self.data_config = data.data_config(args, empty)
         initial.set_checkpointing(args, empty)
         self.timer = CheckpointTimer(args.checkpoint_every)
-        self.place = RunFolder.of_run(args, self.meeting) if before is None else before.place.next_cycle()
+        self.folder = RunFolder.of_run(args, self.meeting) if before is None else before.folder.next_cycle()
         threads = args.engine, args.parts, self.ranks.local_world
-        args.part_threads = args.part_threads or self.place.threads or part_threads(*threads)
+        args.part_threads = args.part_threads or self.folder.threads or part_threads(*threads)
         self.class_names = data.class_names(self.train_set, args.num_classes)
         config = models.config(empty, self.data_config, self.class_names)
         self.parts = self._as_seen(config)
@@ -109,18 +112,14 @@ class Run:
         self.multiply_adds = multiply_adds(args, self.parts, self.whole)
         self.arrived = None
         if args.from_parts is not None and before is None and self.ranks.primary:
-            self.arrived = Arrived(args.from_parts, self.parts.plan, self.place.parts, args.seed)
+            self.arrived = Arrived(args.from_parts, self.parts.plan, self.folder.parts, args.seed)
         if before is None:
             size = views.loader_size(options.stage_options(args, "part"), self.parts.plan)
             rehearse(args, self.data_config, (self.train_set, self.val_set), size)
 
     @property
-    def folder(self) -> Path:
-        return self.place.path
-
-    @property
     def cycle(self) -> int:
-        return self.place.cycle
+        return self.folder.cycle
 
     def _as_seen(self, config: dict | None) -> Parts:
         """The parts on what they see; where no option says it, the recipe's view, boxes if the network reads positions,
@@ -185,7 +184,7 @@ class Run:
         if self.before is None or not self.args.keep_momenta:
             return {}
         plan = self.parts.plan
-        states = momenta.of_tuned(self.before.place.tuned, options.stage_options(self.args, None), plan)
+        states = momenta.of_tuned(self.before.tuned, options.stage_options(self.args, None), plan)
         return momenta.changed(states, partial(reordered, plan)) if self.args.reassign else states
 
     def go(self) -> dict:
@@ -194,7 +193,7 @@ class Run:
         Raises:
             FileError: another process trains in the run's folder.
         """
-        if self.ranks.primary and not self.place.resuming:
+        if self.ranks.primary and not self.folder.resuming:
             check_claim(self.parts, CHECK_SECONDS)
         with ExitStack() as holding:
             run = self
@@ -209,42 +208,42 @@ class Run:
 
     def _go(self) -> dict:
         """Both stages, and the baseline if asked for; writes and prints the summary on the first rank."""
-        done = self.place.resuming and self.cycle < self.args.cycles and self.place.done
-        with _explained(self.timer, self.folder):
+        done = self.folder.resuming and self.cycle < self.args.cycles and self.folder.done
+        with _explained(self.timer, self.folder.path):
             sets = [] if done else self._decoded()
         if self.sharing.keeps:
-            self.place.open(self.parts.plan, self.begun)
+            self.folder.open(self.parts.plan, self.begun)
         if self.ranks.primary:
             print(_title(self), *left_out(self.train_set, self.val_set), sep="\n", flush=True)
         if done:
-            return json.loads(self.place.summary.read_text())
-        rank, explained = self.ranks.rank, _explained(self.timer, self.folder)
-        with self.timer, Trackers(self.args, self.folder, rank) as tracked, explained:
+            return json.loads(self.folder.summary.read_text())
+        rank, explained = self.ranks.rank, _explained(self.timer, self.folder.path)
+        with self.timer, Trackers(self.args, self.folder.path, rank) as tracked, explained:
             summary = self._carry_out(tracked, sets)
             if self.args.only_parts is not None:
                 return summary
             if self.ranks.primary:
-                replace_json(self.place.summary, summary)
+                replace_json(self.folder.summary, summary)
             tracked.end_run()
         if self.ranks.primary:
-            where = f"{self.folder}: composed/ before fine-tuning, global/best after"
+            where = f"{self.folder.path}: composed/ before fine-tuning, global/best after"
             print(f"\n{summary_table(summary, self.args)}\n\n{where}", flush=True)
         self.meeting.gate()  # the next cycle reads what the first rank wrote
-        self.sharing.share(self.place.tuned)
+        self.sharing.share(self.folder.tuned)
         if self.sharing.keeps and self.cycle == self.args.cycles:
-            self.place.remove_decoded()
+            self.folder.remove_decoded()
         return summary
 
     def _decoded(self) -> list[Dataset]:
         """(train, validation), decoded if they fit; what a run that does not begin has made of them is removed."""
         named = {"train": self.train_set, "validation": self.val_set}
         try:
-            return [decoded(s, self.place.decoded / f"{n}.safetensors", self.args.workers) for n, s in named.items()]
+            return [decoded(s, self.folder.decoded / f"{n}.safetensors", self.args.workers) for n, s in named.items()]
         except BaseException:
-            if not self.place.begun:
-                shutil.rmtree(self.place.decoded, ignore_errors=True)
+            if not self.folder.begun:
+                shutil.rmtree(self.folder.decoded, ignore_errors=True)
                 with suppress(OSError):
-                    self.folder.rmdir()
+                    self.folder.path.rmdir()
             raise
 
     def _carry_out(self, tracked: Trackers, sets: Sequence[Dataset]) -> dict:
@@ -254,7 +253,7 @@ class Run:
             meeting=self.meeting,
             sharing=self.sharing,
             device=self.device,
-            folder=self.place,
+            folder=self.folder,
             seed=self.args.seed + self.cycle - 1,
             mine=self.mine,
             done=self.done,
@@ -279,7 +278,7 @@ def _about(run: Run) -> dict[str, Any]:
         "dataset": (run.args.dataset or Path(run.args.data_dir).resolve().name).split("/")[-1],
         "split": run.args.val_split,
         **({} if run.class_names is None else {"class_names": list(run.class_names)}),
-        "run": run.place.digest(run.parts.plan),
+        "run": run.folder.digest(run.parts.plan),
     }
 
 
@@ -287,36 +286,34 @@ def _agree(run: Run, holding: ExitStack) -> None:
     """Whether the run may begin or go on here, as the first rank says; who keeps a folder holds it."""
 
     def found() -> dict:
-        run.place.check(run.parts.plan, run.train_set)
+        run.folder.check(run.parts.plan, run.train_set)
         if run.arrived is not None:
             run.arrived.check_complete()
         arrived = run.arrived.parts if run.arrived is not None else ()
-        done = [k for k in range(run.args.parts) if k in arrived or run.place.parts.is_done(k)]
-        return {"goes_on": run.place.resuming, "threads": run.args.part_threads, "done": done}
+        done = [k for k in range(run.args.parts) if k in arrived or run.folder.parts.is_done(k)]
+        return {"goes_on": run.folder.resuming, "threads": run.args.part_threads, "done": done}
 
     if run.ranks.primary and run.before is None:
-        holding.enter_context(run.place.held())
+        holding.enter_context(run.folder.held())
     told = run.meeting.agree(f"cycle-{run.cycle}", found)
-    run.place, run.args.part_threads = replace(run.place, goes_on=told["goes_on"]), told["threads"]
+    run.folder, run.args.part_threads = replace(run.folder, goes_on=told["goes_on"]), told["threads"]
     run.done = told["done"]
-    if run.before is not None:
-        run.sharing = run.before.sharing
-    else:
-        run.place = replace(run.place, copy=not run.ranks.primary and _is_apart(run))
-        run.sharing = Sharing(run.folder, run.ranks.primary or run.place.copy)
-    if run.place.copy:
+    if run.sharing is None:
+        run.folder = replace(run.folder, copy=not run.ranks.primary and _is_apart(run))
+        run.sharing = Sharing(run.folder.path, run.ranks.primary or run.folder.copy)
+    if run.folder.copy:
         if run.before is None:
-            holding.enter_context(run.place.held())
-        run.place.check(run.parts.plan, run.train_set)
+            holding.enter_context(run.folder.held())
+        run.folder.check(run.parts.plan, run.train_set)
 
 
 def _is_apart(run: Run) -> bool:
     """Whether this rank has to keep a folder, since its machine does not see that of the first rank."""
     until = time.monotonic() + SEEN
-    while not (seen := sees(run.folder, run.meeting.run)) and time.monotonic() < until:
+    while not (seen := sees(run.folder.path, run.meeting.run)) and time.monotonic() < until:
         time.sleep(0.1)
     if not seen and run.ranks.local_rank == 0:
-        who, folder = f"rank {run.ranks.rank} on {socket.gethostname()}", run.folder
+        who, folder = f"rank {run.ranks.rank} on {socket.gethostname()}", run.folder.path
         print(f"{who} does not see the first rank's {folder}: it sends its parts once all are trained", flush=True)
     return not seen and run.ranks.local_rank == 0
 
@@ -330,7 +327,7 @@ def _stages(run: Run, context: Context) -> dict:
     meet(context)
     if run.args.only_parts is not None:
         return {}
-    trained = run.place.parts.summaries()
+    trained = run.folder.parts.summaries()
     seconds, joint = {"parts": max(p["seconds"] for p in trained)}, {}
     if run.args.joint_epochs:
         joint["joint"], seconds["joint"] = train_joint(context)
@@ -338,12 +335,12 @@ def _stages(run: Run, context: Context) -> dict:
     if run.args.aggregate and run.ranks.primary:
         second, seconds["two_level"] = coarse.decide_together(context)
     run.meeting.gate(context.stop_if_asked)
-    run.sharing.share(run.place.two_level)
+    run.sharing.share(run.folder.two_level)
     for how, parts in fresh.items():
         second[how], seconds[how] = train_together(context, how, parts)
-    if run.place.start is not None and run.ranks.primary:
+    if run.folder.start is not None and run.ranks.primary:
         mine = run.parts.plan
-        files.save_state(run.place.start, run._start(mine), mine.config, {})
+        files.save_state(run.folder.start, run._start(mine), mine.config, {})
     tuned, top5, took = tune(context)
     seconds |= took
     summary = {
@@ -374,7 +371,7 @@ def _title(run: Run) -> str:
         f"{number(macs['parts'][0] / MEGA)} M in part 0, {number(macs['composed'] / MEGA)} M in the whole model\n"
         f"{len(run.train_set):,} images to train on, {len(run.val_set):,} to validate; "
         f"{f'{updates:,} batches' if updates else 'batches'} of {batch} an epoch of the parts; "
-        f"{run.ranks.world} rank(s) on {run.device.type}; {run.folder}"
+        f"{run.ranks.world} rank(s) on {run.device.type}; {run.folder.path}"
     )
 
 

@@ -19,6 +19,22 @@ def probabilities(logits: torch.Tensor) -> torch.Tensor:
     return logits.sigmoid() if logits.shape[-1] == 1 else logits.softmax(-1)
 
 
+def fit_scale(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """The s that makes the cross entropy of s · logits smallest, the inverse of a temperature (Guo et al. 2017)."""
+    log = torch.zeros((), dtype=logits.dtype, device=logits.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(logits * log.exp(), targets)
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return float(log.detach().exp())
+
+
 def mean(logits: torch.Tensor) -> torch.Tensor:
     """The parts' mean probabilities, (K, B, C) -> (B, C)."""
     return probabilities(logits).mean(0)
@@ -41,7 +57,9 @@ def total(logits: torch.Tensor) -> torch.Tensor:
 
 
 WITHOUT_WEIGHTS = {"mean": mean, "vote": vote, "sum": total}
+GIVE_PROBABILITIES = ("mean", "vote")  # the others give logits
 AGGREGATIONS = (*WITHOUT_WEIGHTS, "dnn")
+TOGETHER = ("coherent", "transfer")  # parts and dense network as one, from a random start or from trained parts
 WIDTHS = (128, 64, 32)  # of a coarse net, klawonn2023 section 5.1
 
 

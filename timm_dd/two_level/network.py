@@ -15,7 +15,15 @@ from ..errors import MergeError, SplitError, shown
 from ..machine import memory
 from ..surgery.parts import Parts
 from . import files
-from .aggregate import AGGREGATIONS, WIDTHS, WITHOUT_WEIGHTS, CoarseNet, probabilities, side_by_side
+from .aggregate import (
+    AGGREGATIONS,
+    GIVE_PROBABILITIES,
+    WIDTHS,
+    WITHOUT_WEIGHTS,
+    CoarseNet,
+    probabilities,
+    side_by_side,
+)
 
 TRAINED = 4  # a weight, its gradient, and two moments of Adam
 
@@ -97,7 +105,7 @@ class TwoLevel(nn.Module):
     def probabilities(self, x: torch.Tensor) -> torch.Tensor:
         """Of the classes, (B, classes), however the parts decide."""
         scores = self(x)
-        return scores if self.how in ("mean", "vote") else probabilities(scores)
+        return scores if self.how in GIVE_PROBABILITIES else probabilities(scores)
 
     def outputs(self, x: torch.Tensor) -> Any:
         """Of the parts, each on its view, stacked: (K, B, classes)."""
@@ -123,16 +131,21 @@ class TwoLevel(nn.Module):
         """As `outputs`, in one launch for all parts. What a training step changes in the buffers goes to the parts."""
         (packed,) = self._packed
         assert packed is not None
-        for path, module in self.parts[0].named_modules():
+        modules = dict(self.parts[0].named_modules())
+        for path, module in modules.items():
             packed.get_submodule(path).train(module.training)
         states = [{**dict(part.named_parameters()), **dict(part.named_buffers())} for part in self.parts]
         stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
         outputs = functional_call(packed, stacked, (torch.stack(self.parts.crops(x)),))
-        with torch.no_grad():
-            for k, part in enumerate(self.parts):
-                for name, buffer in part.named_buffers():
-                    buffer.copy_(stacked[name][k])
+        if any(module.training for module in modules.values()):
+            self._take_buffers(stacked)
         return outputs
+
+    @torch.no_grad()
+    def _take_buffers(self, stacked: dict[str, torch.Tensor]) -> None:
+        for k, part in enumerate(self.parts):
+            for name, buffer in part.named_buffers():
+                buffer.copy_(stacked[name][k])
 
     def extra_repr(self) -> str:
         """How they decide, and how many there are."""

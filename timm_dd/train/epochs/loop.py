@@ -106,7 +106,7 @@ class TrainingLoop:
         for n in learners:
             names.setdefault(_figures(n.history[-1]), []).append(n.name)
         rates = " ".join(f"{', '.join(who)}: {figures}" for figures, who in names.items())
-        tqdm.write(f"{self.title} {epoch + 1}/{self.epochs}  {rates} {speed}", sys.stdout)
+        tqdm.write(f"{self.title} {epoch + 1}/{self.epochs}  {rates} {speed}")
         sys.stdout.flush()
 
     def _epoch(self, learners: Sequence[Learner], epoch: int, progress: Progress) -> tuple[str, float]:
@@ -132,7 +132,7 @@ class TrainingLoop:
                     learner.guard(learner.check_finite, self.isolate_failures)
                 self.timer.keep(_alive(learners))
             if self.reports and (line := progress.line(epoch, i)):
-                tqdm.write(line, sys.stdout)
+                tqdm.write(line)
                 sys.stdout.flush()
             asked = time.perf_counter()
         seconds = time.perf_counter() - start

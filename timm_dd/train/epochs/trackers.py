@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -34,7 +33,7 @@ class Trackers:
             if self.wandb is not None:
                 self.wandb.log({**values, "epoch": epoch})
         except Exception as e:  # of disks and networks; the training goes on
-            tqdm.write(f"no more figures to trackers: {headline(e)}", sys.stdout)
+            tqdm.write(f"no more figures to trackers: {headline(e)}")
             self.board = self.wandb = None
 
     def end_epoch(self, epoch: int) -> None:
@@ -71,7 +70,7 @@ def _going_on(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:  # of disks, of networks that cannot be shown
-        tqdm.write(f"{what}: {headline(e)}", sys.stdout)
+        tqdm.write(f"{what}: {headline(e)}")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -13,8 +13,8 @@ def costs(parts: Parts) -> list[Cost]:
     """Of each part on its view; those of equal shapes are counted once."""
     counted: dict[tuple, Cost] = {}
     found = []
-    for part, view in zip(parts, parts.plan.views()):
-        size = (*parts.plan.input_size[: -len(view.size)], *view.size)
+    for k, part in enumerate(parts):
+        size = parts.plan.part_input_size(k)
         kind = (size, *(t.shape for t in part.state_dict().values()))
         if kind not in counted:
             counted[kind] = cost(copy.deepcopy(part), size, parts.graph)

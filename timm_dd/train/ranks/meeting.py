@@ -172,7 +172,7 @@ class Meeting:
             if self.ranks.primary and now > due:
                 text = self._waits_for([rank for rank, key in enumerate(keys) if not self._has(key)])
                 if text != before:
-                    tqdm.write(text, sys.stdout)
+                    tqdm.write(text)
                     sys.stdout.flush()
                 due, before = now + SAID, text
             self._wait(check)

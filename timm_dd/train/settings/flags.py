@@ -11,11 +11,10 @@ from typing import NoReturn
 from timm.utils import ParseKwargs
 
 from ... import console
-from ...two_level.aggregate import AGGREGATIONS, WIDTHS
+from ...two_level.aggregate import AGGREGATIONS, TOGETHER, WIDTHS
 from .views import listed
 
 PRESETS = ("paper",)
-TOGETHER = ("coherent", "transfer")
 PREFIXES = ("part", "joint", "together", "baseline")  # of flags for one stage alone
 DIST_BN = ("reduce", "broadcast", "")
 MAY_BE_EMPTY = ("dist_bn",)  # words that say something though they are empty

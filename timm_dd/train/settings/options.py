@@ -1,6 +1,7 @@
 """The options of a training run, from YAML and the command line, and as each of its stages sees them.
 
-A flag may have a value for the parts alone (``--part-lr``), for their joint stage and for the baseline.
+A flag may have a value for the parts alone (``--part-lr``), for their joint stage, for two levels together and for the
+baseline.
 """
 
 from __future__ import annotations

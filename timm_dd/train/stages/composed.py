@@ -13,6 +13,7 @@ from torch import nn
 
 from ...errors import TrainError
 from ...planning.plan import Plan, TensorPlan
+from ...two_level.aggregate import fit_scale
 
 RIDGE = 0.1  # of the features' mean variance
 IMAGES = 1024  # to take statistics from, for which a thousand are enough (Wu and Johnson 2021), and a temperature
@@ -115,22 +116,6 @@ def _temperature(model: nn.Module, loader, device: torch.device) -> float:
         dist.all_reduce(factor)
         factor /= dist.get_world_size()
     return float(factor)
-
-
-def fit_scale(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """The s that makes the cross entropy of s · logits smallest."""
-    log = torch.zeros((), dtype=logits.dtype, device=logits.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(logits * log.exp(), targets)
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    return float(log.detach().exp())
 
 
 def between(plan: Plan, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

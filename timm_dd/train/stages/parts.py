@@ -7,7 +7,6 @@ one by copies of it.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Sequence
 from functools import partial
 
@@ -76,11 +75,11 @@ def _tell(run: Context, learners: Sequence[Learner], epochs: int) -> None:
 def _after_parts(run: Context) -> float | None:
     """What follows the parts, see `Progress`, by the time that a few images take; None if that is not to be known."""
     plan, macs, device = run.parts.plan, run.multiply_adds, run.device
-    size = (*plan.input_size[: -len(plan.views()[0].size)], *plan.views()[0].size)
     try:
         whole = filled(run.parts.graph, device)
         pace = seconds_of(whole, plan.input_size, device, cores_of_rank(run.ranks.local_world)) / macs["composed"]
-        pace_of_part = seconds_of(copy.deepcopy(run.parts[0]), size, device, run.args.part_threads) / macs["parts"][0]
+        part, size = copy.deepcopy(run.parts[0]), plan.part_input_size(0)
+        pace_of_part = seconds_of(part, size, device, run.args.part_threads) / macs["parts"][0]
     except Exception:  # no memory for it, or a network on which such numbers fail: nothing that a run should end for
         return None
     return after_parts(run.args, macs, pace / pace_of_part, run.mine, run.ranks.world)
@@ -108,7 +107,7 @@ def take_arrived(run: Context, arrived: Arrived) -> None:
     if run.args.keep_momenta and not run.args.joint_epochs and run.args.epochs:
         without = [k for k in arrived.parts if read_newest(run.folder.parts.part(k)) is None]
         if without:
-            tqdm.write(f"parts {numbers(without)} came without optimizer states: fine-tuning has none", sys.stdout)
+            tqdm.write(f"parts {numbers(without)} came without optimizer states: fine-tuning has none")
     if not unknown:
         return
     share_cores(run.ranks.local_world)

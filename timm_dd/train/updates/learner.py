@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -201,7 +200,7 @@ class Learner:
         average_weights(self)
 
     def apply_gradients(self, unscaled: bool = False) -> None:
-        """Clip the gradients, which may be `unscaled` already, and step; nothing if they are not finite."""
+        """Clip the gradients, which may be `unscaled` already, and step; in float16 only if they are finite."""
         if self.args.clip_grad is not None:
             if not unscaled:
                 self.scaler.unscale_(self.optimizer)
@@ -245,7 +244,7 @@ class Learner:
         if not isolate_failures or "DataLoader worker" in str(error):  # all need the loader
             raise error
         self.failure = headline(error)
-        tqdm.write(f"{self.name} failed: {self.failure}", sys.stdout)
+        tqdm.write(f"{self.name} failed: {self.failure}")
 
     @torch.no_grad()
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -327,7 +326,7 @@ def within_memory(learners: Sequence[Learner], gradients: Callable[[], Any], ima
     for n in learners:
         n.micro_batches *= 2
     at_a_time = -(-images // first.micro_batches)
-    tqdm.write(f"{names}: out of memory; goes on with {at_a_time} images at a time, {images} for an update", sys.stdout)
+    tqdm.write(f"{names}: out of memory; goes on with {at_a_time} images at a time, {images} for an update")
     try:
         return gradients()
     except torch.OutOfMemoryError as e:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -110,7 +109,7 @@ def _measured(
         except RuntimeError as e:  # no memory, or a shape that a library lacks
             why = headline(e)
     if not found:
-        tqdm.write(f"convolutions are grouped: none could be timed ({why})", sys.stdout)
+        tqdm.write(f"convolutions are grouped: none could be timed ({why})")
     return found
 
 
