@@ -510,9 +510,12 @@ def _status(key):
 
 
 def test_what_a_killed_merge_left_is_removed_by_the_next(saved, tmp_path):
-    (tmp_path / ".model.safetensors.abc123").write_bytes(b"half")
+    """And nothing that somebody else keeps beside them."""
+    theirs = [".config.json.bak", ".model.safetensors.sha256"]
+    for name in (".model.safetensors.0123abcd", *theirs):
+        (tmp_path / name).write_bytes(b"half")
     timm_dd.merge_files(saved[0], tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*theirs, "config.json", "model.safetensors"]
 
 
 def test_a_part_that_shrinks_while_it_is_read(folder, monkeypatch):

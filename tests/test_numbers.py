@@ -89,7 +89,9 @@ def test_numbers_of_shapes_on_boxes(name):
         assert torch.equal(parts[k](crop), alone(crop))
 
 
-@pytest.mark.parametrize("read", [lambda x: x.numel(), lambda x: x.nelement(), lambda x: x.nbytes], ids=str)
+@pytest.mark.parametrize(
+    "read", [torch.numel, torch.Tensor.nelement, lambda x: x.nbytes], ids=["numel", "nelement", "nbytes"]
+)
 def test_counts_of_channels_and_images_are_no_values(read):
     with pytest.raises(SplitError, match=r"truediv.*test_numbers.py:\d+ .*: uses \w+ at .*test_numbers.py:\d+ .* as"):
         timm_dd.split(net(fn(lambda x: x / read(x))), 3, example_input=images(1, 3, 9, 9))
@@ -135,6 +137,45 @@ def test_what_gradients_do_not_change():
     x = images(2, 3, 9, 9)
     split = shake(timm_dd.split(net(fn(forward, nn.Conv2d(24, 12, 1))), 3, domain=Domain.full(3), example_input=x))
     assert split.plan.exact and sum_error(split, timm_dd.merge(split), x) <= RELATIVE
+
+
+def of_a_method(x):
+    try:
+        return F.relu(x) if x.shape[1].bit_length() > 2 else x
+    except AttributeError:
+        return x
+
+
+# What a forward asks of a tensor or a number besides its value; each is answered so that it computes its ReLU.
+ASKED = {
+    "is_tensor": lambda x: F.relu(x) if torch.is_tensor(x) else x,
+    "isinstance": lambda x: F.relu(x) if isinstance(x, torch.Tensor) else x,
+    "a parameter": lambda x: x if isinstance(x, nn.Parameter) else F.relu(x),
+    "a buffer": lambda x: x if isinstance(x, nn.Buffer) else F.relu(x),
+    "a list": lambda x: x if isinstance(x, (list, tuple)) else F.relu(x),
+    "a number": lambda x: F.relu(x) if isinstance(x.shape[1], int) else x,
+    "a size": lambda x: F.relu(x) if isinstance(x.shape, torch.Size) and isinstance(x.size(), tuple) else x,
+    "a dtype": lambda x: F.relu(x) if isinstance(x.dtype, torch.dtype) else x,
+    "a device": lambda x: F.relu(x) if isinstance(x.device, torch.device) else x,
+    "its class": lambda x: F.relu(x) if x.__class__ is torch.Tensor else x,
+    "its type": lambda x: F.relu(x) if type(x) is torch.Tensor else x,
+    "the type of a number": lambda x: F.relu(x) if type(x.size(1)) in (int, float) else x,
+    "a type": lambda x: F.relu(x) if isinstance(x.__class__, type) and issubclass(type(type(x)), type) else x,
+    "an attribute": lambda x: x if hasattr(x, "tensors") or getattr(x, "mask", None) is not None else F.relu(x),
+    "an attribute that it has": lambda x: F.relu(x) if hasattr(x, "shape") and hasattr(x.max(3), "values") else x,
+    "a call": lambda x: x if callable(x) else F.relu(x),
+    "a method": of_a_method,
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_a_tensor_is_is_what_its_value_is(name):
+    x, ask = images(2, 3, 9, 9), ASKED[name]
+    model = net(fn(lambda x: ask(x) - 0.5 * x.abs()))
+    split = shake(timm_dd.split(model, 3, domain=Domain.full(3), example_input=x))
+    assert split.plan.exact and sum_error(split, timm_dd.merge(split), x) <= RELATIVE
+    assert "relu" in {getattr(node.target, "__name__", "") for node in split[0].graph.nodes}
+    assert type(x) is torch.Tensor and not {"type", "callable"} & set(globals())
 
 
 def test_an_index_that_is_a_list_is_no_tuple():

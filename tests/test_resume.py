@@ -240,12 +240,14 @@ def test_one_process_trains_in_a_folder(one, tmp_path, capsys, monkeypatch):
 
 def test_leftovers_of_a_killed_process_are_removed(one, tmp_path):
     shutil.copytree(one, tmp_path / "one")
-    left = [tmp_path / "one" / name for name in ("parts/0/.summary.json.x", "global/last/.model.safetensors.y")]
-    for path in left:
+    halves = ("parts/0/.summary.json.0123abcd", "global/last/.model.safetensors.89ef0123")
+    left = [tmp_path / "one" / name for name in halves]
+    theirs = [tmp_path / "one" / name for name in (".gitlab-ci.yml", "parts/.eslintrc.json", ".notes.md")]
+    for path in (*left, *theirs):
         path.write_bytes(b"half")
         os.utime(path, (0, 0))
     assert main(["train", *RUN, "--parts", "4", "--resume", str(tmp_path / "one")]) == 0
-    assert not any(path.exists() for path in left)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in theirs)
 
 
 @pytest.mark.slow
@@ -372,6 +374,19 @@ def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_
     assert checkpoints.restore(second) and second.updates == 3
     older.write_bytes(b"")
     assert not checkpoints.restore(learner(tmp_path))
+
+
+def test_a_checkpoint_of_which_a_bit_was_flipped_is_passed_over(tmp_path):
+    first = learner(tmp_path)
+    for i in range(2):
+        updates(first, i, i + 1)
+        checkpoints.save(first)
+    newest = checkpoints.found(tmp_path)[0]
+    whole = newest.read_bytes()
+    for at in (len(whole) // 2, len(whole) - 1, whole.index(b'"updates') + 15 if b'"updates' in whole else 200):
+        newest.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        again = learner(tmp_path)
+        assert checkpoints.restore(again) and again.updates == 1
 
 
 def test_what_is_kept_is_not_what_was_damaged(tmp_path):

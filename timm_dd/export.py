@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -101,7 +102,9 @@ def _check(model: nn.Module, scores: Scores, size: tuple[int, ...], output: Path
         for n in BATCHES:
             x = torch.randn(n, *size, generator=generator)
             expected, found = model(x), scores(x)
-            worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+            if not expected.isfinite().all():
+                raise MergeError("the network's scores are not finite; export one from before it diverged")
+            worst = max(worst, float(((found - expected).abs().max() / expected.abs().max()).nan_to_num(math.inf)))
     if not worst <= TOLERANCE:
         raise FileError(f"{output}: its scores differ from the network's by {worst:.1e} of the largest; not written")
     return worst

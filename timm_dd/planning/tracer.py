@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,10 +39,19 @@ def assign_(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
 
 
 class Known(fx.Proxy):
-    """What a node gives, of which Python may ask what the sizes of the image decide: a length, a whole number."""
+    """What a node gives, of which Python may ask what the sizes of the image decide: a length, a whole number; and of
+    which class it is, and what it has: `isinstance`, `torch.is_tensor` and `hasattr` answer as of the value."""
+
+    _is_param = _is_buffer = False  # torch's classes ask this of whatever is a tensor
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return self.tracer.ask(self.node, type, Known)
 
     def __getattr__(self, name: str) -> KnownAttribute:
-        return KnownAttribute(self, name)
+        if hasattr(torch.Tensor, name) or self.tracer.ask(self.node, lambda value: hasattr(value, name), True):
+            return KnownAttribute(self, name)
+        raise AttributeError(f"{self.__class__.__name__!r} object has no attribute {name!r}")
 
     @property
     def ndim(self) -> Any:
@@ -179,11 +189,8 @@ class Tracer(fx.Tracer):
 
     def decide(self, node: fx.Node, ask: Callable[[Any], Any], otherwise: Callable[[], Any] | None = None) -> Any:
         """What `ask` says of the node's value at the image's size; `otherwise` where that is not known."""
-        self._evaluating = True
         try:
-            with torch.set_grad_enabled(self.grads):
-                self._evaluate_all()
-            value = self._env[node]
+            value = self._value(node)
             if isinstance(value, torch.Tensor) and ask not in (len, torch.Tensor.dim, has_history):
                 raise TypeError(
                     f"{ask.__name__} of a tensor's values at {_line()}, which are not known while it is traced"
@@ -193,12 +200,30 @@ class Tracer(fx.Tracer):
             if otherwise is None:
                 raise
             return otherwise()
-        finally:
-            self._evaluating = False
         self.decisions.append(Decision(node, ask, answer, _line()))
         if ask is has_history or node.target is getattr and node.args[1] in OF_GRADIENTS:
             self.of_gradients = self.of_gradients or _line()
         return answer
+
+    def ask(self, node: fx.Node, ask: Callable[[Any], Any], otherwise: Any) -> Any:
+        """What `ask` says of the node's value, whatever the size of the image; `otherwise` where it is not known."""
+        try:
+            return ask(self._value(node))
+        except Exception:  # as in `decide`
+            return otherwise
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)  # before it is taken for a tensor
+
+    def _value(self, node: fx.Node) -> Any:
+        """At the image's size, on the meta device."""
+        self._evaluating = True
+        try:
+            with torch.set_grad_enabled(self.grads):
+                self._evaluate_all()
+            return self._env[node]
+        finally:
+            self._evaluating = False
 
     def _evaluate_all(self) -> None:
         for node in self.graph.nodes:
@@ -291,7 +316,12 @@ class Tracer(fx.Tracer):
 
     def _of_one_mode(self, root: nn.Module, concrete_args: dict[str, Any] | None) -> fx.Graph:
         """The graph in the mode that `root` is in, without attributes that were read for nothing."""
-        with _buffers_may_be_computed(), _sizes_may_be_computed(), _gradients_may_be_asked_for(self):
+        with (
+            _buffers_may_be_computed(),
+            _sizes_may_be_computed(),
+            _types_may_be_asked_for(),
+            _gradients_may_be_asked_for(self),
+        ):
             graph = super().trace(root, concrete_args)
         modes.detach(graph)
         asked = {decision.node for decision in self.decisions}
@@ -379,6 +409,42 @@ def _sizes_may_be_computed() -> Iterator[None]:
     finally:
         for maker in makers:
             setattr(torch, maker.__name__, maker)
+
+
+class _Answers(type):
+    def __call__(cls, *args: Any) -> Any:
+        return args[0].__class__ if len(args) == 1 and isinstance(args[0], Known) else type(*args)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, type)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, type)
+
+
+class Type(metaclass=_Answers):
+    """``type`` as a forward asks it, of which `Known` is of the class of its value."""
+
+
+def is_callable(value: Any) -> bool:
+    """``callable`` as a forward asks it, of which `Known` is a tensor."""
+    return callable(value) and (type(value) is not Known or value.tracer.ask(value.node, callable, True))
+
+
+@contextlib.contextmanager
+def _types_may_be_asked_for() -> Iterator[None]:
+    """``type(x)`` and ``callable(x)`` wherever a forward may stand."""
+    others, answers = NOT_ASKING | sys.stdlib_module_names, {"type": Type, "callable": is_callable}
+    modules = [m for name, m in [*sys.modules.items()] if name.partition(".")[0] not in others]
+    places = {id(vars(m)): vars(m) for m in modules if isinstance(m, ModuleType)}  # some have two names
+    answered = [(names, name) for names in places.values() for name in answers if name not in names]
+    for names, name in answered:
+        names[name] = answers[name]
+    try:
+        yield
+    finally:
+        for names, name in answered:
+            del names[name]
 
 
 @contextlib.contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 
 from ..errors import FileError
 from ..text import json_text
+
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # the name of a file that is being written; others are the user's
 
 
 @contextlib.contextmanager
@@ -68,8 +72,9 @@ def _replacing(folder: Path, sync: bool = True, clean: bool = False) -> Iterator
     temporaries: dict[Path, Path] = {}
 
     def aside(name: str) -> Path:
-        for left in folder.glob(f".{name}.*") if clean else ():
-            left.unlink(missing_ok=True)
+        for left in folder.glob(f".{glob.escape(name)}.*") if clean else ():
+            if TEMPORARY.fullmatch(left.name):
+                left.unlink(missing_ok=True)
         temporary = folder / f".{name}.{secrets.token_hex(4)}"
         temporaries[temporary] = folder / name
         return temporary
@@ -122,7 +127,7 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
 def remove_temporaries(folder: Path, before: float) -> None:
     """Remove what `replacing` left in `folder` and below when a process was killed, if older than the time `before`."""
     for path in folder.rglob(".*.*"):
-        if path.is_file() and path.stat().st_mtime < before:
+        if TEMPORARY.fullmatch(path.name) and path.is_file() and path.stat().st_mtime < before:
             path.unlink(missing_ok=True)
 
 

@@ -89,9 +89,12 @@ def _give(modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor])
 
 
 def _fix(node: fx.Node, value: Any) -> None:
-    """Put a number in the place of a node."""
+    """Put a number in the place of a node; what its methods give is a number too, ``(16).bit_length()``."""
     for user in list(node.users):
         user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), lambda n: value if n is node else n)
+        if user.op == "call_method" and not isinstance(user.args[0], fx.Node):
+            _fix(user, getattr(user.args[0], user.target)(*user.args[1:], **user.kwargs))
+            user.graph.erase_node(user)
 
 
 def _scale(node: fx.Node, where: tuple, value: float) -> None:

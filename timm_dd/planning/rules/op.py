@@ -390,14 +390,20 @@ def unpacked(given: Sequence) -> Sequence:
 def fits(fn: Callable, op: Op, args: tuple, kwargs: dict) -> bool:
     """Whether a rule knows the form in which the operation is called."""
     try:
-        inspect.signature(fn).bind(op, *args, **kwargs)
+        inspect.signature(fn).bind(op, *args, **_given(kwargs))
     except TypeError:
         return False
     return True
 
 
+def _given(kwargs: dict) -> dict:
+    """Without ``out=None``, which torch's own functions hand on."""
+    return {name: value for name, value in kwargs.items() if name != "out" or value is not None}
+
+
 def bind(fn: Callable, op: Op, args: tuple, kwargs: dict) -> Any:
     """Call a rule with the operation's arguments."""
+    kwargs = _given(kwargs)
     try:
         inspect.signature(fn).bind(op, *args, **kwargs)
     except TypeError as e:

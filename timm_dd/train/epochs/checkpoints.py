@@ -37,7 +37,7 @@ def save(learner: Learner) -> None:
     except TypeError as e:
         raise TrainError(f"--opt {learner.args.opt} has a state that is not saved ({e}); choose another") from e
     with replacing(path) as temporary:
-        tensorfile.write_state(temporary, tensors, {"learner": text})
+        tensorfile.write_state(temporary, tensors, {"learner": text}, sealed=True)
     later = [p for p in found(learner.folder) if p > path]  # damaged: the one before was gone on from
     for old in (*later, *found(learner.folder)[len(later) :][learner.args.checkpoint_hist :]):
         old.unlink(missing_ok=True)
@@ -91,11 +91,14 @@ def _readable(folder: Path) -> dict[tuple[int, int], tuple[Path, tuple[dict, dic
 
 
 def _read(path: Path) -> tuple[dict, dict] | None:
-    """(tensors, numbers); None of half a file, from a disk that lost power: the one before it is whole."""
+    """(tensors, numbers); None of half a file, from a disk that lost power, or of one that was changed: the one before
+    it is whole."""
     numbers = _numbers(path)
     try:
-        return None if numbers is None else (load_file(path), numbers)
-    except (SafetensorError, OSError):
+        with tensorfile.TensorFile(path) as file:
+            whole = file.scan()[0]
+        return (load_file(path), numbers) if whole and numbers is not None else None
+    except tensorfile.READ_ERRORS:
         return None
 
 

@@ -5,15 +5,16 @@ Ranks and their loaders' workers map that file, so that it lies in memory once, 
 
 from __future__ import annotations
 
-import sys
+import os
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
 from ...errors import FileError, headline
@@ -23,6 +24,7 @@ from .workers import each
 
 SHARE = 8  # a set may take one of so many parts of the machine's memory
 BATCH = 64
+SET = "timm_dd.set"  # where a file says which set it holds
 
 
 class Decoded(Dataset):
@@ -59,7 +61,8 @@ def decoded(dataset: Dataset, path: Path, workers: int) -> Dataset:
         return dataset
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):
-        if not path.exists():
+        identity = _identity(dataset)
+        if _held(path) != identity:  # of other images, from a run that was killed, or half a file
             images = _decode(dataset, workers)
             if images is None:
                 return dataset
@@ -67,13 +70,35 @@ def decoded(dataset: Dataset, path: Path, workers: int) -> Dataset:
             held = {"pixels": np.concatenate(pixels), "sizes": np.array(sizes), "targets": np.array(targets)}
             try:
                 with replacing(path, sync=False) as temporary:
-                    save_file({name: torch.from_numpy(a) for name, a in held.items()}, temporary)
+                    save_file({name: torch.from_numpy(a) for name, a in held.items()}, temporary, {SET: identity})
             except (FileError, SafetensorError) as e:
-                tqdm.write(
-                    f"images are decoded every epoch: no place for {path} ({headline(e.__cause__ or e)})", sys.stdout
-                )
+                tqdm.write(f"images are decoded every epoch: no place for {path} ({headline(e.__cause__ or e)})")
                 return dataset
     return Decoded(path)
+
+
+def _identity(dataset: Dataset) -> str:
+    """Of a set, as far as that is seen without reading it: its files with their sizes and times, the numbers of its
+    classes, and which of the images are taken."""
+    digest = sha256()
+    while isinstance(dataset, Subset):
+        digest.update(np.asarray(dataset.indices).tobytes())
+        dataset = dataset.dataset
+    told = (getattr(dataset, name, None) for name in ("name", "mode", "classes", "class_map"))
+    digest.update(repr((type(dataset).__name__, len(dataset), *told)).encode("utf-8", "backslashreplace"))
+    for file in getattr(dataset, "files", list)():
+        found = os.stat(file)
+        digest.update(os.fsencode(file) + f" {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _held(path: Path) -> str | None:
+    """The identity of the set in a file; None if there is no whole one."""
+    try:
+        with safe_open(path, "np") as file:
+            return (file.metadata() or {}).get(SET)
+    except (SafetensorError, OSError):
+        return None
 
 
 def _decode(dataset: Dataset, workers: int) -> list[tuple[np.ndarray, tuple[int, int], int]] | None:

@@ -78,6 +78,14 @@ class Images(Dataset):
         differently."""
         return getattr(self.reader, "class_to_idx", None) or getattr(self.reader, "class_name_to_idx", None) or {}
 
+    def files(self) -> list[str]:
+        """That its reader opens, each once; none of a data set that has no such reader."""
+        if isinstance(self.reader, ReaderImageInTar):
+            found = [os.path.join(self.reader.root, tar or "").rstrip("/") for _, tar, _ in self.reader.samples]
+        else:
+            found = [path for path, _ in getattr(self.reader, "samples", ())]
+        return list(dict.fromkeys(found))
+
     def example(self, name: str) -> str | None:
         """The path of an image of a class; None if there is none, or no list of them."""
         targets = getattr(self.reader, "targets", None)
