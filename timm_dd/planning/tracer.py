@@ -29,7 +29,14 @@ from .graphs import MAKERS, ancestors, evaluate_node, skeleton
 from .inputs import Inputs, Like, bind, leaves, signature_of
 
 OF_GRADIENTS = {"requires_grad", "is_leaf"}  # attributes of tensors
-NOT_ASKING = {"torch", __name__.partition(".")[0]}  # whether gradients are computed, for what a forward does
+NOT_ASKING = {"torch", __name__.partition(".")[0]}  # whose questions are not a forward's: they know symbols
+
+
+def _asks() -> bool:
+    """Whether a forward asks the function that calls this one, not torch or what traces."""
+    frame = sys._getframe(2)
+    place = frame.f_globals.get("__name__", "").partition(".")[0]
+    return place not in NOT_ASKING or frame.f_code is torch.is_tensor.__code__
 
 
 def assign_(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
@@ -46,12 +53,16 @@ class Known(fx.Proxy):
 
     @property
     def __class__(self) -> type:  # type: ignore[override]
+        return self._class() if _asks() else type(self)
+
+    def _class(self) -> type:
+        """The class of the value."""
         return self.tracer.ask(self.node, type, Known)
 
     def __getattr__(self, name: str) -> KnownAttribute:
-        if hasattr(torch.Tensor, name) or self.tracer.ask(self.node, lambda value: hasattr(value, name), True):
+        if hasattr(torch.Tensor, name) or not _asks() or self.tracer.ask(self.node, lambda v: hasattr(v, name), True):
             return KnownAttribute(self, name)
-        raise AttributeError(f"{self.__class__.__name__!r} object has no attribute {name!r}")
+        raise AttributeError(f"{self._class().__name__!r} object has no attribute {name!r}")
 
     @property
     def ndim(self) -> Any:
@@ -413,7 +424,7 @@ def _sizes_may_be_computed() -> Iterator[None]:
 
 class _Answers(type):
     def __call__(cls, *args: Any) -> Any:
-        return args[0].__class__ if len(args) == 1 and isinstance(args[0], Known) else type(*args)
+        return args[0]._class() if len(args) == 1 and isinstance(args[0], Known) else type(*args)
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, type)
@@ -453,7 +464,7 @@ def _gradients_may_be_asked_for(tracer: Tracer) -> Iterator[None]:
     original = torch.is_grad_enabled
 
     def is_grad_enabled() -> bool:
-        if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] in NOT_ASKING:
+        if not _asks():
             return original()
         tracer.of_gradients = tracer.of_gradients or _line()
         return original() and tracer.grads
