@@ -174,6 +174,8 @@ def test_a_picture_of_the_boxes(tmp_path, capsys):
     "arguments, status, message",
     [
         (["plan", "resnet5", "4"], 1, "did you mean"),
+        (["plan", "resnet18.nope", "2"], 1, "timm has no model 'resnet18.nope'; did you mean resnet18"),
+        (["plan", "resnet18.nope", "2", "--grid", "full", "--img-size", "64"], 1, "did you mean resnet18"),
         (["plan", "resnet18", "0"], 1, "from 1 up"),
         (["split", "resnet18", "100", "-o", "out", "--narrow", "refuse"], 1, "largest K"),
         (["merge", "nowhere", "-o", "out"], 1, "no plan.json"),

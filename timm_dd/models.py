@@ -42,9 +42,9 @@ def create_empty(name: str, **kwargs: Any) -> nn.Module:
 
 
 def _explain(name: str, error: Exception) -> SplitError:
-    if "Unknown model" not in str(error):
+    if not any(said in str(error) for said in ("Unknown model", "Invalid pretrained tag")):
         return SplitError(f"timm cannot create {name!r}: {headline(error)}")
-    known = timm.list_models()
+    known = timm.list_models() + (timm.list_pretrained() if "." in name else [])
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has the names"
     return SplitError(f"timm has no model {name!r}; {hint}")
@@ -102,16 +102,22 @@ def check_known(name: str, args: Mapping[str, Any]) -> None:
 
 def arguments(name: str, img_size: int | Sequence[int] | None = None, **kwargs: Any) -> dict:
     """The keyword arguments for `timm.create_model`, with `img_size` where the model's constructor takes it."""
-    if img_size is None or not timm.is_model(name):
-        return kwargs
-    cfg = timm.get_pretrained_cfg(name)
-    return {**kwargs, "img_size": img_size} if cfg is not None and getattr(cfg, "fixed_input_size", False) else kwargs
+    fixed = img_size is not None and getattr(_pretrained_cfg(name), "fixed_input_size", False)
+    return {**kwargs, "img_size": img_size} if fixed else kwargs
 
 
 def axes(name: str) -> int:
     """The number of spatial axes of a timm model's images."""
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    cfg = _pretrained_cfg(name)
     return 2 if cfg is None else len(cfg.input_size) - 1
+
+
+def _pretrained_cfg(name: str) -> Any:
+    """What timm knows of a model by its name alone; None if that is nothing, errors as of `create`."""
+    try:
+        return timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    except RuntimeError as e:  # a tag that the model does not have
+        raise _explain(name, e) from e
 
 
 def input_size(
