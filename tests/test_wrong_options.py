@@ -121,3 +121,8 @@ def test_what_libraries_log_is_no_line_of_an_error(refused, monkeypatch):
     """timm warns of means that are not of one channel; without a handler Python prints that."""
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     refused([*words(BASE), "--in-chans", "1", "--opt", "foo"])
+
+
+@pytest.mark.parametrize("given", ["--overlap 4", "--margin 2"])
+def test_a_whole_image_has_neither_overlap_nor_margin(given, refused):
+    refused([*words(BASE), "--grid", "full", *given.split()])

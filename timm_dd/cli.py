@@ -12,7 +12,7 @@ from pathlib import Path
 import shtab
 
 from . import console
-from .errors import MergeError
+from .errors import MergeError, SplitError
 from .version import __version__
 
 
@@ -49,9 +49,10 @@ def _add_demo(commands) -> None:
 def _add_plan(commands) -> None:
     p = _command(commands, "plan", _plan, "what each part of a model would be", "plan resnet50 4 --grid 2x2")
     _split_options(p)
-    p.add_argument("--json", action="store_true", help="for machines")
+    form = p.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for machines")
+    form.add_argument("--domain-png", metavar="FILE", help="draw the boxes instead, on a chessboard or on --image")
     p.add_argument("--check", action="store_true", help="compare by value what the plan calls exact")
-    p.add_argument("--domain-png", metavar="FILE", help="draw the boxes instead, on a chessboard or on --image")
     p.add_argument("--image", metavar="FILE", help="an image for --domain-png")
 
 
@@ -183,6 +184,8 @@ def _plan(args: argparse.Namespace) -> None:
     from .surgery.claim import check_claim
     from .surgery.split import plan, split
 
+    if args.image is not None and args.domain_png is None:
+        raise SplitError("--image has no effect without --domain-png")
     parts = split(args.model, args.parts, seed=0, **_source(args)) if args.check else None
     error = None if parts is None else check_claim(parts)
     result = plan(args.model, args.parts, **_source(args)) if parts is None else parts.plan

@@ -133,14 +133,14 @@ def domain(args: argparse.Namespace) -> Domain:
 
     extra = {"overlap": args.overlap, "margin": args.margin}
     scale = 1.0 if args.part_scale is None else args.part_scale
+    if args.grid in ("full", "type-b") and any(extra.values()):
+        raise SplitError(f"--grid {args.grid} takes neither --overlap nor --margin; leave them out")
     if args.grid == "centered8":
         return Domain.centered8(**extra, scale=scale)
     if args.grid == "full":
         return Domain.full(args.parts, scale=scale)
     axes = models.axes(args.model)
     if args.grid == "type-b":
-        if any(extra.values()):
-            raise SplitError("--grid type-b takes neither --overlap nor --margin")
         layouts = (Domain.type_b(p, axes, scale=scale) for p in itertools.count(1))
         return next(d for d in layouts if d.parts >= args.parts)  # split says if they are more
     shape = args.grid or default_domain(args.parts, axes).grid_shape
