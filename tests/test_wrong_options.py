@@ -123,6 +123,11 @@ def test_what_libraries_log_is_no_line_of_an_error(refused, monkeypatch):
     refused([*words(BASE), "--in-chans", "1", "--opt", "foo"])
 
 
+@pytest.mark.parametrize("given", ["name='x'", "act_layer='zz'", "seed=1", "pretrained=True", "img_size=32", "parts=3"])
+def test_a_wrong_argument_of_the_model_is_one_line(given, refused):
+    refused([*words(BASE), "--model-kwargs", given])
+
+
 @pytest.mark.parametrize("given", ["--overlap 4", "--margin 2"])
 def test_a_whole_image_has_neither_overlap_nor_margin(given, refused):
     refused([*words(BASE), "--grid", "full", *given.split()])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import shlex
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from ...console import domain as domain  # of the boxes, for who trains parts without a run
 from ...errors import TrainError, shown
+from ...surgery.split import split
 from . import checks, config
 from .flags import PREFIXES, STAGED, TOGETHER, flag_of, parser
 
@@ -98,6 +100,8 @@ def _check_together(p: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         p.error("--calibrate is for two parts or more")
     if args.part_lr is not None and len(args.part_lr) not in (1, args.parts):
         p.error(f"--part-lr has one rate for all {args.parts} parts or one for each, got {len(args.part_lr)}")
+    if taken := [name for name in args.model_kwargs if name in inspect.signature(split).parameters]:
+        p.error(f"--model-kwargs are the model's own arguments, not {taken[0]}, which is the run's")
     for name in ("scale", "ratio", "cutmix_minmax"):
         low, high = getattr(args, name) or (0, 1)
         if low > high:
