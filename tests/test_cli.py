@@ -202,6 +202,52 @@ def test_bad_input(arguments, status, message, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "command, name",
+    [
+        ("plan '' 4", "model"),
+        ("plan resnet18 4 --domain-png=", "domain_png"),
+        ("split resnet18 4 -o ''", "output"),
+        ("merge '' -o composed", "parts"),
+        ("merge parts -o composed --onto ''", "onto"),
+        ("verify composed ''", "parts"),
+        ("verify composed parts --dataset ''", "dataset"),
+        ("report ''", "folder"),
+        ("report . -o ''", "output"),
+        ("report . --compare a ''", "compare"),
+        ("push '' USER/REPO", "folder"),
+        ("push . USER/REPO --dry-run ''", "dry_run"),
+        ("export '' -o a.onnx", "folder"),
+        ("predict '' a.png", "model"),
+        ("predict . a.png ''", "images"),
+        ("demo --output ''", "output"),
+    ],
+)
+def test_an_empty_word_is_no_folder(command, name, tmp_path, monkeypatch, capsys):
+    """As of a variable that nobody set; a path without a word is the current folder."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(shlex.split(command))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and said.endswith(f"error: {name} is empty, as a variable that nobody set; give a value")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_of_data_are_of_the_command(tmp_path, capsys):
+    parts, composed = str(tmp_path / "parts"), str(tmp_path / "composed")
+    main(["split", "test_resnet", "2", "-o", parts, "--num-classes", "10", "--img-size", "32"])
+    main(["merge", parts, "-o", composed])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["verify", composed, parts, "--dataset", "digits", "--val-split", "x"])
+    assert capsys.readouterr().err.startswith("timm-dd verify: error: --val-split has no effect beside --dataset digits")
+    assert main(["verify", composed, parts, "--val-split", "x"]) == 1
+    assert "--val-split has no effect without --data-dir or --dataset" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["demo", "--output", str(tmp_path), "--seed", str(2**64)])
+    assert capsys.readouterr().err.startswith("timm-dd demo: error: --seed is a whole number that 64 bits hold")
+
+
 def subparsers():
     (action,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
     return action.choices

@@ -355,7 +355,7 @@ def test_names_of_classes_are_no_formulas():
     odd = dataclasses.replace(samples([1, 0], 2), names=[r"$\frac{x$", "a_$b$"])
     z = {"part 0": torch.tensor([[2.0, 0.0], [2.0, 0.0]])}
     texts = [drawn(decisions.on_image(decisions.rows(z, odd.labels, 0), odd, 0, {}, 0))]
-    texts.append(drawn(decisions.class_bars(decisions.by_class({"part 0": torch.tensor([0, 0])}, odd, 2))))
+    texts.append(drawn(decisions.class_bars(decisions.by_class({"composed": torch.tensor([0, 0])}, odd, 2))))
     assert all(r"$\frac{x$" in text for text in texts) and "a_$b$" in texts[1]
 
 
@@ -689,6 +689,15 @@ def test_wrong_images_and_layers(one, tmp_path, undrawn, capsys):
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "expected" in said and "bug" not in said
     assert not (tmp_path / "r.html").exists()
+
+
+def test_a_page_that_is_a_folder(one, tmp_path, undrawn, capsys):
+    for folder in (tmp_path / "out", tmp_path / "out/"):
+        folder.mkdir(exist_ok=True)
+        report(one, "-o", folder, "--images", 0, status=1)
+        said = capsys.readouterr().err
+        assert f"{tmp_path}/out is a folder; expected a file name, like {tmp_path}/out/report.html" in said
+    assert list(folder.iterdir()) == []
 
 
 def test_without_matplotlib(one, tmp_path, undrawn, capsys, monkeypatch):

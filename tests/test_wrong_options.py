@@ -128,6 +128,12 @@ def test_a_wrong_argument_of_the_model_is_one_line(given, refused):
     refused([*words(BASE), "--model-kwargs", given])
 
 
+@pytest.mark.parametrize("text", TEXT[:5])
+@pytest.mark.parametrize("flag", ["--from-parts", "--wandb-tags"])
+def test_no_word_of_several_is_empty_or_no_text(flag, text, refused):
+    refused([*words(BASE), flag, "a", text])
+
+
 @pytest.mark.parametrize("given", ["--overlap 4", "--margin 2"])
 def test_a_whole_image_has_neither_overlap_nor_margin(given, refused):
     refused([*words(BASE), "--grid", "full", *given.split()])

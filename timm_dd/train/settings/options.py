@@ -37,9 +37,10 @@ COMPOSED = (  # nothing to parts and baseline
 )  # fmt: skip
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options from YAML (``-c``), then the command line. Errors exit with status 2."""
+def parse(argv: Sequence[str] | None = None, prog: str = "timm-dd train") -> argparse.Namespace:
+    """Options from YAML (``-c``), then the command line. Errors exit with status 2, in the name of `prog`."""
     p = parser()
+    p.prog = prog
     p.add_argument("data", nargs="?", metavar="DATA", help="as --data-dir")  # no option, and nothing for a file
     given, _ = p.parse_known_args(argv)
     folder = run_of(given.resume)
