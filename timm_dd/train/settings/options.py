@@ -97,6 +97,8 @@ def _take_place(p: argparse.ArgumentParser, args: argparse.Namespace, data_dir: 
 
 def _check_together(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """What depends on several options."""
+    if args.quiet and args.verbose:
+        p.error("--quiet prints less and --verbose more; give one of them")
     if args.parts == 1 and args.calibrate != "sum":
         p.error("--calibrate is for two parts or more")
     if args.part_lr is not None and len(args.part_lr) not in (1, args.parts):
