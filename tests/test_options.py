@@ -81,8 +81,8 @@ WRONG = [
     "scale: 0.5", "scale: [0.1, 0.5, 1]", "mean: []", "mean: [[0.5]]", "mean: [null]", "model: {a: 1}",
     "model_kwargs: x", "model_kwargs: [1]", "model_kwargs: {1: 2}", "grid: two", "views: left", "min_lr: .nan",
     "min_lr: -.inf", "smoothing: 1.5", "experiment: \"a\\0b\"", "colour: red", "1: 2", "[a]", "7", "a: [", "a: b: c",
-    "experiment: 2024-13-45", "{" * 2000, "false", "0", "[]", "''", "epochs: 3\nepochs: 4", "model_kwargs: {a: 1, a: 2}",
-    "model_kwargs: {'a=b': 1}", "model_kwargs: {'': 1}", "quiet: true\nverbose: true",
+    "experiment: 2024-13-45", "{" * 2000, "false", "0", "[]", "''", "epochs: 3\nepochs: 4",
+    "model_kwargs: {a: 1, a: 2}", "model_kwargs: {'a=b': 1}", "model_kwargs: {'': 1}", "quiet: true\nverbose: true",
 ]  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def test_a_wrong_value_in_a_file_is_refused(text, file, capsys):
 
 def test_an_error_in_a_file_has_its_line(file, capsys):
     assert "line 2: 'epochs' is there twice;" in error(["-c", file("epochs: 3\nepochs: 4")], capsys)
-    assert "line 2: found character '\\t' that cannot start any token;" in error(["-c", file("epochs: 3\n\tlr: 1")], capsys)
+    assert "line 2: found character '\\t' that cannot start" in error(["-c", file("epochs: 3\n\tlr: 1")], capsys)
 
 
 def test_a_list_may_have_a_name_but_not_lists_in_lists(file, capsys):

@@ -319,6 +319,7 @@ def _demo(args: argparse.Namespace) -> None:
         demo(args.output, args.seed)
 
 
+@console.program
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["train"]:
@@ -330,5 +331,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     for name, value in vars(args).items():
         if "" in (value if isinstance(value, list) else [value]):  # as a path it would be the current folder
-            p.error(f"{name} is empty, as a variable that nobody set; give a value")
+            p.error(f"{name} is empty, as a variable that nobody set; give one")
     return console.run(args.command, args.run, args)

@@ -15,8 +15,8 @@ from .compat import timm_config
 from .errors import MergeError, SplitError, headline, shown
 
 FAILURES = (  # of a model's constructor, whatever it makes of its arguments
-    ArithmeticError, AssertionError, AttributeError, FileNotFoundError, ImportError, LookupError, RuntimeError, TypeError,
-    ValueError,
+    ArithmeticError, AssertionError, AttributeError, FileNotFoundError, ImportError, LookupError, RuntimeError,
+    TypeError, ValueError,
 )  # fmt: skip
 IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of Pillow, by channels
 
