@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -174,9 +176,19 @@ def test_a_picture_of_the_boxes(tmp_path, capsys):
     "arguments, status, message",
     [
         (["plan", "resnet5", "4"], 1, "did you mean"),
+        (["plan", "resnet18.nope", "2"], 1, "timm has no model 'resnet18.nope'; did you mean resnet18"),
+        (["plan", "resnet18.nope", "2", "--grid", "full", "--img-size", "64"], 1, "did you mean resnet18"),
         (["plan", "resnet18", "0"], 1, "from 1 up"),
         (["split", "resnet18", "100", "-o", "out", "--narrow", "refuse"], 1, "largest K"),
         (["merge", "nowhere", "-o", "out"], 1, "no plan.json"),
+        (["plan", "resnet18", "4", "--grid", "full", "--overlap", "4"], 1, "--grid full takes neither --overlap"),
+        (["profile", "resnet18", "4", "--grid", "full", "--margin", "4"], 1, "--grid full takes neither --overlap"),
+        (["plan", "resnet18", "5", "--grid", "type-b", "--margin", "4"], 1, "--grid type-b takes neither --overlap"),
+        (["plan", "resnet18", str(10**20 + 39)], 1, "number of parts, is 1048576 at most"),  # a prime number
+        (["plan", "resnet18", str(10**20), "--grid", "type-b"], 1, "number of parts, is 1048576 at most"),
+        (["split", "resnet18", str(10**20), "-o", "out", "--grid", "full"], 1, "number of parts, is 1048576 at most"),
+        (["plan", "resnet18", "4", "--image", "a.png"], 1, "--image has no effect without --domain-png"),
+        (["plan", "resnet18", "4", "--json", "--domain-png", "a.png"], 2, "not allowed with"),
         (["plan", "resnet18"], 2, "required"),
         (["dance"], 2, "invalid choice"),
         ([], 2, "required"),
@@ -193,6 +205,75 @@ def test_bad_input(arguments, status, message, tmp_path, monkeypatch, capsys):
     if status == 1:
         assert errors.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command, name",
+    [
+        ("plan '' 4", "model"),
+        ("plan resnet18 4 --domain-png=", "domain_png"),
+        ("split resnet18 4 -o ''", "output"),
+        ("merge '' -o composed", "parts"),
+        ("merge parts -o composed --onto ''", "onto"),
+        ("verify composed ''", "parts"),
+        ("verify composed parts --dataset ''", "dataset"),
+        ("report ''", "folder"),
+        ("report . -o ''", "output"),
+        ("report . --compare a ''", "compare"),
+        ("push '' USER/REPO", "folder"),
+        ("push . USER/REPO --dry-run ''", "dry_run"),
+        ("export '' -o a.onnx", "folder"),
+        ("predict '' a.png", "model"),
+        ("predict . a.png ''", "images"),
+        ("demo --output ''", "output"),
+    ],
+)
+def test_an_empty_word_is_no_folder(command, name, tmp_path, monkeypatch, capsys):
+    """As of a variable that nobody set; a path without a word is the current folder."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(shlex.split(command))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and said.endswith(f"error: {name} is empty, as a variable that nobody set; give one")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_of_data_are_of_the_command(tmp_path, capsys):
+    parts, composed = str(tmp_path / "parts"), str(tmp_path / "composed")
+    main(["split", "test_resnet", "2", "-o", parts, "--num-classes", "10", "--img-size", "32"])
+    main(["merge", parts, "-o", composed])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["verify", composed, parts, "--dataset", "digits", "--val-split", "x"])
+    assert capsys.readouterr().err.startswith("timm-dd verify: error: --val-split has no effect beside --dataset")
+    assert main(["verify", composed, parts, "--val-split", "x"]) == 1
+    assert "--val-split has no effect without --data-dir or --dataset" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["demo", "--output", str(tmp_path), "--seed", str(2**64)])
+    assert capsys.readouterr().err.startswith("timm-dd demo: error: --seed is a whole number that 64 bits hold")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "plan test_resnet 2 --img-size 32",
+        "split test_resnet 2 -o out",
+        "train --dataset digits --model test_resnet --parts 2 --warmup-epochs 0 --output out --device cpu",
+    ],
+)
+def test_ctrl_c_is_one_line(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    assert main(command.split()) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "timm-dd: stopped by Ctrl-C\n" and list(tmp_path.iterdir()) == []
+
+
+def test_what_a_terminal_has_no_letter_for_is_escaped():
+    code = "import sys; from timm_dd.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "plan", "test_resnet", "2", "--img-size", "32"]
+    given = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=given)
+    assert (done.returncode, done.stderr) == (0, "") and "\\xd7" in done.stdout
 
 
 def subparsers():

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 import re
 import shlex
 import shutil
@@ -263,7 +264,10 @@ def test_a_run_is_known_by_what_its_weights_depend_on(one):
     assert len({known, *others}) == 5
 
 
-@pytest.mark.parametrize("damage", ['"best": 1', '"best": 1, "composed": 1, "tuned": 1, "split": ""', ""])
+RESULTS = '"best": 1, "composed": 1, "tuned": 1, "split": ""'
+
+
+@pytest.mark.parametrize("damage", ['"best": 1', RESULTS, RESULTS + ', "run": "", "dataset": 3', ""])
 def test_a_run_with_a_damaged_summary(damage, one, tmp_path):
     shutil.copytree(one, tmp_path / "run")
     (tmp_path / "run" / "summary.json").write_text(f"{{{damage}}}")
@@ -382,9 +386,12 @@ def test_what_is_not_ours_is_not_pushed(folders, tmp_path):
         timm_dd.push(tmp_path, REPO)
     whole = (folders / "composed" / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(MergeError, match="config.json is damaged"):
-        timm_dd.push(tmp_path, REPO)
+    config = json.loads((folders / "composed" / "config.json").read_text())
+    odd = [{"architecture": math.nan}, {"label_names": 3}, {"pretrained_cfg": {"input_size": 5}}]
+    for damaged in ({}, *({**config, **values} for values in odd)):
+        (tmp_path / "config.json").write_text(json.dumps(damaged))
+        with pytest.raises(MergeError, match="config.json is damaged"):
+            write_repository(tmp_path, REPO, tmp_path / "staged")
     (tmp_path / "config.json").unlink()
     with pytest.raises(MergeError, match="no config.json"):
         timm_dd.push(tmp_path, REPO)

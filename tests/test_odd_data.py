@@ -156,6 +156,14 @@ def test_a_folder(case, train, tmp_path):
     check(train(root), expected, root)
 
 
+@pytest.mark.parametrize("form", [lambda root: root, as_tars])
+def test_a_class_whose_name_is_no_text(form, train, tmp_path):
+    """A byte that is not UTF-8 would stand in the model's config.json, and in no page."""
+    root = form(make(tmp_path / "data", {"train/\udcff/x.png": encoded(9), "val/\udcff/x.png": encoded(8)}))
+    status, _, error = train(root)
+    assert status == 1 and "the class '\\udcff' has a name that is not UTF-8; rename its folder" in error
+
+
 IN_TARS = [
     "nothing", "macOS's second files", "a truncated image to validate on", "192 million pixels", "unicode", "no bytes",
     "a class to train on alone",

@@ -81,7 +81,8 @@ WRONG = [
     "scale: 0.5", "scale: [0.1, 0.5, 1]", "mean: []", "mean: [[0.5]]", "mean: [null]", "model: {a: 1}",
     "model_kwargs: x", "model_kwargs: [1]", "model_kwargs: {1: 2}", "grid: two", "views: left", "min_lr: .nan",
     "min_lr: -.inf", "smoothing: 1.5", "experiment: \"a\\0b\"", "colour: red", "1: 2", "[a]", "7", "a: [", "a: b: c",
-    "experiment: 2024-13-45", "{" * 2000,
+    "experiment: 2024-13-45", "{" * 2000, "false", "0", "[]", "''", "epochs: 3\nepochs: 4",
+    "model_kwargs: {a: 1, a: 2}", "model_kwargs: {'a=b': 1}", "model_kwargs: {'': 1}", "quiet: true\nverbose: true",
 ]  # fmt: skip
 
 
@@ -90,6 +91,20 @@ def test_a_wrong_value_in_a_file_is_refused(text, file, capsys):
     name = text.partition(":")[0]
     line = error(["-c", file(text)], capsys)
     assert "c.yaml" in line or options.flag_of(name) in line, line
+
+
+def test_an_error_in_a_file_has_its_line(file, capsys):
+    assert "line 2: 'epochs' is there twice;" in error(["-c", file("epochs: 3\nepochs: 4")], capsys)
+    assert "line 2: found character '\\t' that cannot start" in error(["-c", file("epochs: 3\n\tlr: 1")], capsys)
+
+
+def test_a_list_may_have_a_name_but_not_lists_in_lists(file, capsys):
+    """A few names in each other are a list without end."""
+    args = options.parse([*RUN, "-c", file("decay_milestones: &m [3, 5]\npart_decay_milestones: *m")])
+    assert args.part_decay_milestones == [3, 5]
+    lists = ", ".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))
+    said = error(["-c", file(f"model_kwargs: {{a0: &a0 [1, 1], {lists}}}")], capsys)
+    assert "line 1: an alias of a list of lists; write it out;" in said
 
 
 OUT_OF_RANGE = [

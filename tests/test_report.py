@@ -1,6 +1,7 @@
 """The tables that a report's figures are drawn from, against the run's files and definitions computed by hand."""
 
 import csv
+import dataclasses
 import html
 import io
 import json
@@ -350,6 +351,14 @@ def test_decisions_on_an_image():
     assert "✗ c0 79 %" in text and "✓ c1 50 %" in text and "var(--good)" in text and "var(--bad)" in text
 
 
+def test_names_of_classes_are_no_formulas():
+    odd = dataclasses.replace(samples([1, 0], 2), names=[r"$\frac{x$", "a_$b$"])
+    z = {"part 0": torch.tensor([[2.0, 0.0], [2.0, 0.0]])}
+    texts = [drawn(decisions.on_image(decisions.rows(z, odd.labels, 0), odd, 0, {}, 0))]
+    texts.append(drawn(decisions.class_bars(decisions.by_class({"composed": torch.tensor([0, 0])}, odd, 2))))
+    assert all(r"$\frac{x$" in text for text in texts) and "a_$b$" in texts[1]
+
+
 def test_confusion_accuracy_and_agreement_by_hand():
     labels = [0, 0, 1, 2, 2]
     a, b = torch.tensor([0, 1, 1, 2, 0]), torch.tensor([0, 1, 0, 2, 1])
@@ -462,6 +471,9 @@ def test_as_a_function_with_images_of_a_folder(one, tmp_path, undrawn):
     (classes / "7").rename(classes / "ten")
     given = networks.of_folder(classes, read(one), 100)
     assert given.names == list("0123456789") and given.labels is None
+    odd = classes.rename(tmp_path / "\udcff")
+    given = networks.of_folder(odd, read(one), 100)
+    assert given.source == f"12 images of {tmp_path}/\\udcff"
 
 
 def test_runs_side_by_side(one, tmp_path, undrawn):
@@ -677,6 +689,15 @@ def test_wrong_images_and_layers(one, tmp_path, undrawn, capsys):
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "expected" in said and "bug" not in said
     assert not (tmp_path / "r.html").exists()
+
+
+def test_a_page_that_is_a_folder(one, tmp_path, undrawn, capsys):
+    for folder in (tmp_path / "out", tmp_path / "out/"):
+        folder.mkdir(exist_ok=True)
+        report(one, "-o", folder, "--images", 0, status=1)
+        said = capsys.readouterr().err
+        assert f"{tmp_path}/out is a folder; expected a file name, like {tmp_path}/out/report.html" in said
+    assert list(folder.iterdir()) == []
 
 
 def test_without_matplotlib(one, tmp_path, undrawn, capsys, monkeypatch):

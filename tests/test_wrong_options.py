@@ -121,3 +121,19 @@ def test_what_libraries_log_is_no_line_of_an_error(refused, monkeypatch):
     """timm warns of means that are not of one channel; without a handler Python prints that."""
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     refused([*words(BASE), "--in-chans", "1", "--opt", "foo"])
+
+
+@pytest.mark.parametrize("given", ["name='x'", "act_layer='zz'", "seed=1", "pretrained=True", "img_size=32", "parts=3"])
+def test_a_wrong_argument_of_the_model_is_one_line(given, refused):
+    refused([*words(BASE), "--model-kwargs", given])
+
+
+@pytest.mark.parametrize("text", TEXT[:5])
+@pytest.mark.parametrize("flag", ["--from-parts", "--wandb-tags"])
+def test_no_word_of_several_is_empty_or_no_text(flag, text, refused):
+    refused([*words(BASE), flag, "a", text])
+
+
+@pytest.mark.parametrize("given", ["--overlap 4", "--margin 2"])
+def test_a_whole_image_has_neither_overlap_nor_margin(given, refused):
+    refused([*words(BASE), "--grid", "full", *given.split()])

@@ -12,7 +12,7 @@ from pathlib import Path
 import shtab
 
 from . import console
-from .errors import MergeError
+from .errors import MergeError, SplitError
 from .version import __version__
 
 
@@ -49,9 +49,10 @@ def _add_demo(commands) -> None:
 def _add_plan(commands) -> None:
     p = _command(commands, "plan", _plan, "what each part of a model would be", "plan resnet50 4 --grid 2x2")
     _split_options(p)
-    p.add_argument("--json", action="store_true", help="for machines")
+    form = p.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for machines")
+    form.add_argument("--domain-png", metavar="FILE", help="draw the boxes instead, on a chessboard or on --image")
     p.add_argument("--check", action="store_true", help="compare by value what the plan calls exact")
-    p.add_argument("--domain-png", metavar="FILE", help="draw the boxes instead, on a chessboard or on --image")
     p.add_argument("--image", metavar="FILE", help="an image for --domain-png")
 
 
@@ -96,8 +97,8 @@ def _add_verify(commands) -> None:
     p.add_argument("parts", metavar="PARTS", help="folder of the parts that were merged")
     p.add_argument("--head", choices=["sum", "mean"], default="sum", help="as given to merge")
     p.add_argument("--data-dir", metavar="DIR", help="validation images: losses, accuracies and the bound (2.19)")
-    p.add_argument("--dataset", default="", metavar="NAME", help="digits, or a timm dataset, instead of a folder")
-    p.add_argument("--val-split", default="validation", metavar="NAME")
+    p.add_argument("--dataset", metavar="NAME", help="digits, or a timm dataset, instead of a folder")
+    p.add_argument("--val-split", metavar="NAME", help="of these, by default validation")
 
 
 def _add_report(commands) -> None:
@@ -126,7 +127,7 @@ def _add_push(commands) -> None:
     p.add_argument("-m", "--message", metavar="TEXT", help="of the commit")
     p.add_argument("--tag", metavar="NAME", help="for the commit, v1.0 for one")
     p.add_argument(
-        "--dry-run", nargs="?", const="", metavar="DIR", help="write what would be pushed, by default to REPO"
+        "--dry-run", nargs="?", const=True, metavar="DIR", help="write what would be pushed, by default to REPO"
     )
 
 
@@ -183,6 +184,8 @@ def _plan(args: argparse.Namespace) -> None:
     from .surgery.claim import check_claim
     from .surgery.split import plan, split
 
+    if args.image is not None and args.domain_png is None:
+        raise SplitError("--image has no effect without --domain-png")
     parts = split(args.model, args.parts, seed=0, **_source(args)) if args.check else None
     error = None if parts is None else check_claim(parts)
     result = plan(args.model, args.parts, **_source(args)) if parts is None else parts.plan
@@ -245,14 +248,17 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _labelled_images(args: argparse.Namespace, model, size: Sequence[int]):
     """Validation images as the composed model's config.json describes them; None if no data is given."""
-    if not args.data_dir and not args.dataset:
+    source = {"--data-dir": args.data_dir, "--dataset": args.dataset, "--val-split": args.val_split}
+    if args.data_dir is None and args.dataset is None:
+        if args.val_split is not None:
+            raise MergeError("--val-split has no effect without --data-dir or --dataset")
         return None
     from .train.images import data
     from .train.ranks.cores import cores
     from .train.settings import options
 
-    source = ["--data-dir", args.data_dir] if args.data_dir else []
-    given = options.parse([*source, "--dataset", args.dataset, "--val-split", args.val_split])
+    words = [f"{flag}={value}" for flag, value in source.items() if value is not None]
+    given = options.parse(words, prog="timm-dd verify")
     given.workers = min(4, cores())
     config = Path(args.composed) / "config.json"
     try:
@@ -283,7 +289,7 @@ def _push(args: argparse.Namespace) -> None:
     if args.dry_run is None:
         print(push(args.folder, args.repo, private=args.private, message=args.message, tag=args.tag))
         return
-    target = args.dry_run or args.repo.split("/")[-1]
+    target = args.repo.split("/")[-1] if args.dry_run is True else args.dry_run
     write_repository(args.folder, args.repo, target)
     print(f"{target}: what would be pushed; edit README.md, then timm-dd push {target} {args.repo}")
 
@@ -313,6 +319,7 @@ def _demo(args: argparse.Namespace) -> None:
         demo(args.output, args.seed)
 
 
+@console.program
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["train"]:
@@ -320,5 +327,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return train(argv[1:])
     whole = any(word.startswith("--print-completion") for word in argv)
-    args = parser(whole).parse_args(argv)
+    p = parser(whole)
+    args = p.parse_args(argv)
+    for name, value in vars(args).items():
+        if "" in (value if isinstance(value, list) else [value]):  # as a path it would be the current folder
+            p.error(f"{name} is empty, as a variable that nobody set; give one")
     return console.run(args.command, args.run, args)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import io
 import itertools
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import SplitError, TimmDDError
@@ -28,6 +31,23 @@ def options(p: argparse.ArgumentParser, quiet: bool = True) -> None:
     if quiet:
         g.add_argument("-q", "--quiet", action="store_true", help="print errors alone")
     g.add_argument("-v", "--verbose", action="store_true", help="print log messages, and the traceback of an error")
+
+
+def program(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """An entry point: Ctrl-C is one line and the status that shells give it, and what stdout has no letter for is
+    escaped."""
+
+    @functools.wraps(main)
+    def call(argv: Sequence[str] | None = None) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            return main(argv)
+        except KeyboardInterrupt:
+            print("timm-dd: stopped by Ctrl-C", file=sys.stderr)
+            return 128 + signal.SIGINT
+
+    return call
 
 
 def run(name: str, function: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
@@ -129,18 +149,19 @@ def domain_options(p) -> None:
 def domain(args: argparse.Namespace) -> Domain:
     """The boxes of ``--grid``, ``--overlap`` and ``--margin``, at ``--part-scale``."""
     from . import models
-    from .algebra.domain import Domain, default_domain
+    from .algebra.domain import Domain, check_parts, default_domain
 
+    check_parts(args.parts)
     extra = {"overlap": args.overlap, "margin": args.margin}
     scale = 1.0 if args.part_scale is None else args.part_scale
+    if args.grid in ("full", "type-b") and any(extra.values()):
+        raise SplitError(f"--grid {args.grid} takes neither --overlap nor --margin; leave them out")
     if args.grid == "centered8":
         return Domain.centered8(**extra, scale=scale)
     if args.grid == "full":
         return Domain.full(args.parts, scale=scale)
     axes = models.axes(args.model)
     if args.grid == "type-b":
-        if any(extra.values()):
-            raise SplitError("--grid type-b takes neither --overlap nor --margin")
         layouts = (Domain.type_b(p, axes, scale=scale) for p in itertools.count(1))
         return next(d for d in layouts if d.parts >= args.parts)  # split says if they are more
     shape = args.grid or default_domain(args.parts, axes).grid_shape

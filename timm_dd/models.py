@@ -14,10 +14,14 @@ from torch import nn
 from .compat import timm_config
 from .errors import MergeError, SplitError, headline, shown
 
+FAILURES = (  # of a model's constructor, whatever it makes of its arguments
+    ArithmeticError, AssertionError, AttributeError, FileNotFoundError, ImportError, LookupError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
 IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of Pillow, by channels
 
 
-def create(name: str, pretrained: bool = False, seed: int | None = None, **kwargs: Any) -> nn.Module:
+def create(name: str, /, pretrained: bool = False, seed: int | None = None, **kwargs: Any) -> nn.Module:
     """`timm.create_model`, its errors as SplitError, its weights from `seed` if one is given.
 
     Raises:
@@ -28,11 +32,11 @@ def create(name: str, pretrained: bool = False, seed: int | None = None, **kwarg
             torch.manual_seed(seed)
         try:
             return timm.create_model(name, pretrained=pretrained, **kwargs)
-        except (RuntimeError, TypeError, ValueError, AssertionError, FileNotFoundError) as e:
+        except FAILURES as e:
             raise _explain(name, e) from e
 
 
-def create_empty(name: str, **kwargs: Any) -> nn.Module:
+def create_empty(name: str, /, **kwargs: Any) -> nn.Module:
     """The model without weights: on the meta device, or on the CPU if its constructor needs numbers."""
     try:
         with torch.device("meta"):
@@ -42,9 +46,9 @@ def create_empty(name: str, **kwargs: Any) -> nn.Module:
 
 
 def _explain(name: str, error: Exception) -> SplitError:
-    if "Unknown model" not in str(error):
-        return SplitError(f"timm cannot create {name!r}: {headline(error)}")
-    known = timm.list_models()
+    if not any(said in str(error) for said in ("Unknown model", "Invalid pretrained tag")):
+        return SplitError(f"timm cannot create {name!r}: {type(error).__name__}: {headline(error)}")
+    known = timm.list_models() + (timm.list_pretrained() if "." in name else [])
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has the names"
     return SplitError(f"timm has no model {name!r}; {hint}")
@@ -100,18 +104,24 @@ def check_known(name: str, args: Mapping[str, Any]) -> None:
         raise MergeError(f"a plan has no argument {forbidden[0]!r}; write the parts again")
 
 
-def arguments(name: str, img_size: int | Sequence[int] | None = None, **kwargs: Any) -> dict:
+def arguments(name: str, /, img_size: int | Sequence[int] | None = None, **kwargs: Any) -> dict:
     """The keyword arguments for `timm.create_model`, with `img_size` where the model's constructor takes it."""
-    if img_size is None or not timm.is_model(name):
-        return kwargs
-    cfg = timm.get_pretrained_cfg(name)
-    return {**kwargs, "img_size": img_size} if cfg is not None and getattr(cfg, "fixed_input_size", False) else kwargs
+    fixed = img_size is not None and getattr(_pretrained_cfg(name), "fixed_input_size", False)
+    return {**kwargs, "img_size": img_size} if fixed else kwargs
 
 
 def axes(name: str) -> int:
     """The number of spatial axes of a timm model's images."""
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    cfg = _pretrained_cfg(name)
     return 2 if cfg is None else len(cfg.input_size) - 1
+
+
+def _pretrained_cfg(name: str) -> Any:
+    """What timm knows of a model by its name alone; None if that is nothing, errors as of `create`."""
+    try:
+        return timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    except RuntimeError as e:  # a tag that the model does not have
+        raise _explain(name, e) from e
 
 
 def input_size(

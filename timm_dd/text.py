@@ -42,3 +42,8 @@ def number(value: float) -> str:
     """Two decimals; of a number below 1 three digits."""
     decimals = 2 - math.floor(math.log10(value)) if 0 < value < 1 else 2
     return f"{value:,.{decimals}f}"
+
+
+def printable(text: str) -> str:
+    """The same, with escapes for bytes of a file's name that are not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SplitError, shown
 from .view import Box, View, check_scale
 
+MOST = 2**20  # parts, far more than any network has channels
+
 # The places of eight boxes by the number of axes, as fractions of the way from the first possible place to the last.
 AROUND_CENTRE: dict[int, list[tuple[float, ...]]] = {
     1: [(i / 7,) for i in range(8)],
@@ -326,6 +328,8 @@ def check_parts(parts: Any) -> None:
     """Raise SplitError unless `parts` is a possible K."""
     if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
         raise SplitError(f"K, the number of parts, is a whole number from 1 up, got {parts!r}")
+    if parts > MOST:
+        raise SplitError(f"K, the number of parts, is {MOST} at most, got {shown(parts)}; no network is so wide")
 
 
 def default_domain(parts: int, axes: int) -> Domain:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..errors import MergeError, TimmDDError, headline
+from ..errors import MergeError, TimmDDError, headline, shown
 from ..reports import boxes, curves
 from ..reports.draw import Drawing
 from ..reports.record import read
@@ -124,7 +124,11 @@ def _metadata(path: Path) -> dict[str, str]:
 def _config(path: Path) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return {"size": config["pretrained_cfg"]["input_size"], **config, "architecture": config["architecture"]}
+        size, names = config["pretrained_cfg"]["input_size"], config.get("label_names") or []
+        for value, kind in ((config["architecture"], str), (size, list), (names, list)):
+            if not isinstance(value, kind):
+                raise ValueError(f"unexpected {shown(value)}")
+        return {"size": size, **config}
     except FileNotFoundError as e:
         raise MergeError(
             f"no config.json in {path.parent}: only what timm can create can be loaded from the Hub"
@@ -151,7 +155,10 @@ def _summary(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         results = {stage: float(found[stage]) for stage in STAGES}
-        return {**found, "results": results, "split": found["split"], "run": found["run"]}
+        for name in ("dataset", "split", "run"):
+            if not isinstance(found[name], str):
+                raise ValueError(f"unexpected {name} {shown(found[name])}")
+        return {**found, "results": results}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise MergeError(f"{path} is damaged ({type(e).__name__}: {headline(e)}); let the run write it again") from e
 

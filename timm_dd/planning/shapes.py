@@ -52,18 +52,18 @@ class Sizes:
 
     def first(self, node: fx.Node, dtype: torch.dtype) -> Any:
         """Visit `node` at the global size; the value of a placeholder is the argument of its name."""
-        if node.op == "placeholder":
-            for env, (batch, *size) in zip(self.envs, self.inputs):
-                env[node] = argument(self.gm, node.target, batch, size, dtype)
-        else:
-            try:
+        try:
+            if node.op == "placeholder":
+                for env, (batch, *size) in zip(self.envs, self.inputs):
+                    env[node] = argument(self.gm, node.target, batch, size, dtype)
+            else:
                 self.envs[0][node] = evaluate_node(self.gm, node, self.envs[0])
-            except Exception as e:  # as in `others`
-                size = "×".join(map(str, self.inputs[0][1:]))
-                raise SplitError(
-                    f"the model does not run on images of {size}: {node.name}: {headline(e)}; "
-                    "expected channels, height, width as it takes them"
-                ) from e
+        except Exception as e:  # as in `others`
+            shape = "×".join(map(str, self.inputs[0][1:]))
+            raise SplitError(
+                f"the model does not run on images of {shape}: {node.name}: {headline(e)}; "
+                "expected channels, height, width as it takes them"
+            ) from e
         return self.envs[0][node]
 
     def others(self, node: fx.Node, resize: Callable | None, where: str) -> None:

@@ -41,6 +41,7 @@ STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "axes.facecolor": PAPER,
+    "text.parse_math": False,  # names of classes and folders have any characters
     "font.size": 9,
     "axes.titlesize": 9,
     "text.color": INK,

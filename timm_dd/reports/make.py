@@ -36,6 +36,7 @@ def make(
         FileError: the page cannot be written.
     """
     draw.check_matplotlib()
+    page.check_output(output)
     flat = samples is not None and samples.images.ndim == 4
     image = samples.picture(shown(samples, 1)[0]) if flat else None
     learned, *others = of_files(record, image)

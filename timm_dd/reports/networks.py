@@ -19,6 +19,7 @@ from ..algebra.view import resample
 from ..errors import ReportError, headline
 from ..storage import files
 from ..surgery.parts import Parts
+from ..text import printable
 from ..two_level.aggregate import GIVE_PROBABILITIES, WITHOUT_WEIGHTS
 from ..two_level.network import TwoLevel
 from .outcome import counted
@@ -82,7 +83,7 @@ def of_folder(folder: str | Path, record: Record, count: int) -> Samples:
         images, labels = zip(*(dataset[i] for i in chosen))
     except Exception as e:  # of timm's reader, of Pillow, of file systems
         raise ReportError(f"--images {folder}: {headline(e)}; expected a folder of images") from e
-    found = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
+    found = [printable(name) for name in sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)]
     names = names or (found if len(found) == classes else None)
     known = names is not None and set(found) <= set(names)
     return Samples(
@@ -91,7 +92,7 @@ def of_folder(folder: str | Path, record: Record, count: int) -> Samples:
         names,
         config["mean"],
         config["std"],
-        f"{counted(len(images), 'image')} of {folder}",
+        f"{counted(len(images), 'image')} of {printable(str(folder))}",
     )
 
 

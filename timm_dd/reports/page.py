@@ -10,6 +10,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from ..errors import FileError
 from ..storage.atomic import output_folder
 from .draw import Drawing
 
@@ -53,6 +54,12 @@ def write(output: Path, title: str, sections: Sequence[Section]) -> None:
         page(output.name).write_text(html, encoding="utf-8")
         for name, content in files.items():
             aside(name).write_bytes(content)
+
+
+def check_output(output: Path) -> None:
+    """Raise FileError unless a page can have this name."""
+    if not output.name or output.is_dir():
+        raise FileError(f"{output} is a folder; expected a file name, like {output / 'report.html'}")
 
 
 def figures_of(output: Path) -> Path:

@@ -87,12 +87,15 @@ class Network:
         name: str,
         reconstruct: bool,
         with_weights: bool,
+        /,  # so that `kwargs` may have any names
         img_size: int | tuple[int, ...] | None = None,
         pretrained: bool = False,
         seed: int | None = None,
         **kwargs: Any,
     ) -> Network:
         _check_type("seed", seed, (int, NoneType), "a whole number")
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise SplitError(f"seed: expected a whole number that 64 bits hold, got {shown(seed)}")
         args = models.arguments(name, img_size=img_size, **kwargs)
         create = models.create if with_weights else models.create_empty
         module = create(name, pretrained=pretrained, seed=seed, **args)

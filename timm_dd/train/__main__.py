@@ -10,6 +10,7 @@ from .run import train
 from .settings import options
 
 
+@console.program
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 the work failed, with one line on stderr; 2 the command line was wrong."""
     args = options.parse(argv)

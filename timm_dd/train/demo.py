@@ -17,7 +17,7 @@ def demo(output: str, seed: int) -> None:
     Raises:
         MergeError: the loaded model has another accuracy than the trained one.
     """
-    args = options.parse(["-c", "demo.yaml", "--output", output, "--seed", str(seed)])
+    args = options.parse(["-c", "demo.yaml", "--output", output, "--seed", str(seed)], prog="timm-dd demo")
     run = Run(args)
     summary = run.go()
     folder = run.folder.path / "global" / "last"

@@ -23,6 +23,7 @@ from torchvision import transforms
 
 from ...errors import TrainError, headline
 from ...models import IMAGE_MODES
+from ...text import printable
 from ..settings import options
 from . import workers
 from .readable import Chosen, Images, Readable, check_folders
@@ -276,12 +277,21 @@ def _classes(train: Dataset) -> int | None:
 
 
 def class_names(dataset: Dataset, classes: int) -> tuple[str, ...] | None:
-    """In the order of their numbers, if the data set tells them."""
+    """In the order of their numbers, if the data set tells them.
+
+    Raises:
+        TrainError: one is not text, as a folder's name may be.
+    """
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     by_number = getattr(dataset, "class_map", {})
     names = sorted(by_number, key=by_number.get) or getattr(dataset, "classes", ())
-    return tuple(map(str, names)) if isinstance(names, Sequence) and len(names) == classes else None
+    if not isinstance(names, Sequence) or len(names) != classes:
+        return None
+    names = tuple(map(str, names))
+    if odd := [name for name in names if name != printable(name)]:
+        raise TrainError(f"the class {odd[0]!r} has a name that is not UTF-8; rename its folder")
+    return names
 
 
 def data_config(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, Any]:

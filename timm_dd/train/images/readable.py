@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from ...errors import TrainError, headline
+from ...text import printable
 from .workers import each
 
 BATCH = 64
@@ -108,7 +109,7 @@ class Images(Dataset):
         else:
             found = [self.reader.filename(i, absolute=True) or f"image {i} of {self.name}"]
         path = ": ".join(found or [f"image {i} of {self.name}"])
-        return path.encode("utf-8", "backslashreplace").decode()
+        return printable(path)
 
 
 class Chosen(Subset):

@@ -71,8 +71,9 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 p.error(f"{flag} is {expected}, got {value}")
     defaults = vars(parser(add_help=False).parse_args([]))
     for name, value in vars(args).items():
-        if isinstance(value, str):
-            _check_text(p, flag_of(name), value, empty=defaults[name] == "" or name in MAY_BE_EMPTY)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                _check_text(p, flag_of(name), text, empty=defaults[name] == "" or name in MAY_BE_EMPTY)
     if args.device is not None and not _is_device(args.device):
         p.error(f"--device is cpu, cuda, cuda:1 or the like of this machine's accelerators, got {shown(args.device)}")
 

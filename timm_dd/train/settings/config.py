@@ -63,7 +63,7 @@ def _converted(by: argparse.ArgumentParser, name: str, value: Any, default: Any)
 def _is_plain(value: Any, keywords: bool) -> bool:
     """Whether a command line has words for it."""
     if isinstance(value, Mapping):
-        return keywords and all(isinstance(key, str) for key in value)
+        return keywords and all(isinstance(key, str) and key.isidentifier() for key in value)
     members = value if isinstance(value, (list, tuple)) else [value]
     return all(isinstance(v, SCALARS) and not isinstance(v, bool) for v in members)
 
@@ -76,8 +76,32 @@ def _load(p: argparse.ArgumentParser, name: str) -> Any:
         if not path.is_file():
             have = ", ".join(sorted(f.name for f in ours.iterdir() if f.name.endswith(".yaml")))
             p.error(f"no config {name!r}; expected a YAML file, or one of {have}")
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return {} if found is None else found
     except OSError as e:
         p.error(f"cannot read {shown(name)}: {e.strerror}")
     except (yaml.YAMLError, ValueError, RecursionError) as e:  # not UTF-8; a date that there is not
-        p.error(f"{name} is not YAML: {headline(e)}")
+        mark, problem = getattr(e, "problem_mark", None), getattr(e, "problem", None)
+        p.error(f"{name} is not YAML: " + (f"line {mark.line + 1}: {problem}" if mark and problem else headline(e)))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's, for which a key that is there twice is an error, and so is a list of lists that is written by its name:
+    a few of these in each other are more than fits into memory."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        known = {key.value: key for key in reversed(keys)}
+        for key in keys:
+            if known[key.value] is not key:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        mark = self.peek_event().start_mark if self.check_event(yaml.AliasEvent) else None
+        node = super().compose_node(parent, index)
+        if mark is not None and isinstance(node, yaml.CollectionNode):
+            members = [m for member in node.value for m in (member if isinstance(member, tuple) else (member,))]
+            if not all(isinstance(m, yaml.ScalarNode) for m in members):
+                raise yaml.composer.ComposerError(None, None, "an alias of a list of lists; write it out", mark)
+        return node

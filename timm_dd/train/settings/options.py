@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import shlex
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from ...console import domain as domain  # of the boxes, for who trains parts without a run
 from ...errors import TrainError, shown
+from ...surgery.split import split
 from . import checks, config
 from .flags import PREFIXES, STAGED, TOGETHER, flag_of, parser
 
@@ -35,9 +37,10 @@ COMPOSED = (  # nothing to parts and baseline
 )  # fmt: skip
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options from YAML (``-c``), then the command line. Errors exit with status 2."""
+def parse(argv: Sequence[str] | None = None, prog: str = "timm-dd train") -> argparse.Namespace:
+    """Options from YAML (``-c``), then the command line. Errors exit with status 2, in the name of `prog`."""
     p = parser()
+    p.prog = prog
     p.add_argument("data", nargs="?", metavar="DATA", help="as --data-dir")  # no option, and nothing for a file
     given, _ = p.parse_known_args(argv)
     folder = run_of(given.resume)
@@ -94,10 +97,14 @@ def _take_place(p: argparse.ArgumentParser, args: argparse.Namespace, data_dir: 
 
 def _check_together(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """What depends on several options."""
+    if args.quiet and args.verbose:
+        p.error("--quiet prints less and --verbose more; give one of them")
     if args.parts == 1 and args.calibrate != "sum":
         p.error("--calibrate is for two parts or more")
     if args.part_lr is not None and len(args.part_lr) not in (1, args.parts):
         p.error(f"--part-lr has one rate for all {args.parts} parts or one for each, got {len(args.part_lr)}")
+    if taken := [name for name in args.model_kwargs if name in inspect.signature(split).parameters]:
+        p.error(f"--model-kwargs are the model's own arguments, not {taken[0]}, which is the run's")
     for name in ("scale", "ratio", "cutmix_minmax"):
         low, high = getattr(args, name) or (0, 1)
         if low > high:
