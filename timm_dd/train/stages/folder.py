@@ -228,8 +228,7 @@ class RunFolder:
         """Of an operation of a part in the run that this one goes on with: on them its last bits depend."""
         if not (self.begun and self.resuming):
             return None
-        held = written.read(self.path / "args.yaml", checks=OPTIONS, parse=lambda text: yaml.safe_load(text) or {})
-        return held.get("part_threads")
+        return written.read(self.path / "args.yaml", checks=OPTIONS, parse=written.yaml_of).get("part_threads")
 
     def check(self, plan: Plan, train: Dataset) -> None:
         """Whether a run on the images `train` may begin here, or go on.
@@ -301,13 +300,11 @@ class RunFolder:
         made_of = [plan.digest(), self.cycle, *map(options.training_identity, stages)]
         return sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
-    # ---- what is done
-
     @property
     def done(self) -> bool:
-        """Whether the cycle is done, and its models are there."""
+        """Whether the cycle is done, and what it gives is there."""
         models = [self.tuned / name / files.MODEL for name in MODELS]
-        return self.summary.exists() and all(map(files.is_whole, models))
+        return written.can_be_read(self.summary) and all(map(files.is_whole, models))
 
 
 @contextlib.contextmanager

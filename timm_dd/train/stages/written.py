@@ -43,5 +43,19 @@ def read(
         raise TrainError(f"{path} is damaged ({headline(e)}); remove {path.parent} to train it again") from e
 
 
+def can_be_read(path: Path) -> bool:
+    """Whether it is there, and JSON with names."""
+    try:
+        read(path)
+        return True
+    except TrainError:
+        return False
+
+
+def yaml_of(text: str) -> Any:
+    """What an empty file says is nothing."""
+    return yaml.safe_load(text) or {}
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
