@@ -1,6 +1,7 @@
 """The command line: what each command prints and leaves, and its exit status."""
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -170,6 +171,23 @@ def test_a_picture_of_the_boxes(tmp_path, capsys):
     again = tmp_path / "again.png"
     assert main(["plan", "resnet18", "4", "--domain-png", str(again), "--image", str(path)]) == 0
     assert Image.open(again).size == (5 * 232 + 8, 232 + 8)
+
+
+@pytest.mark.parametrize("before", [None, b"as it was"])
+def test_a_picture_on_a_full_disk(before, tmp_path, monkeypatch, capsys):
+    def fill(self, path, format):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "boxes.png"
+    if before is not None:
+        path.write_bytes(before)
+    monkeypatch.setattr(Image.Image, "save", fill)
+    assert main(["plan", "test_resnet", "4", "--domain-png", str(path)]) == 1
+    assert capsys.readouterr().err == (
+        f"timm-dd plan: cannot write to {path}: No space left on device; choose another output folder\n"
+    )
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == ([] if before is None else [before])
 
 
 @pytest.mark.parametrize(

@@ -538,6 +538,29 @@ def test_a_dtype_that_has_no_name(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["plan.json", part_name(0, 2), part_name(1, 2), "config.json", "model.safetensors"])
+def test_a_folder_in_the_place_of_a_file(name, saved, tmp_path):
+    """No file takes its place if one cannot."""
+    writes = timm_dd.merge_files if name in ("config.json", "model.safetensors") else lambda _, out: saved[1].save(out)
+    (tmp_path / name).mkdir()
+    files = {other: "as it was" for other in ("model.safetensors", "config.json", part_name(0, 2)) if other != name}
+    for other, text in files.items():
+        (tmp_path / other).write_text(text)
+    with pytest.raises(FileError, match=f"cannot write to {tmp_path / name}: it is a folder; choose another"):
+        writes(saved[0], tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {name, *files}
+    assert {other: (tmp_path / other).read_text() for other in files} == files
+
+
+def test_a_link_to_a_folder_in_the_place_of_a_file(tmp_path):
+    """Is replaced: what it stands for stays."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    with replacing(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").read_text() == "new" and (tmp_path / "folder").is_dir()
+
+
 def test_an_output_below_a_file_is_refused(saved, tmp_path):
     (tmp_path / "file").write_text("")
     for call in (lambda p: timm_dd.merge_files(saved[0], p), saved[1].save):

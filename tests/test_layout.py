@@ -52,7 +52,8 @@ ROOMS = {
     ).split(),
     "train.epochs": ["checkpoints", "trackers", "progress", "loop"],
     "train.stages": (
-        "folder arrived initial composed momenta distill context parts joint coarse together tuned baseline summary"
+        "written folder arrived initial composed momenta distill context parts joint coarse together tuned baseline "
+        "summary"
     ).split(),
 }
 

@@ -21,10 +21,12 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 
 from timm_dd.cli import main
 from timm_dd.errors import TrainError
+from timm_dd.storage import tensorfile
 from timm_dd.storage.files import part_name
 from timm_dd.train.epochs import checkpoints
 from timm_dd.train.run import Run
 from timm_dd.train.settings import options
+from timm_dd.train.stages.folder import PartsStage
 from timm_dd.train.updates import optimizers
 from timm_dd.train.updates.learner import Learner
 
@@ -387,6 +389,82 @@ def test_a_checkpoint_of_which_a_bit_was_flipped_is_passed_over(tmp_path):
         newest.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         again = learner(tmp_path)
         assert checkpoints.restore(again) and again.updates == 1
+
+
+@pytest.mark.parametrize("damage", [
+    lambda held: 0, lambda held: [held], lambda held: {}, lambda held: {**held, "options": []},
+    lambda held: {**held, "updates": "3"}, lambda held: {**held, "history": [1]},
+    lambda held: {**held, "history": [{}]}, lambda held: {**held, "history": [{**held["history"][0], "top1": "x"}]},
+])  # fmt: skip
+def test_a_checkpoint_whose_numbers_are_damaged_is_passed_over(damage, tmp_path):
+    first = learner(tmp_path)
+    updates(first, 0, 6)
+    checkpoints.save(first)
+    updates(first, 6, 7)
+    checkpoints.save(first)
+    newest, _ = checkpoints.found(tmp_path)
+    newest.unlink()
+    tensors, numbers = first.state()
+    tensorfile.write_state(newest, tensors, {"learner": json.dumps(damage(numbers))})
+    again = learner(tmp_path)
+    checkpoints.check(tmp_path, again.options)
+    assert checkpoints.restore(again) and again.updates == 6
+
+
+def test_a_checkpoint_of_odd_options_is_no_checkpoint_of_these(tmp_path):
+    first = learner(tmp_path)
+    tensors, numbers = first.state()
+    numbers["options"] = {**numbers["options"], "epochs": "many"}
+    tensorfile.write_state(tmp_path / "checkpoint-000000001.safetensors", tensors, {"learner": json.dumps(numbers)})
+    for go_on in (lambda: checkpoints.check(tmp_path, first.options), lambda: checkpoints.restore(first)):
+        with pytest.raises(TrainError, match="checkpoint-000000001.safetensors does not fit"):
+            go_on()
+
+
+ONE_PART = options.parse([*RUN, "--parts", "1"])
+TRAINED_WITH = options.training_identity(options.stage_options(ONE_PART, "part"))
+SUMMARY = {"options": TRAINED_WITH, "top1": 50.0, "top5": None, "seconds": 1.0}
+
+
+@pytest.mark.parametrize("said", [
+    "", "{", "null", "[]", "{}", '{"options": 1}', "\0", "\xff", "[" * 100_000, json.dumps({**SUMMARY, "options": []}),
+    *(json.dumps({**SUMMARY, name: odd}) for name in ("top1", "seconds") for odd in (None, "x", [], math.nan)),
+    json.dumps({**SUMMARY, "top5": "x"}), json.dumps({**SUMMARY, "top1": 10**400}),
+])  # fmt: skip
+def test_what_is_said_of_a_part_is_not_believed_unseen(said, tmp_path):
+    stage = PartsStage(tmp_path, "part", ONE_PART)
+    stage.part(0).mkdir()
+    stage.finish(0, SUMMARY)
+    stage.check(0)
+    assert stage.summaries() == [SUMMARY]
+    path = stage.part(0) / "summary.json"
+    path.write_bytes(said.encode("latin-1"))
+    line = rf"{path} is damaged \([^\n]+\); remove {path.parent} to train it again"
+    for read in (stage.summaries, lambda: stage.check(0)):
+        with pytest.raises(TrainError, match=line):
+            read()
+    path.unlink()
+    os.mkfifo(path)  # waits for a writer
+    with pytest.raises(TrainError, match=r"no such file\); remove"):
+        stage.summaries()
+
+
+@pytest.mark.parametrize("name, said", [
+    ("args.yaml", b"[1]"), ("args.yaml", b"{"), ("args.yaml", b"text"), ("args.yaml", b"\xff\xfe"),
+    ("args.yaml", b"part_threads: many"), ("args.yaml", b"part_threads: -3"), ("parts/1/summary.json", b"{}"),
+])  # fmt: skip
+@pytest.mark.parametrize("how", [["--resume"], ["--from-parts", "{run}"], ["--only-parts", "0"]])
+def test_a_damaged_run_is_named_in_a_line(name, said, how, one, tmp_path, capsys):
+    """Before anything is written."""
+    run = tmp_path / "one"
+    shutil.copytree(one, run)
+    (run / name).write_bytes(said)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    given = [*RUN, "--parts", "4", "--output", str(tmp_path), "--experiment", "one"]
+    assert main(["train", *given, *(word.format(run=run) for word in how)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{run / name} is damaged (" in line and line.endswith(f"remove {(run / name).parent} to train it again")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_what_is_kept_is_not_what_was_damaged(tmp_path):

@@ -191,8 +191,11 @@ def _plan(args: argparse.Namespace) -> None:
     result = plan(args.model, args.parts, **_source(args)) if parts is None else parts.plan
     if args.domain_png is not None:
         from .reports.picture import draw
+        from .storage.atomic import replacing
 
-        draw(result.domain, spatial(result.input_size), args.image).save(args.domain_png, format="png")
+        picture = draw(result.domain, spatial(result.input_size), args.image)
+        with replacing(Path(args.domain_png)) as temporary:
+            picture.save(temporary, format="png")
         print(f"{args.domain_png}: {result.domain} of {'×'.join(map(str, spatial(result.input_size)))} pixels")
         return
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -26,7 +26,7 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
         sync: wait until the disk has it; what can be made again need not wait.
 
     Raises:
-        FileError: it cannot be written.
+        FileError: it cannot be written, or is a folder.
     """
     with _writing(path), _replacing(path.parent, sync) as aside:
         yield aside(path.name)
@@ -42,7 +42,7 @@ def output_folder(folder: str | Path, sync: bool = True, wait: bool = False) -> 
         wait: for another process that is writing into it.
 
     Raises:
-        FileError: it cannot be written, or another process is writing into it.
+        FileError: it cannot be written, has a folder in the place of a file, or another process is writing into it.
     """
     folder = Path(folder)
     made: list[Path] = []
@@ -72,11 +72,14 @@ def _replacing(folder: Path, sync: bool = True, clean: bool = False) -> Iterator
     temporaries: dict[Path, Path] = {}
 
     def aside(name: str) -> Path:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():  # of several files none is renamed if one could not be
+            raise FileError(f"cannot write to {path}: it is a folder; choose another output folder, or remove it")
         for left in folder.glob(f".{glob.escape(name)}.*") if clean else ():
             if TEMPORARY.fullmatch(left.name):
                 left.unlink(missing_ok=True)
         temporary = folder / f".{name}.{secrets.token_hex(4)}"
-        temporaries[temporary] = folder / name
+        temporaries[temporary] = path
         return temporary
 
     try:

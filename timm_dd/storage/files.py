@@ -163,6 +163,15 @@ def load_state(folder: str | Path) -> dict[str, torch.Tensor]:
         return load_file(path)
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a file of tensors is there, and as long as its header says."""
+    try:
+        with TensorFile(path):
+            return True
+    except READ_ERRORS:
+        return False
+
+
 def is_correction(folder: str | Path) -> bool:
     """Whether a composed model was merged onto another one; errors as of `load_composed`."""
     path = _model_path(Path(folder))

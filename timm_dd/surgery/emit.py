@@ -93,7 +93,7 @@ def _fix(node: fx.Node, value: Any) -> None:
     for user in list(node.users):
         user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), lambda n: value if n is node else n)
         if user.op == "call_method" and not isinstance(user.args[0], fx.Node):
-            _fix(user, getattr(user.args[0], user.target)(*user.args[1:], **user.kwargs))
+            _fix(user, getattr(user.args[0], str(user.target))(*user.args[1:], **user.kwargs))
             user.graph.erase_node(user)
 
 

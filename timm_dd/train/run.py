@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import shutil
 import socket
 import time
@@ -44,7 +43,7 @@ from .ranks.sharing import Sharing, sees
 from .ranks.world import Ranks, alone
 from .rehearsal import rehearse
 from .settings import options, views
-from .stages import coarse, initial, momenta
+from .stages import coarse, initial, momenta, written
 from .stages.arrived import Arrived
 from .stages.baseline import train_baseline
 from .stages.composed import reordered
@@ -216,7 +215,7 @@ class Run:
         if self.ranks.primary:
             print(_title(self), *left_out(self.train_set, self.val_set), sep="\n", flush=True)
         if done:
-            return json.loads(self.folder.summary.read_text())
+            return written.read(self.folder.summary)
         rank, explained = self.ranks.rank, _explained(self.timer, self.folder.path)
         with self.timer, Trackers(self.args, self.folder.path, rank) as tracked, explained:
             summary = self._carry_out(tracked, sets)

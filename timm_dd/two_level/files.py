@@ -195,6 +195,14 @@ def gather(folder: str | Path) -> tuple[str, dict[str, Path]]:
     return json_text({**json.loads(place.about.read_bytes()), "parts": "."}), found
 
 
+def check(folder: str | Path, about: Description) -> None:
+    """Raise MergeError unless a network that is as `about` says lies there, all of it whole."""
+    found, place = describe(folder)
+    if found != about:
+        raise MergeError(f"{place.about} describes another network; {_AGAIN}")
+    gather(folder)
+
+
 def _checksum(path: Path) -> str:
     with TensorFile(path) as file:
         return file.metadata[SEAL]

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,18 @@ from ...storage import tensorfile
 from ...storage.atomic import replacing
 from ..settings import options
 from ..updates.learner import Learner
+
+NUMBERS = {  # of a checkpoint, see `Learner.state`
+    "options": dict,
+    "updates": int,
+    "images": int,
+    "seconds": (int, float),
+    "history": list,
+    "optimizer": dict,
+    "scaler": dict,
+}
+ROW = {"loss", "top1", "lr", "seconds"}  # of a history, among others
+MISFITS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError)  # of numbers that are another's
 
 
 def save(learner: Learner) -> None:
@@ -53,15 +66,15 @@ def read_newest(folder: Path) -> tuple[dict, dict] | None:
     return next(filter(None, map(_read, found(folder))), None)
 
 
-def restore(learner: Learner) -> bool:
-    """Go back to the newest checkpoint that can be read; whether there was one.
+def restore(learner: Learner, usable: Callable[[dict], bool] = lambda numbers: True) -> bool:
+    """Go back to the newest checkpoint that can be read, and whose numbers are `usable`; whether there was one.
 
     Raises:
         TrainError: it is of another network or optimizer.
     """
     for path in found(learner.folder):
         held = _read(path)
-        if held is not None:
+        if held is not None and usable(held[1]):
             _restore(learner, path, held)
             return True
     return False
@@ -96,7 +109,7 @@ def _read(path: Path) -> tuple[dict, dict] | None:
     numbers = _numbers(path)
     try:
         with tensorfile.TensorFile(path) as file:
-            whole = file.scan()[0]
+            whole = tensorfile.SEAL not in file.metadata or file.scan()[0]  # older ones have none
         return (load_file(path), numbers) if whole and numbers is not None else None
     except tensorfile.READ_ERRORS:
         return None
@@ -106,9 +119,16 @@ def _numbers(path: Path) -> dict | None:
     """Of a checkpoint, without its tensors."""
     try:
         with safe_open(path, "pt") as f:
-            return json.loads((f.metadata() or {})["learner"])
-    except (SafetensorError, OSError, ValueError, KeyError):
+            numbers = json.loads((f.metadata() or {})["learner"])
+        whole = all(isinstance(numbers[name], kind) for name, kind in NUMBERS.items())
+        return numbers if whole and all(map(_is_row, numbers["history"])) else None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _is_row(row: Any) -> bool:
+    numbers = isinstance(row, dict) and all(v is None or isinstance(v, (int, float)) for v in row.values())
+    return numbers and ROW <= row.keys()
 
 
 def check(folder: Path, now: dict) -> None:
@@ -118,7 +138,7 @@ def check(folder: Path, now: dict) -> None:
         if numbers is not None:
             try:
                 return options.check_same({k: v for k, v in numbers["options"].items() if k in now}, now, longer=True)
-            except ValueError as e:
+            except MISFITS as e:
                 raise _misfit(path, e) from e
 
 
@@ -126,7 +146,7 @@ def _restore(learner: Learner, path: Path, held: tuple[dict, dict]) -> None:
     """Go back to what a checkpoint holds."""
     try:
         learner.restore(*held)
-    except (RuntimeError, ValueError, KeyError) as e:
+    except MISFITS as e:
         raise _misfit(path, e) from e
     before, now = held[1]["options"]["epochs"], learner.options["epochs"]
     if before < now:

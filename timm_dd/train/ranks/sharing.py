@@ -104,6 +104,6 @@ def sees(root: Path, run: str) -> bool:
 
 def _first_line(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").partition("\n")[0]
+        return path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     except OSError:
         return ""

@@ -7,7 +7,7 @@ from functools import partial
 from ..settings import options
 from ..updates import schedule
 from . import initial
-from .context import Context, fit, global_learner, last_top5, save_global, shared_loaders
+from .context import Context, check_global, fit, global_learner, last_top5, save_global, shared_loaders
 
 
 def train_baseline(run: Context) -> tuple[float, float | None, float]:
@@ -17,5 +17,6 @@ def train_baseline(run: Context) -> tuple[float, float | None, float]:
     initial.set_checkpointing(args, model)
     loaders = shared_loaders(run, args)
     learner = global_learner(run, "baseline", model, args, len(loaders[0]), run.folder.baseline)
-    top1 = fit(run, learner, loaders, schedule.epochs(args), "baseline", partial(save_global, run, learner, {}))
+    as_files = partial(save_global, run, learner, {}), partial(check_global, run)
+    top1 = fit(run, learner, loaders, schedule.epochs(args), "baseline", *as_files)
     return top1, last_top5(learner), learner.seconds

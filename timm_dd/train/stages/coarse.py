@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from ...errors import TrainError
+from ...errors import TimmDDError, TrainError
 from ...machine import memory
 from ...storage.atomic import replace_json, replacing
 from ...two_level import files
@@ -31,10 +31,16 @@ from ..images import data
 from ..ranks.cores import share_cores
 from ..settings import options
 from ..updates.learner import Learner
+from . import written
 from .context import Context, load_trained, part_learner
 
 VIEWS = 1_000_000  # the first epoch of augmentation of the coarse net: none of the parts'
 LR, BATCH = 1e-3, 32  # klawonn2023, section 5.1: Adam
+TOLD = "summary.json"
+SUMMARY = {
+    "top1": lambda value: isinstance(value, dict) and all(map(written.is_number, value.values())),
+    "seconds": written.is_number,
+}
 KEPT = "probabilities.safetensors"
 KEEPS = "the parts are kept"
 
@@ -65,10 +71,11 @@ def check(args: argparse.Namespace, train: Dataset) -> None:
 def decide_together(run: Context) -> tuple[dict[str, float], float]:
     """(top-1 of each way of ``--aggregate``, seconds of all); writes ``two-level/``. Of the first rank; others wait
     where they meet next."""
-    folder = run.folder.two_level
+    folder, hows, about = run.folder.two_level, run.args.aggregate, _description(run)
     made_by = {**options.of_second_level(run.args), "parts": files.seals(run.folder.parts.path)}
-    told, start, hows = folder / "summary.json", time.perf_counter(), run.args.aggregate
-    if run.folder.resuming and told.exists() and (before := json.loads(told.read_text()))["options"] == made_by:
+    start = time.perf_counter()
+    before = _before(folder, about, made_by) if run.folder.resuming else None
+    if before is not None:
         return before["top1"], before["seconds"]
     share_cores(1)
     load_trained(run.folder.parts, run.parts)
@@ -81,14 +88,30 @@ def decide_together(run: Context) -> tuple[dict[str, float], float]:
     by = {**WITHOUT_WEIGHTS, "dnn": lambda z: coarse(side_by_side(z))}
     with torch.no_grad():
         found = {how: _accuracy(by[how](logits), labels) for how in hows}
-    kept = "dnn" if coarse else hows[0]
-    settings = {"widths": run.args.coarse_widths, "dropout": run.args.coarse_dropout, "class_names": run.class_names}
-    about, origin = TwoLevel(run.parts, kept, **settings).description(), run.about("two_level")
-    files.save(folder, run.parts, about, coarse, run.folder.parts.path, {**origin, "top1": f"{found[kept]:.2f}"})
+    origin = {**run.about("two_level"), "top1": f"{found[about.how]:.2f}"}
+    files.save(folder, run.parts, about, coarse, run.folder.parts.path, origin)
     seconds = time.perf_counter() - start
-    replace_json(told, {"top1": found, "seconds": seconds, "options": made_by})
+    replace_json(folder / TOLD, {"top1": found, "seconds": seconds, "options": made_by})
     (folder / KEPT).unlink(missing_ok=True)
     return found, seconds
+
+
+def _description(run: Context) -> files.Description:
+    """Of the network that is kept: the dense one, otherwise the first way."""
+    hows, args = run.args.aggregate, run.args
+    settings = {"widths": args.coarse_widths, "dropout": args.coarse_dropout, "class_names": run.class_names}
+    with torch.random.fork_rng(devices=[]):
+        return TwoLevel(run.parts, "dnn" if "dnn" in hows else hows[0], **settings).description()
+
+
+def _before(folder: Path, about: files.Description, made_by: dict) -> dict | None:
+    """What was told of the same network, if all of it is there; what is lost or damaged is made again."""
+    try:
+        told = written.read(folder / TOLD, checks=SUMMARY)
+        files.check(folder, about)
+    except TimmDDError:
+        return None
+    return told if told["options"] == made_by else None
 
 
 @torch.no_grad()

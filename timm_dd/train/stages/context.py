@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from ... import models
+from ...errors import TimmDDError, TrainError
 from ...storage import files
 from ...surgery.parts import Parts
 from ..engines import Engine, engine_of_one
-from ..epochs.checkpoints import CheckpointTimer, SharedTimer, restore
+from ..epochs.checkpoints import CheckpointTimer, SharedTimer, read_newest, restore
 from ..epochs.loop import TrainingLoop, measure
 from ..epochs.trackers import Trackers
 from ..images import data, resident
@@ -28,7 +30,8 @@ from ..ranks.world import Ranks
 from ..settings import options, views
 from ..updates import metrics
 from ..updates.learner import Learner
-from .folder import PartsStage, RunFolder
+from . import written
+from .folder import MODELS, PartsStage, RunFolder
 from .momenta import States
 
 
@@ -130,12 +133,22 @@ def shared_loaders(run: Context, args: argparse.Namespace) -> tuple:
 
 
 def fit(
-    run: Context, learner: Learner, loaders: tuple, epochs: int, title: str, save: Callable[[str, dict[str, str]], None]
+    run: Context,
+    learner: Learner,
+    loaders: tuple,
+    epochs: int,
+    title: str,
+    save: Callable[[str, dict[str, str]], None],
+    check: Callable[[Path], None],
 ) -> float:
-    """Train a network of all ranks; returns the last accuracy.
+    """Train a network of all ranks; returns the last accuracy. What is lost of what it has given is written again.
 
     Args:
         save: what it gives, as ``last`` epoch's or ``best``, with the epoch and the accuracy that it reached.
+        check: that what was saved can be read; TimmDDError otherwise.
+
+    Raises:
+        TrainError: the best epoch's is lost, and no checkpoint has it.
     """
 
     def keep() -> None:
@@ -148,7 +161,10 @@ def fit(
             save(name, reached)
 
     run.sharing.share(learner.folder)
-    restore(learner)
+    lost = _lost(learner.folder, check)
+    _go_back(learner, "best" in lost)
+    if lost and learner.history and _between_epochs(learner.updates, learner.history, learner.options):
+        keep()
     with engine_of_one(run.args.engine, run.device) as by:
         timer = run.timer if run.ranks.world == 1 else SharedTimer(run.timer, writes=run.ranks.primary)
         shared = (run.seed, timer, by, run.trackers, keep, run.ranks.primary, run.ranks.primary)
@@ -156,6 +172,49 @@ def fit(
     if epochs == 0:
         keep()
     return accuracy(learner, loaders, shared=True)
+
+
+def _lost(folder: Path, check: Callable[[Path], None]) -> list[str]:
+    """What cannot be read of what a network has given, as the first rank finds it."""
+    lost = []
+    for name in MODELS:
+        try:
+            check(folder / name)
+        except TimmDDError:
+            lost.append(name)
+    told = [lost]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    return told[0]
+
+
+def _go_back(learner: Learner, to_the_best: bool) -> None:
+    """Go back to the newest checkpoint, if there is one; or to the newest that has the weights of the best epoch."""
+
+    def has_the_best(numbers: dict) -> bool:
+        history = numbers["history"]
+        ended = _between_epochs(numbers["updates"], history, learner.options)
+        return not history or (ended and metrics.best(history, learner.args) in (None, len(history) - 1))
+
+    if restore(learner, has_the_best if to_the_best else lambda numbers: True) or not to_the_best:
+        return
+    if read_newest(learner.folder) is not None:
+        raise TrainError(
+            f"{learner.folder / 'best'} is lost, and no checkpoint has its weights; "
+            f"remove {learner.folder} to train this network again"
+        )
+
+
+def _between_epochs(updates: int, history: Sequence, about: Mapping) -> bool:
+    return updates == len(history) * about["updates_per_epoch"]
+
+
+def check_global(run: Context, folder: Path) -> None:
+    """Raise TimmDDError unless what `save_global` has written can be read."""
+    with files.ModelFile(folder):
+        pass
+    if run.parts.plan.config is not None:
+        written.read(folder / "config.json")
 
 
 def save_global(

@@ -31,6 +31,16 @@ from ..ranks.meeting import Meeting
 from ..ranks.sharing import LOCAL
 from ..ranks.world import Ranks
 from ..settings import options
+from . import written
+
+SUMMARY = {  # of a part
+    "options": lambda value: isinstance(value, dict),
+    "top1": written.is_number,
+    "top5": lambda value: value is None or written.is_number(value),
+    "seconds": written.is_number,
+}
+MODELS = ("last", "best")  # of a network: after which of its epochs
+OPTIONS = {"part_threads": lambda value: value is None or (isinstance(value, int) and value > 0)}
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,9 @@ class PartsStage:
     def part(self, k: int) -> Path:
         return self.path / str(k)
 
+    def file(self, k: int) -> Path:
+        return self.part(k) / files.part_name(k, self.args.parts)
+
     @property
     def done(self) -> bool:
         return not self.missing()
@@ -58,19 +71,20 @@ class PartsStage:
         return [k for k in range(self.args.parts) if not self.is_done(k)]
 
     def is_done(self, k: int) -> bool:
-        return (self.part(k) / "summary.json").exists()
+        """Whether part k is trained, and its file there; one that is lost comes from its checkpoint again, if any."""
+        return (self.part(k) / "summary.json").exists() and files.is_whole(self.file(k))
 
     def summaries(self) -> list[dict]:
         return [self._summary(k) for k in range(self.args.parts)]
 
     def _summary(self, k: int) -> dict:
-        return json.loads((self.part(k) / "summary.json").read_text())
+        return written.read(self.part(k) / "summary.json", checks=SUMMARY)
 
     def finish(self, k: int, summary: dict) -> None:
         replace_json(self.part(k) / "summary.json", summary)
 
     def check(self, k: int) -> None:
-        """Raise TrainError if part k, which is done, was trained with other options."""
+        """Raise TrainError if part k, which is done, was trained otherwise, or what is told of it is damaged."""
         before = self._summary(k)["options"]
         now = options.training_identity(options.stage_options(self.args, self.name, k))
         try:
@@ -85,7 +99,7 @@ class PartsStage:
         replace_json(self.part(k) / "failure.json", reason)
 
     def failure(self, k: int) -> str:
-        return json.loads((self.part(k) / "failure.json").read_text())
+        return written.read(self.part(k) / "failure.json", str)
 
     def forget_failure(self, k: int) -> None:
         (self.part(k) / "failure.json").unlink(missing_ok=True)
@@ -214,7 +228,7 @@ class RunFolder:
         """Of an operation of a part in the run that this one goes on with: on them its last bits depend."""
         if not (self.begun and self.resuming):
             return None
-        return (yaml.safe_load((self.path / "args.yaml").read_text()) or {}).get("part_threads")
+        return written.read(self.path / "args.yaml", checks=OPTIONS, parse=written.yaml_of).get("part_threads")
 
     def check(self, plan: Plan, train: Dataset) -> None:
         """Whether a run on the images `train` may begin here, or go on.
@@ -265,7 +279,7 @@ class RunFolder:
             aside(files.PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
 
     def _check_run(self, plan: Plan) -> None:
-        signature = (self.path / "args.yaml").read_text().split("\n", 1)[0]
+        signature = written.read(self.path / "args.yaml", str, parse=str).split("\n", 1)[0]
         restarted = self.resuming and signature.startswith(f"# run {self.meeting.run}")
         if self.args.resume is None and not restarted and not self.joins:
             raise TrainError(f"{self.path} holds a run already; go on with --resume, or choose another --experiment")
@@ -286,11 +300,11 @@ class RunFolder:
         made_of = [plan.digest(), self.cycle, *map(options.training_identity, stages)]
         return sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
-    # ---- what is done
-
     @property
     def done(self) -> bool:
-        return self.summary.exists()
+        """Whether the cycle is done, and what it gives is there."""
+        models = [self.tuned / name / files.MODEL for name in MODELS]
+        return written.can_be_read(self.summary) and all(map(files.is_whole, models))
 
 
 @contextlib.contextmanager

@@ -89,6 +89,8 @@ def train_joint(run: Context) -> tuple[float, float]:
         TrainError: the loss is not finite, or the process was asked to stop.
     """
     stage, ranks = run.folder.joint, run.ranks
+    if ranks.primary:
+        run.folder.write_plan(stage, run.whole.plan)
     run.sharing.share(stage.path, of_all=True)
     if stage.done:
         for k in range(run.args.parts):
@@ -105,8 +107,6 @@ def train_joint(run: Context) -> tuple[float, float]:
 
 def _train(run: Context, mine: Sequence[int], group: dist.ProcessGroup | None) -> None:
     args, stage = options.stage_options(run.args, "joint"), run.folder.joint
-    if run.ranks.primary:
-        run.folder.write_plan(stage, run.whole.plan)
     torch.set_num_threads(run.args.part_threads)
     loaders = run.loaders(args, distributed=False)
     load_trained(run.folder.parts, run.whole)

@@ -9,6 +9,8 @@ domain decomposition" (2024).
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from ...surgery.parts import Parts
@@ -40,4 +42,7 @@ def train_together(run: Context, how: str, fresh: Parts) -> tuple[float, float]:
         two = learner.result
         files.save(folder / name, two.parts, two.description(), two.coarse, origin={**run.about(how), **reached})
 
-    return fit(run, learner, loaders, schedule.epochs(args), f"together, {how}", save), learner.seconds
+    def check(path: Path) -> None:
+        files.check(path, network.description())
+
+    return fit(run, learner, loaders, schedule.epochs(args), f"together, {how}", save, check), learner.seconds

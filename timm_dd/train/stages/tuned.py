@@ -27,7 +27,17 @@ from ..updates import metrics, schedule
 from ..updates.learner import Learner, average_statistics
 from . import initial
 from .composed import add_noise, between, calibrate, rate_between, refit_head, some
-from .context import Context, fit, global_learner, last_top5, load_trained, part_learner, save_global, shared_loaders
+from .context import (
+    Context,
+    check_global,
+    fit,
+    global_learner,
+    last_top5,
+    load_trained,
+    part_learner,
+    save_global,
+    shared_loaders,
+)
 from .distill import distilled
 from .momenta import carry
 
@@ -64,9 +74,8 @@ def tune(run: Context) -> tuple[dict[str, Any], dict[str, float | None], dict[st
     made_of = files.summary(plan, plan.digest())
     about = {name: {**made_of, **run.about(stage)} for name, stage in (("last", "tuned"), ("best", "best"))}
     found = {name: step["top1"] for name, step in steps.items()}
-    found["tuned"] = fit(
-        run, learner, loaders, schedule.epochs(args), "fine-tuning", partial(save_global, run, learner, about)
-    )
+    as_files = partial(save_global, run, learner, about), partial(check_global, run)
+    found["tuned"] = fit(run, learner, loaders, schedule.epochs(args), "fine-tuning", *as_files)
     if not learner.history and args.keep_momenta and run.ranks.primary:
         checkpoints.save(learner)  # its optimizer's states are for the next cycle
     best = metrics.best(learner.history, args)
