@@ -19,7 +19,7 @@ PACKAGE = Path(timm_dd.__file__).parent
 LAYERS = [
     {"version"},
     {"errors", "compat", "machine"},
-    {"text", "models", "console"},
+    {"text", "images", "models", "console"},
     {"algebra"},
     {"paper_networks"},
     {"planning"},

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -131,6 +132,14 @@ def test_what_tells_no_classes_is_said(image, tmp_path):
     _, folder = composed(tmp_path / "other", NAMES[:2])
     with pytest.raises(MergeError, match="has 2 label_names for 3 classes; mend its config.json"):
         Classifier.load(str(folder))
+
+
+def test_what_would_be_cut_off_is_an_error(tmp_path):
+    """As in training."""
+    _, folder = composed(tmp_path)
+    Image.fromarray(np.full((32, 32), 300, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(FileError, match="deep.png is not an image .*cuts off at 255"):
+        list(Classifier.load(str(folder)).predict([tmp_path / "deep.png"]))
 
 
 def test_what_is_no_image_is_named(tmp_path, capsys):

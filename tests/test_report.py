@@ -468,6 +468,10 @@ def test_as_a_function_with_images_of_a_folder(one, tmp_path, undrawn):
     assert "figure-confusion" not in b and "nothing says who is right" in b and "figure-cam-0" in b
     given = networks.of_folder(classes, read(one), 100)
     assert given.names == list("0123456789") and sorted(given.labels.tolist()) == [3] * 6 + [7] * 6
+    (classes / "3" / "9.png").write_bytes(b"none")
+    with pytest.raises(timm_dd.ReportError, match="3/9.png is no image .*; mend or remove it"):
+        networks.of_folder(classes, read(one), 100)
+    (classes / "3" / "9.png").unlink()
     (classes / "7").rename(classes / "ten")
     given = networks.of_folder(classes, read(one), 100)
     assert given.names == list("0123456789") and given.labels is None

@@ -18,7 +18,6 @@ FAILURES = (  # of a model's constructor, whatever it makes of its arguments
     ArithmeticError, AssertionError, AttributeError, FileNotFoundError, ImportError, LookupError, RuntimeError,
     TypeError, ValueError,
 )  # fmt: skip
-IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of Pillow, by channels
 
 
 def create(name: str, /, pretrained: bool = False, seed: int | None = None, **kwargs: Any) -> nn.Module:

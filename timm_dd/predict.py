@@ -14,6 +14,7 @@ from torch import nn
 
 from . import models
 from .errors import FileError, MergeError, headline, shown
+from .images import MODES, read
 from .two_level.aggregate import probabilities
 from .two_level.files import ABOUT
 from .two_level.network import TwoLevel
@@ -72,7 +73,7 @@ class Classifier:
             FileError: an image that cannot be read, with its path.
             MergeError: the network takes no images.
         """
-        mode = models.IMAGE_MODES.get(self.data["input_size"][0])
+        mode = MODES.get(self.data["input_size"][0])
         if mode is None:
             raise MergeError(f"the network takes {shown(self.data['input_size'])}; expected images of 1 to 4 channels")
         transform: Callable = timm.data.create_transform(**self.data)
@@ -99,7 +100,6 @@ def _names(given: Any, classes: int, source: str) -> Sequence[str]:
 
 def _read(path: str | Path, mode: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return image.convert(mode)
+        return read(path, mode)
     except Exception as e:  # Pillow's plugins have many
         raise FileError(f"{path} is not an image that Pillow reads ({type(e).__name__}: {headline(e)})") from e

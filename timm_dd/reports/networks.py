@@ -17,6 +17,7 @@ from .. import models
 from ..algebra.domain import spatial
 from ..algebra.view import resample
 from ..errors import ReportError, headline
+from ..images import MODES, read
 from ..storage import files
 from ..surgery.parts import Parts
 from ..text import printable
@@ -76,14 +77,23 @@ def of_folder(folder: str | Path, record: Record, count: int) -> Samples:
     """
     config, names, classes = _config(record)
     try:
-        mode = models.IMAGE_MODES[config["input_size"][0]]
-        dataset = create_dataset("", root=str(folder), search_split=False, input_img_mode=mode)
-        dataset.transform = create_transform(**config, is_training=False)
-        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
-        images, labels = zip(*(dataset[i] for i in chosen))
-    except Exception as e:  # of timm's reader, of Pillow, of file systems
+        reader = create_dataset("", root=str(folder), search_split=False).reader
+    except Exception as e:  # of timm's reader, of file systems
         raise ReportError(f"--images {folder}: {headline(e)}; expected a folder of images") from e
-    found = [printable(name) for name in sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)]
+    transform, mode = create_transform(**config, is_training=False), MODES[config["input_size"][0]]
+
+    def image(i: int) -> tuple[torch.Tensor, int]:
+        file, label = reader[i]
+        try:
+            with file:
+                return transform(read(file, mode)), label
+        except Exception as e:  # Pillow's plugins have many
+            path = printable(reader.filename(i, absolute=True))
+            raise ReportError(f"--images: {path} is no image ({headline(e)}); mend or remove it") from e
+
+    chosen = torch.randperm(len(reader), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    images, labels = zip(*map(image, chosen))
+    found = [printable(name) for name in sorted(reader.class_to_idx, key=reader.class_to_idx.get)]
     names = names or (found if len(found) == classes else None)
     known = names is not None and set(found) <= set(names)
     return Samples(
@@ -103,7 +113,7 @@ def _config(record: Record) -> tuple[dict, Sequence[str] | None, int | None]:
         path = record.models["composed"] / "config.json"
         config = read_json(path) if path.is_file() else None
     found = timm.data.resolve_data_config(pretrained_cfg=(config or {}).get("pretrained_cfg", {}))
-    if config is None or len(found["input_size"]) != 3 or found["input_size"][0] not in models.IMAGE_MODES:
+    if config is None or len(found["input_size"]) != 3 or found["input_size"][0] not in MODES:
         raise ReportError(f"--images: {record.folder} does not say how images of its network are prepared")
     return found, config.get("label_names"), config.get("num_classes")
 

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision import transforms
 
 from ...errors import TrainError, headline
-from ...models import IMAGE_MODES
+from ...images import MODES
 from ...text import printable
 from ..settings import options
 from . import workers
@@ -146,9 +146,9 @@ def image_mode(args: argparse.Namespace) -> str:
         TrainError: it has none.
     """
     channels = options.channels(args) or 3
-    if channels not in IMAGE_MODES:
+    if channels not in MODES:
         raise TrainError(f"images have 1 to 4 channels, not {channels}; see --in-chans and --input-size")
-    return IMAGE_MODES[channels]
+    return MODES[channels]
 
 
 def _digits(train: bool, mode: str) -> Digits:

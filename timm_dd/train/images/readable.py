@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
@@ -16,6 +15,7 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from ...errors import TrainError, headline
+from ...images import read
 from ...text import printable
 from .workers import each
 
@@ -64,14 +64,8 @@ class Images(Dataset):
             raise ImageError(f"{self.path(i)} is not an image to train with ({why})", remedy) from e
 
     def _read(self, file: Any, target: int | None) -> tuple[Image.Image, int]:
-        """As timm does; what that would cut off is an error."""
-        with file, Image.open(file) as image:
-            if isinstance(image.info.get("transparency"), bytes):  # of which Pillow warns
-                image = image.convert("RGBA")
-            converted = image.convert(self.mode)
-            if image.mode[0] in "IF" and not np.array_equal(image, image.convert("L")):
-                raise ValueError(f"pixels of mode {image.mode}, which Pillow cuts off at 255: 8 bits will do")
-        return converted, -1 if target is None else target
+        with file:
+            return read(file, self.mode), -1 if target is None else target
 
     @property
     def class_map(self) -> dict[str, int]:
