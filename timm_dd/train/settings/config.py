@@ -76,7 +76,7 @@ def _load(p: argparse.ArgumentParser, name: str) -> Any:
         if not path.is_file():
             have = ", ".join(sorted(f.name for f in ours.iterdir() if f.name.endswith(".yaml")))
             p.error(f"no config {name!r}; expected a YAML file, or one of {have}")
-        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        found = _Loader(path.read_text(encoding="utf-8")).get_single_data()
         return {} if found is None else found
     except OSError as e:
         p.error(f"cannot read {shown(name)}: {e.strerror}")
