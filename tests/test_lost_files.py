@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import RUN
+from conftest import RUN, torchrun
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -61,7 +61,7 @@ def empty(path):
     (cut, [f"global/last/{MODEL}", f"baseline/best/{MODEL}", f"parts/{PART}", f"joint/{PART}",
            "together/coherent/best/coarse.safetensors", "two-level/coarse.safetensors"]),
     (cut, ["global/last/config.json", "together/coherent/last/plan.json", "two-level/two_level.json"]),
-    (empty, ["two-level/two_level.json", "together/coherent/last/two_level.json"]),
+    (empty, ["two-level/two_level.json", "together/coherent/last/two_level.json", "global/best/config.json"]),
     (empty, ["two-level/summary.json"]),
 ])  # fmt: skip
 def test_what_is_lost_is_written_again(damage, names, whole, run, capsys):
@@ -109,6 +109,20 @@ def test_a_best_model_that_no_checkpoint_has(run, capsys):
         f"remove {run / 'global'} to train this network again"
     )
     assert not (run / "global" / "best").exists()
+
+
+def test_two_ranks_write_again_what_is_lost(tmp_path):
+    given = [*RUN, "--parts", "2", "--part-epochs", "1", "--train-num-samples", "64", "-b", "32", "--epochs", "2"]
+    given += ["--output", str(tmp_path), "--experiment", "run"]
+    assert torchrun(2, *given).returncode == 0
+    run, expected = tmp_path / "run", models(tmp_path / "run")
+    is_best(run, 0)
+    (run / "parts" / PART).unlink()
+    assert torchrun(2, *given, "--resume").returncode == 0
+    found = models(run)
+    assert found.keys() == expected.keys()
+    others = [name for name in expected if "best" not in name and "checkpoint" not in name]
+    assert [name for name in others if found[name] != expected[name]] == []
 
 
 def test_a_cycle_whose_model_is_lost_is_not_done(tmp_path):

@@ -43,7 +43,7 @@ from .ranks.sharing import Sharing, sees
 from .ranks.world import Ranks, alone
 from .rehearsal import rehearse
 from .settings import options, views
-from .stages import coarse, initial, momenta, written
+from .stages import coarse, initial, momenta
 from .stages.arrived import Arrived
 from .stages.baseline import train_baseline
 from .stages.composed import reordered
@@ -87,6 +87,7 @@ class Run:
         self.meeting = Meeting(self.ranks) if before is None else before.meeting
         self.sharing = None if before is None else before.sharing
         self.done: Sequence[int] = ()
+        self.over = False  # whether this cycle is done
         self.device = self.ranks.device(args.device)
         if args.sync_bn and self.device.type == "cpu":
             raise TrainError("--sync-bn: torch's SyncBatchNorm runs on GPUs alone; leave it out on CPUs")
@@ -206,16 +207,16 @@ class Run:
                 run = Run(self.args, run)
 
     def _go(self) -> dict:
-        """Both stages, and the baseline if asked for; writes and prints the summary on the first rank."""
-        done = self.folder.resuming and self.cycle < self.args.cycles and self.folder.done
+        """Both stages, and the baseline if asked for, unless all is done; writes and prints the summary on the first
+        rank."""
         with _explained(self.timer, self.folder.path):
-            sets = [] if done else self._decoded()
+            sets = [] if self.over else self._decoded()
         if self.sharing.keeps:
             self.folder.open(self.parts.plan, self.begun)
         if self.ranks.primary:
             print(_title(self), *left_out(self.train_set, self.val_set), sep="\n", flush=True)
-        if done:
-            return written.read(self.folder.summary)
+        if self.over:
+            return {}
         rank, explained = self.ranks.rank, _explained(self.timer, self.folder.path)
         with self.timer, Trackers(self.args, self.folder.path, rank) as tracked, explained:
             summary = self._carry_out(tracked, sets)
@@ -290,13 +291,14 @@ def _agree(run: Run, holding: ExitStack) -> None:
             run.arrived.check_complete()
         arrived = run.arrived.parts if run.arrived is not None else ()
         done = [k for k in range(run.args.parts) if k in arrived or run.folder.parts.is_done(k)]
-        return {"goes_on": run.folder.resuming, "threads": run.args.part_threads, "done": done}
+        over = run.folder.resuming and run.cycle < run.args.cycles and run.folder.done
+        return {"goes_on": run.folder.resuming, "threads": run.args.part_threads, "done": done, "over": over}
 
     if run.ranks.primary and run.before is None:
         holding.enter_context(run.folder.held())
     told = run.meeting.agree(f"cycle-{run.cycle}", found)
     run.folder, run.args.part_threads = replace(run.folder, goes_on=told["goes_on"]), told["threads"]
-    run.done = told["done"]
+    run.done, run.over = told["done"], told["over"]
     if run.sharing is None:
         run.folder = replace(run.folder, copy=not run.ranks.primary and _is_apart(run))
         run.sharing = Sharing(run.folder.path, run.ranks.primary or run.folder.copy)

@@ -214,7 +214,8 @@ def check_global(run: Context, folder: Path) -> None:
     with files.ModelFile(folder):
         pass
     if run.parts.plan.config is not None:
-        written.read(folder / "config.json")
+        described = {"architecture": written.is_a(str), "pretrained_cfg": written.is_a(dict)}
+        written.read(folder / "config.json", checks=described)
 
 
 def save_global(

@@ -34,7 +34,7 @@ from ..settings import options
 from . import written
 
 SUMMARY = {  # of a part
-    "options": lambda value: isinstance(value, dict),
+    "options": written.is_a(dict),
     "top1": written.is_number,
     "top5": lambda value: value is None or written.is_number(value),
     "seconds": written.is_number,

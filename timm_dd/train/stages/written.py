@@ -57,5 +57,9 @@ def yaml_of(text: str) -> Any:
     return yaml.safe_load(text) or {}
 
 
+def is_a(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
