@@ -175,18 +175,9 @@ class Tracer(fx.Tracer):
 
         @functools.wraps(root_fn)
         def forward(root: nn.Module) -> Any:
-            return self._given_out(root_fn(root, *bound.args, **bound.kwargs))
+            return _given_out(self, root_fn(root, *bound.args, **bound.kwargs))
 
         return forward, [self.root]
-
-    def _given_out(self, value: Any) -> Any:
-        """What the forward returns, in which fx would make a plain dict of any class of dict."""
-        if isinstance(value, dict):
-            entries = {key: self._given_out(v) for key, v in value.items()}
-            return entries if type(value) is dict else self.create_proxy("call_function", *_remade(value, entries))
-        if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-            return type(value)(map(self._given_out, value))
-        return value
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Known(node, self)
@@ -275,29 +266,10 @@ class Tracer(fx.Tracer):
         if self._evaluating:
             return forward(*args, **kwargs)
         result = super().call_module(m, forward, args, kwargs)
-        if not m.training and args and result is args[0] and self._acts_in_training(m, forward, args, kwargs):
+        if not m.training and args and result is args[0] and _acts_in_training(self, m, forward, args, kwargs):
             modes.mark_training_only(m)
             return super().call_module(m, forward, args, kwargs)
         return result
-
-    def _acts_in_training(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> bool:
-        """Whether a module without tensors that gives back its input in eval mode does not do so in training."""
-        attributes = (vars(module).values() for module in m.modules())
-        if any(isinstance(v, torch.Tensor) for v in chain(m.parameters(), m.buffers(), *attributes)):
-            return False
-        count, stack, asked = len(self.graph.nodes), self.module_stack.copy(), len(self.decisions)
-        m.train()
-        with modes.watched_draws() as drawn:
-            try:
-                return forward(*args, **kwargs) is not args[0] or drawn()
-            except Exception:  # a branch on what it draws; it runs as it is
-                return True
-            finally:
-                m.eval()
-                self.module_stack = stack
-                del self.decisions[asked:]
-                for node in list(self.graph.nodes)[: count - 1 : -1]:
-                    self.graph.erase_node(node)
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph in eval mode, which does in training what the model does."""
@@ -343,6 +315,36 @@ class Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
         return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def _acts_in_training(tracer: Tracer, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether a module without tensors that gives back its input in eval mode does not do so in training."""
+    attributes = (vars(module).values() for module in m.modules())
+    if any(isinstance(v, torch.Tensor) for v in chain(m.parameters(), m.buffers(), *attributes)):
+        return False
+    count, stack, asked = len(tracer.graph.nodes), tracer.module_stack.copy(), len(tracer.decisions)
+    m.train()
+    with modes.watched_draws() as drawn:
+        try:
+            return forward(*args, **kwargs) is not args[0] or drawn()
+        except Exception:  # a branch on what it draws; it runs as it is
+            return True
+        finally:
+            m.eval()
+            tracer.module_stack = stack
+            del tracer.decisions[asked:]
+            for node in list(tracer.graph.nodes)[: count - 1 : -1]:
+                tracer.graph.erase_node(node)
+
+
+def _given_out(tracer: Tracer, value: Any) -> Any:
+    """What the forward returns, in which fx would make a plain dict of any class of dict."""
+    if isinstance(value, dict):
+        entries = {key: _given_out(tracer, v) for key, v in value.items()}
+        return entries if type(value) is dict else tracer.create_proxy("call_function", *_remade(value, entries))
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(_given_out(tracer, v) for v in value)
+    return value
 
 
 def _remade(value: dict, entries: dict) -> tuple[type, tuple, dict]:
