@@ -117,23 +117,51 @@ def test_batches_are_the_same(tmp_path):
 
 
 def test_who_comes_second_reads_what_the_first_wrote(photographs, tmp_path):
-    class Broken(torch.utils.data.Dataset):
-        transform = None
+    class Set(torch.utils.data.Dataset):
+        transform, is_there = None, False
 
         def __len__(self):
             return 70
 
         def __getitem__(self, i):
-            if i > 65:
+            if i > 65 and not self.is_there:
                 raise OSError("gone")
             return photographs[i]
 
-    path = tmp_path / "d" / "train.safetensors"
+    path, images = tmp_path / "d" / "train.safetensors", Set()
     with pytest.raises(OSError, match="gone"):
-        decoded.decoded(Broken(), path, 0)
+        decoded.decoded(images, path, 0)
     assert not list(path.parent.iterdir()), "half a set"
-    decoded.decoded(photographs, path, 0)
-    assert same(decoded.decoded(Broken(), path, 0), photographs)
+    images.is_there = True
+    decoded.decoded(images, path, 0)
+    assert same(decoded.decoded(Set(), path, 0), photographs)
+
+
+@pytest.mark.parametrize("tarred", [False, True], ids=["folder", "tar"])
+def test_a_file_of_other_images_is_made_again(tarred, photographs, tmp_path):
+    """Whose run was killed: other files, other pixels in the same files, other images of them, half a file."""
+    root, path = tmp_path / "images", tmp_path / "d" / "train.safetensors"
+
+    def found():
+        if tarred:
+            with tarfile.open(tmp_path / "images.tar", "w") as tar:
+                tar.add(root, ".")
+        images = Images(create_dataset("", root=str(tmp_path / "images.tar" if tarred else root)), "RGB", "train")
+        expected = [(np.asarray(x), y) for x, y in images]
+        for chosen in (images, data.First(images, 9, 3), data.First(images, 9, 4)):
+            again = decoded.decoded(chosen, path, 0)
+            indices = getattr(chosen, "indices", range(len(images)))
+            assert isinstance(again, decoded.Decoded) and same(again, [expected[i] for i in indices])
+            assert len(again) == len(chosen)
+        return expected
+
+    before = found()
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(root / "a" / "0.jpg")
+    assert not same(found(), before)
+    (root / "b" / "69.jpg").unlink()
+    assert len(found()) == 69
+    path.write_bytes(path.read_bytes()[:1000])
+    found()
 
 
 def test_what_does_not_fit_stays_as_it_is(photographs, tmp_path, monkeypatch):
