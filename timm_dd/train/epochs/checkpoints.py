@@ -51,8 +51,9 @@ def save(learner: Learner) -> None:
         raise TrainError(f"--opt {learner.args.opt} has a state that is not saved ({e}); choose another") from e
     with replacing(path) as temporary:
         tensorfile.write_state(temporary, tensors, {"learner": text}, sealed=True)
-    later = [p for p in found(learner.folder) if p > path]  # damaged: the one before was gone on from
-    for old in (*later, *found(learner.folder)[len(later) :][learner.args.checkpoint_hist :]):
+    newest_first = found(learner.folder)
+    first = newest_first.index(path)  # what is later is damaged: the one before was gone on from
+    for old in newest_first[:first] + newest_first[first + learner.args.checkpoint_hist :]:
         old.unlink(missing_ok=True)
 
 
