@@ -23,6 +23,7 @@ from timm_dd.cli import main
 from timm_dd.errors import TrainError
 from timm_dd.storage import tensorfile
 from timm_dd.storage.files import part_name
+from timm_dd.train import run
 from timm_dd.train.epochs import checkpoints
 from timm_dd.train.run import Run
 from timm_dd.train.settings import options
@@ -132,6 +133,23 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(whole, request_to_stop, w
         assert bytes_of_parts(tmp_path / "run", 4) == bytes_of_parts(whole, 4)
 
 
+def test_a_run_that_is_asked_to_stop_as_soon_as_it_says_that_it_begins(tmp_path, monkeypatch, capsys):
+    title = run._title
+
+    def asked(of):
+        os.kill(os.getpid(), signal.SIGINT)
+        return title(of)
+
+    monkeypatch.setattr(run, "_title", asked)
+    given = ["train", *RUN, "--parts", "4", "--output", str(tmp_path), "--experiment", "run", "--resume"]
+    assert main(given) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "timm-dd train: stopped by SIGINT; all is saved, the same command with --resume goes on"
+    )
+    monkeypatch.setattr(run, "_title", title)
+    assert main(given) == 0
+
+
 def test_a_part_that_fails_does_not_stop_the_others(one, tmp_path, monkeypatch, capsys):
     step = Learner.step
 
@@ -221,7 +239,7 @@ def test_one_process_trains_in_a_folder(one, tmp_path, capsys, monkeypatch):
     shutil.copytree(one, tmp_path / "one")
     (tmp_path / "one" / "lock").write_text("of one that was killed, which said more than its follower")
     given = ["train", *RUN, "--parts", "4", "--resume", str(tmp_path / "one")]
-    carry_out, seen = Run._carry_out, []
+    through, seen = Run._through, []
 
     def twice(self, *args):
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -230,9 +248,9 @@ def test_one_process_trains_in_a_folder(one, tmp_path, capsys, monkeypatch):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
         assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         seen.append((done.returncode, done.stderr))
-        return carry_out(self, *args)
+        return through(self, *args)
 
-    monkeypatch.setattr(Run, "_carry_out", twice)
+    monkeypatch.setattr(Run, "_through", twice)
     assert main(given) == 0
     ((status, error),) = seen
     assert status == 1 and error.count("\n") == 1

@@ -211,16 +211,25 @@ class Run:
         rank."""
         with _explained(self.timer, self.folder.path):
             sets = [] if self.over else self._decoded()
-        if self.sharing.keeps:
-            self.folder.open(self.parts.plan, self.begun)
-        if self.ranks.primary:
-            print(_title(self), *left_out(self.train_set, self.val_set), sep="\n", flush=True)
-        if self.over:
-            return {}
+        with self.timer:  # from before anybody can read that it has begun, and stop it
+            if self.sharing.keeps:
+                self.folder.open(self.parts.plan, self.begun)
+            if self.ranks.primary:
+                print(_title(self), *left_out(self.train_set, self.val_set), sep="\n", flush=True)
+            summary = {} if self.over else self._through(sets)
+        if summary:
+            self.meeting.gate()  # the next cycle reads what the first rank wrote
+            self.sharing.share(self.folder.tuned)
+            if self.sharing.keeps and self.cycle == self.args.cycles:
+                self.folder.remove_decoded()
+        return summary
+
+    def _through(self, sets: Sequence[Dataset]) -> dict:
+        """The stages of a cycle that is not over; empty if others train the rest of its parts."""
         rank, explained = self.ranks.rank, _explained(self.timer, self.folder.path)
-        with self.timer, Trackers(self.args, self.folder.path, rank) as tracked, explained:
-            summary = self._carry_out(tracked, sets)
-            if self.args.only_parts is not None:
+        with Trackers(self.args, self.folder.path, rank) as tracked, explained:
+            summary = _stages(self, _context(self, tracked, sets))
+            if not summary:
                 return summary
             if self.ranks.primary:
                 replace_json(self.folder.summary, summary)
@@ -228,10 +237,6 @@ class Run:
         if self.ranks.primary:
             where = f"{self.folder.path}: composed/ before fine-tuning, global/best after"
             print(f"\n{summary_table(summary, self.args)}\n\n{where}", flush=True)
-        self.meeting.gate()  # the next cycle reads what the first rank wrote
-        self.sharing.share(self.folder.tuned)
-        if self.sharing.keeps and self.cycle == self.args.cycles:
-            self.folder.remove_decoded()
         return summary
 
     def _decoded(self) -> list[Dataset]:
@@ -245,30 +250,6 @@ class Run:
                 with suppress(OSError):
                     self.folder.path.rmdir()
             raise
-
-    def _carry_out(self, tracked: Trackers, sets: Sequence[Dataset]) -> dict:
-        context = Context(
-            args=self.args,
-            ranks=self.ranks,
-            meeting=self.meeting,
-            sharing=self.sharing,
-            device=self.device,
-            folder=self.folder,
-            seed=self.args.seed + self.cycle - 1,
-            mine=self.mine,
-            done=self.done,
-            parts=self.parts,
-            whole=self.whole,
-            model_args=self.model_args,
-            class_names=self.class_names,
-            data_config=self.data_config,
-            sets=sets,
-            timer=self.timer,
-            trackers=tracked,
-            multiply_adds=self.multiply_adds,
-            states=self._states(),
-        )
-        return _stages(self, context)
 
 
 def _about(run: Run) -> dict[str, Any]:
@@ -317,6 +298,31 @@ def _is_apart(run: Run) -> bool:
         who, folder = f"rank {run.ranks.rank} on {socket.gethostname()}", run.folder.path
         print(f"{who} does not see the first rank's {folder}: it sends its parts once all are trained", flush=True)
     return not seen and run.ranks.local_rank == 0
+
+
+def _context(run: Run, tracked: Trackers, sets: Sequence[Dataset]) -> Context:
+    """What a cycle's stages are given."""
+    return Context(
+        args=run.args,
+        ranks=run.ranks,
+        meeting=run.meeting,
+        sharing=run.sharing,
+        device=run.device,
+        folder=run.folder,
+        seed=run.args.seed + run.cycle - 1,
+        mine=run.mine,
+        done=run.done,
+        parts=run.parts,
+        whole=run.whole,
+        model_args=run.model_args,
+        class_names=run.class_names,
+        data_config=run.data_config,
+        sets=sets,
+        timer=run.timer,
+        trackers=tracked,
+        multiply_adds=run.multiply_adds,
+        states=run._states(),
+    )
 
 
 def _stages(run: Run, context: Context) -> dict:
