@@ -14,13 +14,14 @@ bit for bit; parts run on their boxes. Whatever is refused is a SplitError.
 """
 
 import argparse
+import functools
+import operator
 import random
 import sys
 import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
 
 import timm.layers as tl
 import torch
@@ -371,8 +372,8 @@ def block(at, a, b):
         return None
     heads = pick((h for h in divisors(c) if h <= 6 and (c // h) % 2 == 0), a)
     kinds = (
-        Biased, Rotary, Channels, Talking, Normed, partial(Plain, linear), partial(Plain, registered),
-        partial(Plain, F.scaled_dot_product_attention),
+        Biased, Rotary, Channels, Talking, Normed, functools.partial(Plain, linear),
+        functools.partial(Plain, registered), functools.partial(Plain, F.scaled_dot_product_attention),
     )  # fmt: skip
     window = pick([0, 0] + [w for w in (2, 4) if at.size % w == 0], b // 7)
     shared = pick([1, 1] + [g for g in (2, 3) if heads % g == 0], a // 5)
@@ -584,6 +585,21 @@ def written(at, a, b):
 
 
 @step
+def augmented(at, a, b):
+    """In place, itself or through a view, then read under the old name; earlier maps are changed with it."""
+    ways = (
+        lambda x, i: operator.iadd(x, 0.5), lambda x, i: operator.imul(x[:, i:], 2),
+        lambda x, i: operator.isub(x.flatten(2), 0.3), lambda x, i: operator.ipow(x, 2),
+        lambda x, i: operator.itruediv(x.transpose(2, 3), 2), lambda x, i: operator.imul(x, x.sigmoid()),
+        lambda x, i: operator.iadd(x[:, :1], x[:, -1:]), lambda x, i: x.mul_(x.shape[1]),
+        lambda x, i: operator.isub(x[:, :, i % 2 :: 2], operator.ifloordiv(x.shape[1], 2)),
+    )  # fmt: skip
+    way, i = pick(ways, a), b % at.channels
+    read = pick((torch.tanh, lambda x: x, lambda x: torch.zeros_like(x).add_(x)), b)
+    return Step(lambda x, before: (way(x, i), read(x))[1])
+
+
+@step
 def made_of_sizes(at, a, b):
     """With a tensor that the forward makes."""
     ways = (
@@ -592,6 +608,40 @@ def made_of_sizes(at, a, b):
         lambda x: x * torch.linspace(0, 1, x.shape[3]).to(x), lambda x: x - x.max(3, keepdim=True).values,
         lambda x: torch.cat([x[:, 1:], x.new_zeros(x.shape[0], 1, *x.shape[2:])], 1),
         lambda x: x / x.flatten(2).median(-1).values.abs().add(1)[..., None, None],
+    )  # fmt: skip
+    way = pick(ways, a)
+    return Step(lambda x, before: way(x))
+
+
+@functools.singledispatch
+def halved(_):
+    return 0.25
+
+
+halved.register(torch.Tensor)(lambda x: x / 2)
+halved.register(int)(lambda n: n / 2)
+
+
+@step
+def asked(at, a, b):
+    """What depends on what a tensor or a number is, or on which number it is."""
+    ways = (
+        lambda x: x.tanh() if isinstance(x, torch.Tensor) else x.exp(),
+        lambda x: x.tanh() if torch.is_tensor(x) and x.is_floating_point() else -x,
+        lambda x: x.sigmoid() if type(x) is torch.Tensor else x,
+        lambda x: -x if hasattr(x, "tensors") else x * 2,
+        lambda x: x.relu() if getattr(x, "mask", None) is None else x * x.mask,
+        lambda x: x * (2 if isinstance(x.shape, tuple) and isinstance(x.shape[1], int) else 3),
+        lambda x: x * (2 if type(x.shape[1]) is int else 3) + (1 if callable(x) else 0),
+        lambda x: x - (x.shape[2] // 2 if isinstance(x.shape[2] / 2, (int, float)) else 1),
+        lambda x: halved(x) * halved(x.shape[1]) + halved(None),
+        lambda x: x * {SIZE: 2, SIZE // 2: 3}.get(x.shape[2], 4),
+        lambda x: x.tanh() if x.shape[1] in (4, 6, 8) else x,
+        lambda x: x * {at.channels: 2}.get(x.shape[1], 3),
+        lambda x: x.sigmoid() if x.ndim == 4 and x.dtype == torch.float64 and x.device.type == "cpu" else x,
+        lambda x: x.relu() if x.__class__ is torch.Tensor and not x.is_complex() else -x,
+        lambda x: sum((t / 2 for t in (x, [x]) if not isinstance(t, list)), start=x),
+        lambda x: x + len([n for n in x.shape if n > 4]),
     )  # fmt: skip
     way = pick(ways, a)
     return Step(lambda x, before: way(x))

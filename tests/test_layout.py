@@ -34,7 +34,8 @@ LAYERS = [
 ROOMS = {
     "algebra": ["axes", "journal", "widths", "view", "domain"],
     "planning": (
-        "inputs graphs costs modes tracer trace shapes rules reader relations plan numbers assemble planner"
+        "inputs graphs costs modes meta tracer witness trace shapes rules reader relations plan numbers assemble "
+        "planner"
     ).split(),
     "storage": ["atomic", "tensorfile", "files", "merge_files"],
     "surgery": ["emit", "trial", "source", "vectorized", "convolutions", "packed", "parts", "merge", "claim", "split"],

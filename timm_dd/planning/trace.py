@@ -22,6 +22,7 @@ from ..compat import WeightNorm, let_einops_take
 from ..errors import SplitError, headline
 from . import modes
 from .graphs import (
+    IN_PLACE,
     STAYS_IN_EVAL,
     Graph,
     float_type,
@@ -31,10 +32,10 @@ from .graphs import (
 )
 from .inputs import Inputs, signature_of
 from .tracer import Known, KnownAttribute, Tracer
+from .witness import check_same
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
-IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}  # besides what ends with an underscore
 PURE = "getitem eq ne lt le gt ge add sub mul truediv floordiv mod pow neg pos not_ and_ or_".split()
 READS = {getattr, round, "size", "dim", "numel", "nelement", *(getattr(operator, name) for name in PURE)}
 
@@ -57,6 +58,8 @@ def trace(
     inputs = Inputs.image(size) if inputs is None else inputs
     tracer, graph = _traced(model, is_leaf, inputs, batch)
     _check_elsewhere(model, is_leaf, inputs, batch, tracer, graph)
+    with torch.enable_grad(), _without_checkpoints():
+        check_same(model, graph, inputs, batch)
     _drop_assertions(graph)
     _inputs_first(graph, model)
     _chain_in_place(graph, model)

@@ -25,8 +25,9 @@ from torch import fx, nn
 from ..compat import register_pytree_node, tree_knows, tree_leaves
 from ..errors import SplitError, headline
 from . import modes
-from .graphs import MAKERS, ancestors, evaluate_node, skeleton
+from .graphs import IN_PLACE, MAKERS, ancestors, evaluate_node, skeleton
 from .inputs import Inputs, Like, bind, leaves, signature_of
+from .meta import AsOnCPU
 
 OF_GRADIENTS = {"requires_grad", "is_leaf"}  # attributes of tensors
 NOT_ASKING = {"torch", __name__.partition(".")[0]}  # whose questions are not a forward's: they know symbols
@@ -73,6 +74,11 @@ class Known(fx.Proxy):
     def grad_fn(self) -> Any:
         return KnownAttribute(self, "grad_fn") if self.tracer.decide(self.node, has_history) else None
 
+    def __hash__(self) -> int:
+        """A number finds in a dict what its value does."""
+        mine = partial(object.__hash__, self)
+        return self.tracer.decide(self.node, hash, mine) if _asks() else mine()
+
     def __len__(self) -> int:
         return self.tracer.decide(self.node, len)
 
@@ -87,6 +93,9 @@ class Known(fx.Proxy):
 
     def __format__(self, spec: str) -> str:
         return self.tracer.decide(self.node, lambda value: format(value, spec), lambda: repr(self))
+
+    def __str__(self) -> str:
+        return self.tracer.decide(self.node, str, lambda: repr(self)) if _asks() else repr(self)
 
     def __round__(self, digits: int | None = None) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", round, (self, digits), {})
@@ -105,6 +114,20 @@ class Known(fx.Proxy):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", assign_, (self, index, value), {})
+
+
+def _augmented(function: Callable) -> Callable:
+    def method(self: Known, other: Any) -> Any:
+        """In place, where it is a tensor: whoever has the same one, or a view of it, sees it."""
+        if not issubclass(self._class(), (torch.Tensor, Known)):
+            return NotImplemented
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for function in IN_PLACE:
+    setattr(Known, f"__{function.__name__}__", _augmented(function))
 
 
 class KnownAttribute(fx.proxy.Attribute, Known):
@@ -221,7 +244,7 @@ class Tracer(fx.Tracer):
         """At the image's size, on the meta device."""
         self._evaluating = True
         try:
-            with torch.set_grad_enabled(self.grads):
+            with torch.set_grad_enabled(self.grads), AsOnCPU():
                 self._evaluate_all()
             return self._env[node]
         finally:
@@ -243,7 +266,8 @@ class Tracer(fx.Tracer):
         try:
             for decision in self.decisions:
                 for node in ancestors(decision.node, env):
-                    env[node] = self._evaluate(node, env, batch)
+                    with AsOnCPU():
+                        env[node] = self._evaluate(node, env, batch)
                 if decision.ask(env[decision.node]) != decision.answer:
                     return decision
         except Exception:  # any operation may refuse a batch in its own way
@@ -304,6 +328,7 @@ class Tracer(fx.Tracer):
             _sizes_may_be_computed(),
             _types_may_be_asked_for(),
             _gradients_may_be_asked_for(self),
+            _devices_may_be_named(),
         ):
             graph = super().trace(root, concrete_args)
         modes.detach(graph)
@@ -476,3 +501,20 @@ def _gradients_may_be_asked_for(tracer: Tracer) -> Iterator[None]:
         yield
     finally:
         torch.is_grad_enabled = original
+
+
+@contextlib.contextmanager
+def _devices_may_be_named() -> Iterator[None]:
+    """``with torch.autocast(x.device.type, enabled=False)``: a block that is recorded like any other."""
+    original = torch.autocast.__init__
+
+    @functools.wraps(original)
+    def enter(self: torch.autocast, device_type: Any, *args: Any, **kwargs: Any) -> None:
+        named = device_type.tracer.decide(device_type.node, str) if type(device_type) is KnownAttribute else device_type
+        original(self, named, *args, **kwargs)
+
+    torch.autocast.__init__ = enter  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = original  # type: ignore[method-assign]

@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from ..compat import Convolution
 from ..errors import SplitError
-from ..planning.graphs import BATCH_NORMS, CONTENTS, STAYS_IN_EVAL, Graph, copy_graph, graph_module
+from ..planning.graphs import BATCH_NORMS, CONTENTS, IN_PLACE, STAYS_IN_EVAL, Graph, copy_graph, graph_module
 from ..planning.modes import is_training_only
 from .convolutions import Geometry, Way, grouped, is_plain
 from .vectorized import WAYS, as_images, autocast, one_by_one, over_parts
@@ -160,12 +160,10 @@ def pack(parts: Sequence[fx.GraphModule]) -> PackedGraph:
     rows = zip(*(_tensors(part) for part in parts))
     stacked = {id(row[0][1]): _stack([t for _, t in row]) for row in rows}
     root, graph = copy_graph(parts[0])
-    overwriting = _overwriting(root, graph)
     for module in root.modules():
         for tensors in (vars(module)["_parameters"], vars(module)["_buffers"]):
             tensors.update((leaf, stacked[id(t)]) for leaf, t in tensors.items() if t is not None)
-        if vars(module).get("inplace") and module not in overwriting:
-            vars(module)["inplace"] = False  # in place on a view of all parts' costs copies of them all
+    _out_of_place(root, graph)
     _pack_modules(root, graph, len(parts))
     _pack_functions(graph, len(parts))
     packed = graph_module(root, graph, f"Packed{type(parts[0]).__name__}", PackedGraph)
@@ -173,25 +171,44 @@ def pack(parts: Sequence[fx.GraphModule]) -> PackedGraph:
     return packed
 
 
-def _overwriting(root: nn.Module, graph: fx.Graph) -> set[nn.Module]:
-    """The modules whose input, or what shares its memory, is read after them: out of place, one that works in place
-    would be another network."""
+def _out_of_place(root: nn.Module, graph: fx.Graph) -> None:
+    """What works in place on a view of all parts' costs copies of them all; so it does where it has to alone."""
+    overwriting = _overwriting(root, graph)
+    needed = {root.get_submodule(str(node.target)) for node in overwriting if node.op == "call_module"}
+    for module in root.modules():
+        if vars(module).get("inplace") and module not in needed:
+            vars(module)["inplace"] = False
+    for node in graph.nodes:
+        if node.target in IN_PLACE and node not in overwriting:
+            node.target = _beside(IN_PLACE[node.target])
+
+
+def _beside(function: Callable) -> Callable:
+    """Of two numbers or tensors, in a tensor of the first one's dtype."""
+
+    def call(x: torch.Tensor, other: Any) -> torch.Tensor:
+        return function(x, other).to(x.dtype)
+
+    return call
+
+
+def _overwriting(root: nn.Module, graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose input, or what shares its memory, is read after them: out of place, one that works in place would
+    be another network."""
     order = {node: i for i, node in enumerate(graph.nodes)}
-    memory: dict[
-        fx.Node, set[fx.Node]
-    ] = {}  # of each node those that may share it: only what has weights makes its own
-    found: set[nn.Module] = set()
+    memory: dict[fx.Node, set[fx.Node]] = {}  # what may share a node's memory: only what has weights makes its own
     for node in graph.nodes:
         module = root.get_submodule(node.target) if node.op == "call_module" else None
         sources = [] if module is not None and any(True for _ in module.parameters()) else node.all_input_nodes
         memory[node] = {node}.union(*(memory[n] for n in sources))
         for member in memory[node]:
             memory[member] = memory[node]
-    for node in graph.nodes:
+
+    def read_later(node: fx.Node) -> bool:
         earlier = [n for n in memory[node] if order[n] < order[node]]
-        if node.op == "call_module" and any(order[user] > order[node] for n in earlier for user in n.users):
-            found.add(root.get_submodule(node.target))
-    return found
+        return any(order[user] > order[node] for n in earlier for user in n.users)
+
+    return {node for node in graph.nodes if (node.op == "call_module" or node.target in IN_PLACE) and read_later(node)}
 
 
 def _pack_modules(root: nn.Module, graph: fx.Graph, parts: int) -> None:

@@ -39,6 +39,7 @@ FUNCTIONS = (
     F.softshrink, F.leaky_relu_, F.elu_, F.selu_, F.celu_, F.rrelu_, F.hardtanh_, F.threshold_, operator.pow,
     operator.mod, operator.floordiv, operator.abs, operator.gt, operator.ge, operator.lt, operator.le, operator.eq,
     operator.ne, operator.invert, operator.and_, operator.or_, operator.xor, operator.ipow,
+    operator.ifloordiv, operator.imod, operator.iand, operator.ior, operator.ixor,
     torch.polar, *(getattr(torch, name) for name in NAMES), *NAMES, *(f"{name}_" for name in NAMES),
     *(getattr(torch, f"{name}_") for name in NAMES if hasattr(torch, f"{name}_")),
 )  # fmt: skip

@@ -1,0 +1,43 @@
+"""Tensors on the meta device as if they were on a CPU: a forward that asks for their device goes the way it goes there,
+and what it makes or moves there joins them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+ANSWERS = {
+    torch.Tensor.device.__get__: CPU,
+    torch.Tensor.is_cpu.__get__: True,
+    torch.Tensor.is_meta.__get__: False,
+}
+STAY = {torch.Tensor.cpu, torch.Tensor.cuda}  # where they are
+
+
+class AsOnCPU(TorchFunctionMode):
+    """Within it, what is asked of tensors on the meta device is answered as of a CPU's."""
+
+    def __torch_function__(self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in ANSWERS and args[0].device == META:
+            return ANSWERS[func]
+        if func in STAY:
+            return args[0]
+        if func is torch.Tensor.to:
+            args = tuple(META if isinstance(a, str) else a for a in args)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": META}
+        result = func(*map_aggregate(args, moved), **map_aggregate(kwargs, moved))
+        return result.replace("meta.", "") if func is torch.Tensor.type and isinstance(result, str) else result
+
+
+def moved(value: Any) -> Any:
+    """A device, or a tensor of one, as the meta device's."""
+    if isinstance(value, torch.Tensor):
+        return value if value.device == META else value.to(META)
+    return META if isinstance(value, torch.device) else value

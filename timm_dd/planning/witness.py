@@ -1,0 +1,124 @@
+"""Whether a traced graph does what the module itself does: the same torch functions on the same tensors, in one order.
+
+While a forward is traced its tensors and numbers are symbols. `tracer.Known` answers as of their values what an object
+may answer; of ``x.dtype is torch.half``, and of whatever else looks past that, symbols know nothing. So both run once
+on the meta device, and the calls are compared, numbers and all. What works on constants alone is left out, since the
+graph has its result. A module that does not run on tensors without values bears no witness.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+
+from ..compat import tree_leaves
+from ..errors import SplitError
+from . import modes
+from .graphs import float_type, skeleton
+from .inputs import Inputs, bind, signature_of
+from .meta import META, AsOnCPU
+
+# The result is like the first argument; what meta tensors take for it is a slow decomposition.
+LIKE_INPUT = {F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm}
+
+
+class Calls(AsOnCPU):
+    """The torch functions that are called within it on what comes from `tensors`, and with what, tensors by where they
+    come from.
+
+    Args:
+        expected: the calls that there should be.
+
+    Attributes:
+        made: the calls.
+        line: of the model's code, that made the first call that was not expected.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor], expected: Sequence | None = None):
+        super().__init__()
+        self.made: list[tuple] = []
+        self.line: str | None = None
+        self._expected = expected
+        self._kept = [*tensors]  # so that no other has the id of one
+        self._names: dict[int, Any] = {id(t): ("given", i) for i, t in enumerate(self._kept)}
+
+    def __torch_function__(self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__iter__:
+            with self:  # as the graph has it
+                return iter([args[0][i] for i in range(len(args[0]))])
+        if func in LIKE_INPUT:
+            result = args[0] if args else kwargs["input"]
+        else:
+            result = super().__torch_function__(func, types, args, kwargs)
+        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        if (made or func.__name__ in ("__setitem__", "__set__")) and self._knows((args, kwargs)):
+            if func is torch.Tensor.detach:  # which the graph has for blocks without gradients too
+                names = [self._names[id(args[0])]]
+            else:
+                names = [(len(self.made), i) for i in range(len(made))]
+                self.add(func, (args, kwargs))
+            self._kept += made
+            for t, name in zip(made, names):
+                self._names.setdefault(id(t), name)
+        return result
+
+    def add(self, func: Any, given: Any) -> None:
+        """That `func` was called with a tree of tensors and numbers."""
+        call, expected, at = (func, _plain(map_aggregate(given, self._name))), self._expected, len(self.made)
+        self.made.append(call)
+        if expected is not None and self.line is None and (at >= len(expected) or not _same(expected[at], call)):
+            self.line = modes.line_of(traceback.walk_stack(None))
+
+    def _name(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return META if isinstance(value, torch.device) else value
+        return self._names.get(id(value), ("constant", tuple(value.shape)))
+
+    def _knows(self, tree: Any) -> bool:
+        return any(id(t) in self._names for t in tree_leaves(tree) if isinstance(t, torch.Tensor))
+
+
+def _plain(tree: Any) -> Any:
+    """With tuples for lists, and for sizes."""
+    if isinstance(tree, (tuple, list)):
+        return tuple(map(_plain, tree))
+    return tuple(sorted((k, _plain(v)) for k, v in tree.items())) if isinstance(tree, dict) else tree
+
+
+def _same(a: tuple, b: tuple) -> bool:
+    return a == b or repr(a) == repr(b)  # numbers that are none do not equal themselves
+
+
+def check_same(model: nn.Module, graph: fx.Graph, inputs: Inputs, batch: int) -> None:
+    """Raise SplitError, with the line, where a `skeleton` does another thing than the graph that was traced of it."""
+    values: dict[str, Any] = {}
+
+    def value(name: str, tree: Any) -> Any:
+        return values.setdefault(name, inputs.empty(tree, batch, inputs.size, float_type(model)))
+
+    def calls(module: nn.Module, run: Callable[[], Any], expected: Sequence | None = None) -> Calls:
+        given = (t for t in tree_leaves(values) if isinstance(t, torch.Tensor))
+        with META, Calls((*given, *module.parameters(), *module.buffers()), expected) as made:
+            made.add("returns", [t for t in tree_leaves(run()) if isinstance(t, torch.Tensor)])
+        return made
+
+    own = skeleton(model).train().eval()
+    try:
+        bound = bind(signature_of(model), inputs.args, inputs.kwargs, value)
+        placed = [values[node.target] for node in graph.find_nodes(op="placeholder")]
+        traced = calls(model, lambda: fx.Interpreter(model, graph=graph).run(*placed)).made
+        found = calls(own, lambda: own(*bound.args, **bound.kwargs), traced)
+    except Exception:  # any operation may fail without values
+        return
+    if found.line is not None:
+        raise SplitError(
+            f"{type(model).__name__} does at {found.line} what its traced graph does not; while it is traced, tensors, "
+            "sizes and dtypes are symbols: compare them with `==`, not with `is`, and set none of their attributes"
+        )
