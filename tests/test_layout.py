@@ -34,7 +34,7 @@ LAYERS = [
 ROOMS = {
     "algebra": ["axes", "journal", "widths", "view", "domain"],
     "planning": (
-        "inputs graphs costs modes meta tracer witness trace shapes rules reader relations plan numbers assemble "
+        "inputs meta graphs costs modes tracer witness trace shapes rules reader relations plan numbers assemble "
         "planner"
     ).split(),
     "storage": ["atomic", "tensorfile", "files", "merge_files"],

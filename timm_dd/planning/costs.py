@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..compat import OpOverload, TorchDispatchMode, storage_key, tree_leaves
 from .graphs import MAKERS, Graph, argument, float_type, module_path
+from .meta import AsOnCPU
 
 aten = torch.ops.aten
 
@@ -82,7 +83,7 @@ def cost(graph: fx.GraphModule, size: tuple[int, ...], whole: Graph | None = Non
     given = [torch.empty(1, *size, device="meta", dtype=dtype)]
     if isinstance(of, Graph):
         given = [argument(of, node.target, 1, size, dtype) for node in graph.graph.find_nodes(op="placeholder")]
-    with torch.no_grad(), meter:
+    with torch.no_grad(), meter, AsOnCPU():
         Pass(graph, meter).run(*given)
     parameters, numbers = (sum(t.numel() for t in tensors) for tensors in (trained, statistics))
     return Cost(parameters, numbers, meter.multiply_adds, meter.flops, meter.activation_bytes, tuple(meter.uncounted))

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from ..errors import SplitError, headline
 from .inputs import Inputs
+from .meta import AsOnCPU
 
 MAKERS = {
     torch.arange, torch.zeros, torch.ones, torch.empty, torch.full, torch.linspace, torch.tensor, torch.eye, torch.rand,
@@ -162,6 +163,11 @@ def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
 
 def evaluate_node(gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     """The node's value on meta tensors, its inputs taken from `env`."""
+    with AsOnCPU():
+        return _evaluated(gm, node, env)
+
+
+def _evaluated(gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
     if node.op == "get_attr":
         value = gm

@@ -27,7 +27,6 @@ from ..errors import SplitError, headline
 from . import modes
 from .graphs import IN_PLACE, MAKERS, ancestors, evaluate_node, skeleton
 from .inputs import Inputs, Like, bind, leaves, signature_of
-from .meta import AsOnCPU
 
 OF_GRADIENTS = {"requires_grad", "is_leaf"}  # attributes of tensors
 NOT_ASKING = {"torch", __name__.partition(".")[0]}  # whose questions are not a forward's: they know symbols
@@ -244,7 +243,7 @@ class Tracer(fx.Tracer):
         """At the image's size, on the meta device."""
         self._evaluating = True
         try:
-            with torch.set_grad_enabled(self.grads), AsOnCPU():
+            with torch.set_grad_enabled(self.grads):
                 self._evaluate_all()
             return self._env[node]
         finally:
@@ -266,8 +265,7 @@ class Tracer(fx.Tracer):
         try:
             for decision in self.decisions:
                 for node in ancestors(decision.node, env):
-                    with AsOnCPU():
-                        env[node] = self._evaluate(node, env, batch)
+                    env[node] = self._evaluate(node, env, batch)
                 if decision.ask(env[decision.node]) != decision.answer:
                     return decision
         except Exception:  # any operation may refuse a batch in its own way

@@ -61,6 +61,8 @@ class Calls(AsOnCPU):
         if (made or func.__name__ in ("__setitem__", "__set__")) and self._knows((args, kwargs)):
             if func is torch.Tensor.detach:  # which the graph has for blocks without gradients too
                 names = [self._names[id(args[0])]]
+            elif func.__name__ == "__get__":  # an attribute, which the graph reads where it is used
+                names = [(func, self._names[id(args[0])])]
             else:
                 names = [(len(self.made), i) for i in range(len(made))]
                 self.add(func, (args, kwargs))

@@ -72,7 +72,7 @@ def functional_prelu(op: Op, x: Value, weight: Value) -> Value:
     return op.result(x.axes, laws.pointwise, x, weight)
 
 
-@rule(operator.neg, torch.neg, "neg", "contiguous", "clone", "detach", "zero_", nn.Identity)
+@rule(operator.neg, torch.neg, "neg", "contiguous", "clone", "detach", "cpu", "zero_", nn.Identity)
 def same(op: Op, x: Value, *args, **kwargs) -> Value:
     return op.result(x.axes, laws.linear, x)
 
