@@ -160,7 +160,7 @@ class Returns(nn.Module):
 
 
 def test_an_order_of_outputs_that_is_another_one_is_refused():
-    with pytest.raises(SplitError, match="what its traced graph does not"):
+    with pytest.raises(SplitError, match="Returns does in what it returns what its traced graph does not"):
         timm_dd.split(Returns().double(), 3, example_input=images(2, 3, 9, 9))
 
 

@@ -171,6 +171,11 @@ def line_of(frames: Iterable[tuple[FrameType, int]]) -> str:
     return ""
 
 
+def line_here() -> str:
+    """The line of the model's code that runs now."""
+    return line_of(traceback.walk_stack(None))
+
+
 def raised_at(error: Exception) -> str:
     """Where in the model's code, for messages."""
     line = line_of(reversed(list(traceback.walk_tb(error.__traceback__))))

@@ -31,7 +31,8 @@ from .graphs import (
     skeleton,
 )
 from .inputs import Inputs, signature_of
-from .tracer import Known, KnownAttribute, Tracer
+from .symbols import Known, KnownAttribute
+from .tracer import Tracer
 from .witness import check_same
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

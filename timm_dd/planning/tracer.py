@@ -1,140 +1,32 @@
-"""How a forward is recorded: what its nodes give answers what sizes decide, and ordinary code goes on.
+"""How a forward is recorded: its symbols answer what the sizes of the image decide, and ordinary code goes on.
 
-A branch, a length or a text that only the sizes of the image decide goes the way that it goes at the image's size, and
-is noted, so that `trace` can ask whether it goes the same way on other batches.
+A branch, a length or a text that only these sizes decide goes the way that it goes at the image's size, and is noted,
+so that `trace` can ask whether it goes the same way on other batches.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import operator
-import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from types import ModuleType
 from typing import Any
 
 import torch
 from timm.layers import get_notrace_functions
 from torch import fx, nn
 
-from ..compat import register_pytree_node, tree_knows, tree_leaves
+from ..compat import register_pytree_node, tree_knows
 from ..errors import SplitError, headline
 from . import modes
-from .graphs import IN_PLACE, MAKERS, ancestors, evaluate_node, skeleton
+from .graphs import ancestors, evaluate_node, skeleton
 from .inputs import Inputs, Like, bind, leaves, signature_of
+from .modes import line_here
+from .surroundings import where_symbols_are_taken
+from .symbols import Known, has_history
 
 OF_GRADIENTS = {"requires_grad", "is_leaf"}  # attributes of tensors
-NOT_ASKING = {"torch", __name__.partition(".")[0]}  # whose questions are not a forward's: they know symbols
-
-
-def _asks() -> bool:
-    """Whether a forward asks the function that calls this one, not torch or what traces."""
-    frame = sys._getframe(2)
-    place = frame.f_globals.get("__name__", "").partition(".")[0]
-    return place not in NOT_ASKING or frame.f_code is torch.is_tensor.__code__
-
-
-def assign_(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
-    """``x[index] = value``, as an operation that gives `x`."""
-    x[index] = value
-    return x
-
-
-class Known(fx.Proxy):
-    """What a node gives, of which Python may ask what the sizes of the image decide: a length, a whole number; and of
-    which class it is, and what it has: `isinstance`, `torch.is_tensor` and `hasattr` answer as of the value."""
-
-    _is_param = _is_buffer = False  # torch's classes ask this of whatever is a tensor
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return self._class() if _asks() else type(self)
-
-    def _class(self) -> type:
-        """The class of the value."""
-        return self.tracer.ask(self.node, type, Known)
-
-    def __getattr__(self, name: str) -> KnownAttribute:
-        if hasattr(torch.Tensor, name) or not _asks() or self.tracer.ask(self.node, lambda v: hasattr(v, name), True):
-            return KnownAttribute(self, name)
-        raise AttributeError(f"{self._class().__name__!r} object has no attribute {name!r}")
-
-    @property
-    def ndim(self) -> Any:
-        """Of no image's size and no part: a number of Python, with which a dict may be asked."""
-        return self.tracer.decide(self.node, torch.Tensor.dim, lambda: KnownAttribute(self, "ndim"))
-
-    @property
-    def grad_fn(self) -> Any:
-        return KnownAttribute(self, "grad_fn") if self.tracer.decide(self.node, has_history) else None
-
-    def __hash__(self) -> int:
-        """A number finds in a dict what its value does."""
-        mine = partial(object.__hash__, self)
-        return self.tracer.decide(self.node, hash, mine) if _asks() else mine()
-
-    def __len__(self) -> int:
-        return self.tracer.decide(self.node, len)
-
-    def __int__(self) -> int:
-        return self.tracer.decide(self.node, int)
-
-    def __index__(self) -> int:
-        return self.tracer.decide(self.node, operator.index)
-
-    def __float__(self) -> float:
-        return self.tracer.decide(self.node, float)
-
-    def __format__(self, spec: str) -> str:
-        return self.tracer.decide(self.node, lambda value: format(value, spec), lambda: repr(self))
-
-    def __str__(self) -> str:
-        return self.tracer.decide(self.node, str, lambda: repr(self)) if _asks() else repr(self)
-
-    def __round__(self, digits: int | None = None) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", round, (self, digits), {})
-
-    def __divmod__(self, other: Any) -> tuple[Any, Any]:
-        return self // other, self % other
-
-    def __rdivmod__(self, other: Any) -> tuple[Any, Any]:
-        return other // self, other % self
-
-    def __mul__(self, other: Any) -> Any:
-        return other * int(self) if isinstance(other, (list, tuple)) else super().__mul__(other)
-
-    def __rmul__(self, other: Any) -> Any:
-        return other * int(self) if isinstance(other, (list, tuple)) else super().__rmul__(other)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", assign_, (self, index, value), {})
-
-
-def _augmented(function: Callable) -> Callable:
-    def method(self: Known, other: Any) -> Any:
-        """In place, where it is a tensor: whoever has the same one, or a view of it, sees it."""
-        if not issubclass(self._class(), (torch.Tensor, Known)):
-            return NotImplemented
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return method
-
-
-for function in IN_PLACE:
-    setattr(Known, f"__{function.__name__}__", _augmented(function))
-
-
-class KnownAttribute(fx.proxy.Attribute, Known):
-    """An attribute of `Known`, which becomes a node where it is not called."""
-
-
-def has_history(t: torch.Tensor) -> bool:
-    return t.grad_fn is not None
 
 
 @dataclass(frozen=True)
@@ -217,16 +109,16 @@ class Tracer(fx.Tracer):
             value = self._value(node)
             if isinstance(value, torch.Tensor) and ask not in (len, torch.Tensor.dim, has_history):
                 raise TypeError(
-                    f"{ask.__name__} of a tensor's values at {_line()}, which are not known while it is traced"
+                    f"{ask.__name__} of a tensor's values at {line_here()}, which are not known while it is traced"
                 )
             answer = ask(value)
         except Exception:  # any operation may fail on meta tensors; then fx says what it cannot trace
             if otherwise is None:
                 raise
             return otherwise()
-        self.decisions.append(Decision(node, ask, answer, _line()))
+        self.decisions.append(Decision(node, ask, answer, line_here()))
         if ask is has_history or node.target is getattr and node.args[1] in OF_GRADIENTS:
-            self.of_gradients = self.of_gradients or _line()
+            self.of_gradients = self.of_gradients or line_here()
         return answer
 
     def ask(self, node: fx.Node, ask: Callable[[Any], Any], otherwise: Any) -> Any:
@@ -279,7 +171,7 @@ class Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        node.meta["line"] = _line()
+        node.meta["line"] = line_here()
         if not torch.is_grad_enabled():
             node.meta["no_grad"] = True
         return node
@@ -321,13 +213,7 @@ class Tracer(fx.Tracer):
 
     def _of_one_mode(self, root: nn.Module, concrete_args: dict[str, Any] | None) -> fx.Graph:
         """The graph in the mode that `root` is in, without attributes that were read for nothing."""
-        with (
-            _buffers_may_be_computed(),
-            _sizes_may_be_computed(),
-            _types_may_be_asked_for(),
-            _gradients_may_be_asked_for(self),
-            _devices_may_be_named(),
-        ):
+        with where_symbols_are_taken(self):
             graph = super().trace(root, concrete_args)
         modes.detach(graph)
         asked = {decision.node for decision in self.decisions}
@@ -398,121 +284,3 @@ def _flattened(value: dict) -> tuple[list, list]:
 def _unflattened(kind: type, of_dict: bool, values: Iterable, keys: list) -> Any:
     entries = dict(zip(keys, values))
     return kind(entries) if of_dict else kind(**entries)
-
-
-def _line() -> str:
-    return modes.line_of(traceback.walk_stack(None))
-
-
-@contextlib.contextmanager
-def _buffers_may_be_computed() -> Iterator[None]:
-    """A forward that makes its buffer anew, for positions of another size, gives what it made a name of its own."""
-    original = nn.Module.__setattr__
-
-    def assign(module: nn.Module, name: str, value: Any) -> None:
-        if isinstance(value, fx.Proxy) and name in module._buffers:
-            del module._buffers[name]
-        original(module, name, value)
-
-    nn.Module.__setattr__ = assign  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__setattr__ = original  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _sizes_may_be_computed() -> Iterator[None]:
-    """``torch.zeros(n, …)`` is a node where the graph computes n, of which torch says that it is no number; so are the
-    limits of a tensor's dtype, which under autocast is another one."""
-
-    def recording(maker: Callable) -> Callable:
-        @functools.wraps(maker)
-        def make(*args: Any, **kwargs: Any) -> Any:
-            proxies = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy))
-            proxy = next(proxies, None)
-            if proxy is None:
-                return maker(*args, **kwargs)
-            return proxy.tracer.create_proxy("call_function", maker, args, kwargs)
-
-        return make
-
-    makers = (*MAKERS, torch.finfo, torch.iinfo)
-    for maker in makers:
-        setattr(torch, maker.__name__, recording(maker))
-    try:
-        yield
-    finally:
-        for maker in makers:
-            setattr(torch, maker.__name__, maker)
-
-
-class _Answers(type):
-    def __call__(cls, *args: Any) -> Any:
-        return args[0]._class() if len(args) == 1 and isinstance(args[0], Known) else type(*args)
-
-    def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, type)
-
-    def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, type)
-
-
-class Type(metaclass=_Answers):
-    """``type`` as a forward asks it, of which `Known` is of the class of its value."""
-
-
-def is_callable(value: Any) -> bool:
-    """``callable`` as a forward asks it, of which `Known` is a tensor."""
-    return callable(value) and (type(value) is not Known or value.tracer.ask(value.node, callable, True))
-
-
-@contextlib.contextmanager
-def _types_may_be_asked_for() -> Iterator[None]:
-    """``type(x)`` and ``callable(x)`` wherever a forward may stand."""
-    others, answers = NOT_ASKING | sys.stdlib_module_names, {"type": Type, "callable": is_callable}
-    modules = [m for name, m in [*sys.modules.items()] if name.partition(".")[0] not in others]
-    places = {id(vars(m)): vars(m) for m in modules if isinstance(m, ModuleType)}  # some have two names
-    answered = [(names, name) for names in places.values() for name in answers if name not in names]
-    for names, name in answered:
-        names[name] = answers[name]
-    try:
-        yield
-    finally:
-        for names, name in answered:
-            del names[name]
-
-
-@contextlib.contextmanager
-def _gradients_may_be_asked_for(tracer: Tracer) -> Iterator[None]:
-    """``torch.is_grad_enabled()`` of a forward, not of torch or of what traces, tells what `grads` says."""
-    original = torch.is_grad_enabled
-
-    def is_grad_enabled() -> bool:
-        if not _asks():
-            return original()
-        tracer.of_gradients = tracer.of_gradients or _line()
-        return original() and tracer.grads
-
-    torch.is_grad_enabled = is_grad_enabled
-    try:
-        yield
-    finally:
-        torch.is_grad_enabled = original
-
-
-@contextlib.contextmanager
-def _devices_may_be_named() -> Iterator[None]:
-    """``with torch.autocast(x.device.type, enabled=False)``: a block that is recorded like any other."""
-    original = torch.autocast.__init__
-
-    @functools.wraps(original)
-    def enter(self: torch.autocast, device_type: Any, *args: Any, **kwargs: Any) -> None:
-        named = device_type.tracer.decide(device_type.node, str) if type(device_type) is KnownAttribute else device_type
-        original(self, named, *args, **kwargs)
-
-    torch.autocast.__init__ = enter  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.autocast.__init__ = original  # type: ignore[method-assign]

@@ -1,6 +1,6 @@
 """Whether a traced graph does what the module itself does: the same torch functions on the same tensors, in one order.
 
-While a forward is traced its tensors and numbers are symbols. `tracer.Known` answers as of their values what an object
+While a forward is traced its tensors and numbers are symbols. `symbols.Known` answers as of their values what an object
 may answer; of ``x.dtype is torch.half``, and of whatever else looks past that, symbols know nothing. So both run once
 on the meta device, and the calls are compared, numbers and all. What works on constants alone is left out, since the
 graph has its result. A module that does not run on tensors without values bears no witness.
@@ -8,7 +8,6 @@ graph has its result. A module that does not run on tensors without values bears
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,10 +18,10 @@ from torch.fx.node import map_aggregate
 
 from ..compat import tree_leaves
 from ..errors import SplitError
-from . import modes
 from .graphs import float_type, skeleton
 from .inputs import Inputs, bind, signature_of
 from .meta import META, AsOnCPU
+from .modes import line_here
 
 # The result is like the first argument; what meta tensors take for it is a slow decomposition.
 LIKE_INPUT = {F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm}
@@ -38,15 +37,22 @@ class Calls(AsOnCPU):
     Attributes:
         made: the calls.
         line: of the model's code, that made the first call that was not expected.
+        returned: what `run` found returned.
     """
 
-    def __init__(self, tensors: Iterable[torch.Tensor], expected: Sequence | None = None):
+    def __init__(self, tensors: Iterable[torch.Tensor], expected: Sequence = ()):
         super().__init__()
         self.made: list[tuple] = []
         self.line: str | None = None
+        self.returned: list = []
         self._expected = expected
         self._kept = [*tensors]  # so that no other has the id of one
         self._names: dict[int, Any] = {id(t): ("given", i) for i, t in enumerate(self._kept)}
+
+    def run(self, function: Callable[[], Any]) -> Calls:
+        with META, self:
+            self.returned = [self._name(t) for t in tree_leaves(function()) if isinstance(t, torch.Tensor)]
+        return self
 
     def __torch_function__(self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,18 +71,17 @@ class Calls(AsOnCPU):
                 names = [(func, self._names[id(args[0])])]
             else:
                 names = [(len(self.made), i) for i in range(len(made))]
-                self.add(func, (args, kwargs))
+                self._add((func, _plain(map_aggregate((args, kwargs), self._name))))
             self._kept += made
             for t, name in zip(made, names):
                 self._names.setdefault(id(t), name)
         return result
 
-    def add(self, func: Any, given: Any) -> None:
-        """That `func` was called with a tree of tensors and numbers."""
-        call, expected, at = (func, _plain(map_aggregate(given, self._name))), self._expected, len(self.made)
+    def _add(self, call: tuple) -> None:
+        at = len(self.made)
         self.made.append(call)
-        if expected is not None and self.line is None and (at >= len(expected) or not _same(expected[at], call)):
-            self.line = modes.line_of(traceback.walk_stack(None))
+        if self.line is None and (at >= len(self._expected) or not _same(self._expected[at], call)):
+            self.line = line_here()
 
     def _name(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -105,22 +110,22 @@ def check_same(model: nn.Module, graph: fx.Graph, inputs: Inputs, batch: int) ->
     def value(name: str, tree: Any) -> Any:
         return values.setdefault(name, inputs.empty(tree, batch, inputs.size, float_type(model)))
 
-    def calls(module: nn.Module, run: Callable[[], Any], expected: Sequence | None = None) -> Calls:
+    def calls(module: nn.Module, expected: Sequence = ()) -> Calls:
         given = (t for t in tree_leaves(values) if isinstance(t, torch.Tensor))
-        with META, Calls((*given, *module.parameters(), *module.buffers()), expected) as made:
-            made.add("returns", [t for t in tree_leaves(run()) if isinstance(t, torch.Tensor)])
-        return made
+        return Calls((*given, *module.parameters(), *module.buffers()), expected)
 
     own = skeleton(model).train().eval()
     try:
         bound = bind(signature_of(model), inputs.args, inputs.kwargs, value)
         placed = [values[node.target] for node in graph.find_nodes(op="placeholder")]
-        traced = calls(model, lambda: fx.Interpreter(model, graph=graph).run(*placed)).made
-        found = calls(own, lambda: own(*bound.args, **bound.kwargs), traced)
+        traced = calls(model).run(lambda: fx.Interpreter(model, graph=graph).run(*placed))
+        found = calls(own, traced.made).run(lambda: own(*bound.args, **bound.kwargs))
     except Exception:  # any operation may fail without values
         return
-    if found.line is not None:
-        raise SplitError(
-            f"{type(model).__name__} does at {found.line} what its traced graph does not; while it is traced, tensors, "
-            "sizes and dtypes are symbols: compare them with `==`, not with `is`, and set none of their attributes"
-        )
+    if found.line is None and found.returned == traced.returned and len(found.made) == len(traced.made):
+        return
+    where = "in what it returns" if found.line is None else f"at {found.line}"
+    raise SplitError(
+        f"{type(model).__name__} does {where} what its traced graph does not; while it is traced, tensors, sizes and "
+        "dtypes are symbols: compare them with `==`, not with `is`, and set none of their attributes"
+    )

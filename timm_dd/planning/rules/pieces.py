@@ -14,8 +14,8 @@ from torch import nn
 from ...algebra.journal import transaction
 from ...algebra.widths import Axis, Width, make_whole, split_axis, unify
 from ...errors import WidthError
+from ..symbols import assign_
 from ..trace import chunk_or_split
-from ..tracer import assign_
 from . import laws
 from .op import Op, Value, rule
 

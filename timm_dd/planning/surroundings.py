@@ -1,0 +1,137 @@
+"""What of Python and torch answers otherwise while a forward is traced, since it would not take symbols."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import fx, nn
+
+from ..compat import tree_leaves
+from .graphs import MAKERS
+from .modes import line_here
+from .symbols import NOT_ASKING, KnownAttribute, Type, asks, is_callable
+
+
+class Asked(Protocol):
+    """A tracer, as far as it is told here what was asked.
+
+    Attributes:
+        grads: whether gradients are computed.
+        of_gradients: the line where a forward first asked that.
+    """
+
+    grads: bool
+    of_gradients: str | None
+
+
+@contextlib.contextmanager
+def where_symbols_are_taken(tracer: Asked) -> Iterator[None]:
+    """All of these."""
+    with (
+        _buffers_may_be_computed(),
+        _sizes_may_be_computed(),
+        _types_may_be_asked_for(),
+        _gradients_may_be_asked_for(tracer),
+        _devices_may_be_named(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _buffers_may_be_computed() -> Iterator[None]:
+    """A forward that makes its buffer anew, for positions of another size, gives what it made a name of its own."""
+    original = nn.Module.__setattr__
+
+    def assign(module: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, fx.Proxy) and name in module._buffers:
+            del module._buffers[name]
+        original(module, name, value)
+
+    nn.Module.__setattr__ = assign  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _sizes_may_be_computed() -> Iterator[None]:
+    """``torch.zeros(n, …)`` is a node where the graph computes n, of which torch says that it is no number; so are the
+    limits of a tensor's dtype, which under autocast is another one."""
+
+    def recording(maker: Callable) -> Callable:
+        @functools.wraps(maker)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            proxies = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy))
+            proxy = next(proxies, None)
+            if proxy is None:
+                return maker(*args, **kwargs)
+            return proxy.tracer.create_proxy("call_function", maker, args, kwargs)
+
+        return make
+
+    makers = (*MAKERS, torch.finfo, torch.iinfo)
+    for maker in makers:
+        setattr(torch, maker.__name__, recording(maker))
+    try:
+        yield
+    finally:
+        for maker in makers:
+            setattr(torch, maker.__name__, maker)
+
+
+@contextlib.contextmanager
+def _types_may_be_asked_for() -> Iterator[None]:
+    """``type(x)`` and ``callable(x)`` wherever a forward may stand."""
+    others, answers = NOT_ASKING | sys.stdlib_module_names, {"type": Type, "callable": is_callable}
+    modules = [m for name, m in [*sys.modules.items()] if name.partition(".")[0] not in others]
+    places = {id(vars(m)): vars(m) for m in modules if isinstance(m, ModuleType)}  # some have two names
+    answered = [(names, name) for names in places.values() for name in answers if name not in names]
+    for names, name in answered:
+        names[name] = answers[name]
+    try:
+        yield
+    finally:
+        for names, name in answered:
+            del names[name]
+
+
+@contextlib.contextmanager
+def _gradients_may_be_asked_for(tracer: Asked) -> Iterator[None]:
+    """``torch.is_grad_enabled()`` of a forward, not of torch or of what traces, tells what `grads` says."""
+    original = torch.is_grad_enabled
+
+    def is_grad_enabled() -> bool:
+        if not asks():
+            return original()
+        tracer.of_gradients = tracer.of_gradients or line_here()
+        return original() and tracer.grads
+
+    torch.is_grad_enabled = is_grad_enabled
+    try:
+        yield
+    finally:
+        torch.is_grad_enabled = original
+
+
+@contextlib.contextmanager
+def _devices_may_be_named() -> Iterator[None]:
+    """``with torch.autocast(x.device.type, enabled=False)``: a block that is recorded like any other."""
+    original = torch.autocast.__init__
+
+    @functools.wraps(original)
+    def enter(self: torch.autocast, device_type: Any, *args: Any, **kwargs: Any) -> None:
+        named = device_type.tracer.decide(device_type.node, str) if type(device_type) is KnownAttribute else device_type
+        original(self, named, *args, **kwargs)
+
+    torch.autocast.__init__ = enter  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = original  # type: ignore[method-assign]

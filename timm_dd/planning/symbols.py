@@ -1,0 +1,146 @@
+"""The symbols of which a forward is traced: what nodes give, and what Python may ask of it as of its value.
+
+`Known` records what is done with it, and answers, as its value would, what the sizes of the image decide (a length, a
+whole number, a branch, a key of a dict), of which class it is, and what it has. What changes a tensor in place is
+recorded as that. Of an ``is`` no object can answer: see `witness`.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from .graphs import IN_PLACE
+
+NOT_ASKING = {"torch", __name__.partition(".")[0]}  # whose questions are not a forward's: they know symbols
+
+
+def asks() -> bool:
+    """Whether a forward asks the function that calls this one, not torch or what traces."""
+    frame = sys._getframe(2)
+    place = frame.f_globals.get("__name__", "").partition(".")[0]
+    return place not in NOT_ASKING or frame.f_code is torch.is_tensor.__code__
+
+
+def assign_(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    """``x[index] = value``, as an operation that gives `x`."""
+    x[index] = value
+    return x
+
+
+class Known(fx.Proxy):
+    """What a node gives, of which Python may ask what the sizes of the image decide: a length, a whole number; and of
+    which class it is, and what it has: `isinstance`, `torch.is_tensor` and `hasattr` answer as of the value."""
+
+    _is_param = _is_buffer = False  # torch's classes ask this of whatever is a tensor
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return self._class() if asks() else type(self)
+
+    def _class(self) -> type:
+        """The class of the value."""
+        return self.tracer.ask(self.node, type, Known)
+
+    def __getattr__(self, name: str) -> KnownAttribute:
+        if hasattr(torch.Tensor, name) or not asks() or self.tracer.ask(self.node, lambda v: hasattr(v, name), True):
+            return KnownAttribute(self, name)
+        raise AttributeError(f"{self._class().__name__!r} object has no attribute {name!r}")
+
+    @property
+    def ndim(self) -> Any:
+        """Of no image's size and no part: a number of Python, with which a dict may be asked."""
+        return self.tracer.decide(self.node, torch.Tensor.dim, lambda: KnownAttribute(self, "ndim"))
+
+    @property
+    def grad_fn(self) -> Any:
+        return KnownAttribute(self, "grad_fn") if self.tracer.decide(self.node, has_history) else None
+
+    def __hash__(self) -> int:
+        """A number finds in a dict what its value does."""
+        mine = partial(object.__hash__, self)
+        return self.tracer.decide(self.node, hash, mine) if asks() else mine()
+
+    def __len__(self) -> int:
+        return self.tracer.decide(self.node, len)
+
+    def __int__(self) -> int:
+        return self.tracer.decide(self.node, int)
+
+    def __index__(self) -> int:
+        return self.tracer.decide(self.node, operator.index)
+
+    def __float__(self) -> float:
+        return self.tracer.decide(self.node, float)
+
+    def __format__(self, spec: str) -> str:
+        return self.tracer.decide(self.node, lambda value: format(value, spec), lambda: repr(self))
+
+    def __str__(self) -> str:
+        return self.tracer.decide(self.node, str, lambda: repr(self)) if asks() else repr(self)
+
+    def __round__(self, digits: int | None = None) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", round, (self, digits), {})
+
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> tuple[Any, Any]:
+        return other // self, other % self
+
+    def __mul__(self, other: Any) -> Any:
+        return other * int(self) if isinstance(other, (list, tuple)) else super().__mul__(other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return other * int(self) if isinstance(other, (list, tuple)) else super().__rmul__(other)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", assign_, (self, index, value), {})
+
+
+def _augmented(function: Callable) -> Callable:
+    def method(self: Known, other: Any) -> Any:
+        """In place, where it is a tensor: whoever has the same one, or a view of it, sees it."""
+        if not issubclass(self._class(), (torch.Tensor, Known)):
+            return NotImplemented
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for augmented in IN_PLACE:
+    setattr(Known, f"__{augmented.__name__}__", _augmented(augmented))
+
+
+class KnownAttribute(fx.proxy.Attribute, Known):
+    """An attribute of `Known`, which becomes a node where it is not called."""
+
+
+def has_history(t: torch.Tensor) -> bool:
+    return t.grad_fn is not None
+
+
+class _Answers(type):
+    def __call__(cls, *args: Any) -> Any:
+        return args[0]._class() if len(args) == 1 and isinstance(args[0], Known) else type(*args)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, type)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, type)
+
+
+class Type(metaclass=_Answers):
+    """``type`` as a forward asks it, of which `Known` is of the class of its value."""
+
+
+def is_callable(value: Any) -> bool:
+    """``callable`` as a forward asks it, of which `Known` is a tensor."""
+    return callable(value) and (type(value) is not Known or value.tracer.ask(value.node, callable, True))
