@@ -183,6 +183,24 @@ def overwritten(x):
     return y
 
 
+def through_views(x):
+    """What is written shares the memory of what is read."""
+    y = torch.ones_like(x)
+    y[:, :4].mul_(x[:, 8:])
+    flat = y.flatten(2)
+    flat *= 2
+    flat -= x.flatten(2)
+    return y
+
+
+def sums_in_ones(x):
+    """The product of two sums over the parts, of which one is written into a tensor of ones."""
+    y = torch.ones_like(x)
+    rows = y.view(-1, 5)
+    rows *= x
+    return y * x
+
+
 def one_class(x):
     y = x.clone()
     y[:, 0].fill_(3.0)
@@ -1068,6 +1086,8 @@ ROWS |= {
     ),
     "assigned to a slice": row(lambda: net(fn(into_slices))),
     "assigned by a mask": row(lambda: net(fn(masked))),
+    "written through views": row(lambda: net(fn(through_views))),
+    "sums written through a view": row(lambda: nn.Sequential(net(), fn(sums_in_ones)), "that every part has to a sum"),
     "zeros and numbers into slices": row(lambda: net(fn(overwritten))),
     "a number into a sum": row(
         lambda: net(tail=(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5), fn(one_class))), S

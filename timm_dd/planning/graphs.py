@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import operator
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from types import MethodType
 from typing import Any
@@ -19,12 +18,6 @@ from .meta import AsOnCPU
 MAKERS = {
     torch.arange, torch.zeros, torch.ones, torch.empty, torch.full, torch.linspace, torch.tensor, torch.eye, torch.rand,
     torch.randn,
-}  # fmt: skip
-# ``x += y`` of tensors, beside what ends with an underscore, and the same in a tensor of its own.
-IN_PLACE = {
-    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul, operator.ipow: operator.pow,
-    operator.itruediv: operator.truediv, operator.ifloordiv: operator.floordiv, operator.imod: operator.mod,
-    operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor,
 }  # fmt: skip
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -177,7 +170,7 @@ def _evaluated(gm: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> An
     if node.op == "call_module":
         module = gm.get_submodule(node.target)
         if isinstance(module, NORMS) or _normalises(module, *args):  # which torch finds by a slow decomposition
-            return args[0]
+            return torch.empty_like(args[0])
         if isinstance(module, nn.RNNBase) and isinstance(args[0], torch.Tensor):  # torch goes through all steps
             return of_sequence(module, *args)
         return module(*args, **kwargs)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graphs import IN_PLACE
+from .memory import IN_PLACE
 
 NOT_ASKING = {"torch", __name__.partition(".")[0]}  # whose questions are not a forward's: they know symbols
 

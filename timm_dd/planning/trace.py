@@ -22,7 +22,6 @@ from ..compat import WeightNorm, let_einops_take
 from ..errors import SplitError, headline
 from . import modes
 from .graphs import (
-    IN_PLACE,
     STAYS_IN_EVAL,
     Graph,
     float_type,
@@ -31,6 +30,7 @@ from .graphs import (
     skeleton,
 )
 from .inputs import Inputs, signature_of
+from .memory import chain_in_place
 from .symbols import Known, KnownAttribute
 from .tracer import Tracer
 from .witness import check_same
@@ -58,12 +58,13 @@ def trace(
     _check_plain(model)
     inputs = Inputs.image(size) if inputs is None else inputs
     tracer, graph = _traced(model, is_leaf, inputs, batch)
+    named = inputs.named(signature_of(model))
     _check_elsewhere(model, is_leaf, inputs, batch, tracer, graph)
     with torch.enable_grad(), _without_checkpoints():
         check_same(model, graph, inputs, batch)
     _drop_assertions(graph)
     _inputs_first(graph, model)
-    _chain_in_place(graph, model)
+    chain_in_place(graph, model, lambda name: inputs.empty(named[name], batch, inputs.size, float_type(model)))
     _chunk_as_pieces(graph)
     _dropout_as_modules(graph, model)
     _constants_as_buffers(graph, model)
@@ -216,28 +217,6 @@ def _inputs_first(graph: fx.Graph, model: nn.Module) -> None:
             first = next((named.pop(name) for name in ("input", "tensors") if name in named), None)
             if first is not None:
                 node.args, node.kwargs = (first,), named
-
-
-def _chain_in_place(graph: fx.Graph, model: nn.Module) -> None:
-    """Whoever reads a tensor after ``tensor.mul_(…)`` reads the result of that."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if _in_place(node, model) and isinstance(node.args[0], fx.Node):
-            before = node.args[0]
-            before.replace_all_uses_with(node, lambda user, i=order[node]: order[user] > i)
-
-
-def _in_place(node: fx.Node, model: nn.Module) -> bool:
-    if not node.args:
-        return False
-    if node.op == "call_module":
-        return bool(vars(model.get_submodule(node.target)).get("inplace", False))
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if node.target in IN_PLACE or node.kwargs.get("inplace", False):
-        return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
 
 
 def chunk_or_split(x: torch.Tensor, sizes: int | list[int], dim: int) -> tuple[torch.Tensor, ...]:

@@ -21,7 +21,8 @@ from torch.func import functional_call
 
 from ..compat import Convolution
 from ..errors import SplitError
-from ..planning.graphs import BATCH_NORMS, CONTENTS, IN_PLACE, STAYS_IN_EVAL, Graph, copy_graph, graph_module
+from ..planning.graphs import BATCH_NORMS, CONTENTS, STAYS_IN_EVAL, Graph, copy_graph, graph_module
+from ..planning.memory import IN_PLACE, read_after
 from ..planning.modes import is_training_only
 from .convolutions import Geometry, Way, grouped, is_plain
 from .vectorized import WAYS, as_images, autocast, one_by_one, over_parts
@@ -173,13 +174,13 @@ def pack(parts: Sequence[fx.GraphModule]) -> PackedGraph:
 
 def _out_of_place(root: nn.Module, graph: fx.Graph) -> None:
     """What works in place on a view of all parts' costs copies of them all; so it does where it has to alone."""
-    overwriting = _overwriting(root, graph)
-    needed = {root.get_submodule(str(node.target)) for node in overwriting if node.op == "call_module"}
+    seen = read_after(graph, root)
+    needed = {root.get_submodule(str(node.target)) for node in seen if node.op == "call_module"}
     for module in root.modules():
         if vars(module).get("inplace") and module not in needed:
             vars(module)["inplace"] = False
     for node in graph.nodes:
-        if node.target in IN_PLACE and node not in overwriting:
+        if node.target in IN_PLACE and node not in seen:
             node.target = _beside(IN_PLACE[node.target])
 
 
@@ -190,25 +191,6 @@ def _beside(function: Callable) -> Callable:
         return function(x, other).to(x.dtype)
 
     return call
-
-
-def _overwriting(root: nn.Module, graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose input, or what shares its memory, is read after them: out of place, one that works in place would
-    be another network."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    memory: dict[fx.Node, set[fx.Node]] = {}  # what may share a node's memory: only what has weights makes its own
-    for node in graph.nodes:
-        module = root.get_submodule(node.target) if node.op == "call_module" else None
-        sources = [] if module is not None and any(True for _ in module.parameters()) else node.all_input_nodes
-        memory[node] = {node}.union(*(memory[n] for n in sources))
-        for member in memory[node]:
-            memory[member] = memory[node]
-
-    def read_later(node: fx.Node) -> bool:
-        earlier = [n for n in memory[node] if order[n] < order[node]]
-        return any(order[user] > order[node] for n in earlier for user in n.users)
-
-    return {node for node in graph.nodes if (node.op == "call_module" or node.target in IN_PLACE) and read_later(node)}
 
 
 def _pack_modules(root: nn.Module, graph: fx.Graph, parts: int) -> None:

@@ -13,6 +13,7 @@ from timm.layers import activations as ta
 from torch import fx, nn
 
 from ...algebra.widths import Axis, Width
+from ..memory import overlaid
 from ..modes import detached
 from . import laws
 from .op import Op, Value, rule, shaped_as
@@ -134,6 +135,14 @@ def refilled(op: Op, x: Value, value) -> Value:
 @rule("copy_")
 def overwritten(op: Op, x: Value, src: Value, non_blocking: bool = False) -> Value:
     return op.result(broadcast(op, x, src), laws.linear, x, src)
+
+
+@rule(overlaid)
+def changed(op: Op, x: Value | tuple, change: Value) -> Value | tuple:
+    """Of some of its numbers; which ones is not known."""
+    if isinstance(x, tuple):
+        return tuple(changed(op, piece, change) for piece in x)
+    return op.result(x.axes, laws.linear, x, change)
 
 
 @rule(torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like)
