@@ -170,3 +170,59 @@ def test_what_does_not_run_without_values_bears_no_witness():
     model = net(fn(lambda x: x.relu() * torch.tensor([1.0, 2.0]).tolist()[1]))
     parts = shake(timm_dd.split(model, 3, domain=Domain.full(3), example_input=x))
     assert parts.plan.exact and sum_error(parts, timm_dd.merge(parts), x) <= RELATIVE
+
+
+class Remembers(nn.Module):
+    """Something from call to call."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.conv, self.head = how, nn.Conv2d(3, 12, 1), nn.Linear(12, 5)
+        self.register_buffer("mean", torch.rand(12))
+        self.calls, self.seen, self.first = 0, [], None
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.head(self.how(self, x, x.detach().mean((0, 2, 3))).mean((2, 3)))
+
+
+def counted(self, x, mean):
+    self.calls += 1
+    return x * self.calls
+
+
+def listed(self, x, mean):
+    self.seen.append(0)
+    return x * len(self.seen)
+
+
+def once(self, x, mean):
+    if self.first is None:
+        self.first = mean
+    return x - self.first[:, None, None]
+
+
+def replaced(self, x, mean):
+    self.mean = 0.9 * self.mean + 0.1 * mean
+    return x - self.mean[:, None, None]
+
+
+def moved(self, x, mean):
+    self.mean *= 0.9
+    self.mean.add_(0.1 * mean)
+    return x - self.mean[:, None, None]
+
+
+@pytest.mark.parametrize("how", [counted, listed, once, replaced])
+def test_what_is_remembered_out_of_buffers_is_refused(how):
+    with pytest.raises(SplitError, match="does at .*test_witness.py.* something else when it is called again"):
+        timm_dd.split(Remembers(how), 3, example_input=images(2, 3, 9, 9).float())
+
+
+@torch.no_grad()
+def test_buffers_that_are_changed_in_place_are_those_of_the_parts():
+    x = images(2, 3, 9, 9)
+    parts = shake(timm_dd.split(Remembers(moved).double(), 3, domain=Domain.full(3), example_input=x))
+    merged = timm_dd.merge(parts).eval()
+    for _ in range(3):
+        assert parts.plan.exact and sum_error(parts, merged, x) <= RELATIVE

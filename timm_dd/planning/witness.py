@@ -3,7 +3,8 @@
 While a forward is traced its tensors and numbers are symbols. `symbols.Known` answers as of their values what an object
 may answer; of ``x.dtype is torch.half``, and of whatever else looks past that, symbols know nothing. So both run once
 on the meta device, and the calls are compared, numbers and all. What works on constants alone is left out, since the
-graph has its result. A module that does not run on tensors without values bears no witness.
+graph has its result. The module runs twice, since a graph remembers nothing from call to call but what is in buffers.
+One that does not run on tensors without values bears no witness.
 """
 
 from __future__ import annotations
@@ -104,28 +105,42 @@ def _same(a: tuple, b: tuple) -> bool:
 
 
 def check_same(model: nn.Module, graph: fx.Graph, inputs: Inputs, batch: int) -> None:
-    """Raise SplitError, with the line, where a `skeleton` does another thing than the graph that was traced of it."""
+    """Raise SplitError, with the line, where a `skeleton` does another thing than the graph that was traced of it, in
+    its first call or in the next."""
     values: dict[str, Any] = {}
 
     def value(name: str, tree: Any) -> Any:
         return values.setdefault(name, inputs.empty(tree, batch, inputs.size, float_type(model)))
 
-    def calls(module: nn.Module, expected: Sequence = ()) -> Calls:
+    def tensors(module: nn.Module) -> list[torch.Tensor]:
         given = (t for t in tree_leaves(values) if isinstance(t, torch.Tensor))
-        return Calls((*given, *module.parameters(), *module.buffers()), expected)
+        return [*given, *module.parameters(), *module.buffers()]
 
     own = skeleton(model).train().eval()
     try:
         bound = bind(signature_of(model), inputs.args, inputs.kwargs, value)
         placed = [values[node.target] for node in graph.find_nodes(op="placeholder")]
-        traced = calls(model).run(lambda: fx.Interpreter(model, graph=graph).run(*placed))
-        found = calls(own, traced.made).run(lambda: own(*bound.args, **bound.kwargs))
+        traced = Calls(tensors(model)).run(lambda: fx.Interpreter(model, graph=graph).run(*placed))
+        before = tensors(own)
+        found, again = (Calls(before, traced.made).run(lambda: own(*bound.args, **bound.kwargs)) for _ in range(2))
     except Exception:  # any operation may fail without values
         return
-    if found.line is None and found.returned == traced.returned and len(found.made) == len(traced.made):
-        return
-    where = "in what it returns" if found.line is None else f"at {found.line}"
-    raise SplitError(
-        f"{type(model).__name__} does {where} what its traced graph does not; while it is traced, tensors, sizes and "
-        "dtypes are symbols: compare them with `==`, not with `is`, and set none of their attributes"
-    )
+    name = type(model).__name__
+    if (where := _unlike(found, traced)) is not None:
+        raise SplitError(
+            f"{name} does {where} what its traced graph does not; while it is traced, tensors, sizes and dtypes are "
+            "symbols: compare them with `==`, not with `is`, and set none of their attributes"
+        )
+    if (where := _unlike(again, traced)) is not None:
+        raise SplitError(
+            f"{name} does {where} something else when it is called again; keep what changes from call to call in "
+            "buffers, and change them in place"
+        )
+
+
+def _unlike(found: Calls, expected: Calls) -> str | None:
+    """Where they differ, if they do."""
+    if found.line is not None:
+        return f"at {found.line}"
+    same = found.returned == expected.returned and len(found.made) == len(expected.made)
+    return None if same else "in what it returns"
