@@ -31,8 +31,11 @@ class Killed(Exception):
 class Process:
     """One of a rank, in a thread: it comes to the meeting, and stays there until it is killed."""
 
-    def __init__(self, rank, store):
+    def __init__(self, rank, store, dies=False):
+        """One that `dies` does so when it first waits, whoever runs meanwhile."""
         self.meeting, self.killed, self.error = Meeting(Ranks(rank, 0, WORLD, 1), store), threading.Event(), None
+        if dies:
+            self.killed.set()
         self.restarted = self.meeting.restarted
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -82,7 +85,7 @@ def test_a_rank_that_died_while_it_waited_is_waited_for(victim, store):
     """Twice; the others go on waiting, nobody takes the dead for one who is there."""
     others = [Process(rank, store) for rank in range(1, WORLD) if rank != victim]
     for _ in range(2):
-        Process(victim, store).kill()
+        Process(victim, store, dies=True).kill()
     if victim:
         others.append(Process(0, store))  # by then all have said that they are there, the dead too
     for r in others:
@@ -107,7 +110,7 @@ def test_who_answered_and_died_is_not_taken_for_one_who_is_there(store):
 def test_some_ranks_never_came_before_the_others_were_started_again(store):
     """Rank 0 lives for the third time, rank 1 for the second, rank 2 for the first."""
     for rank in (0, 1, 0):
-        Process(rank, store).kill()
+        Process(rank, store, dies=True).kill()
     ranks = [Process(rank, store) for rank in range(WORLD)]
     assert len({r.group for r in ranks}) == 1
     assert [r.restarted for r in ranks] == [True, True, False]
