@@ -271,12 +271,12 @@ def test_no_weights_in_memory():
 TABLE = """\
 resnet50 in 4 parts; grid 2x2: 3×112×112 of 3×224×224; one image, eval mode
 
-                          global      part 0    ratio
-parameters                25.56 M     1.99 M    12.8
-statistics                0.0531 M    0.0133 M  4.0
-multiply-adds (MACs)      4.09 G      0.0733 G  55.8
-FLOPs (2 MACs - outputs)  8.17 G      0.146 G   56.0
-activations               108.36 MiB  6.91 MiB  15.7"""
+                          global     part 0    ratio
+parameters                25.56 M    1.99 M    12.8
+statistics                0.0531 M   0.0133 M  4.0
+multiply-adds (MACs)      4.09 G     0.0733 G  55.8
+FLOPs (2 MACs - outputs)  8.17 G     0.146 G   56.0
+activations               87.30 MiB  5.58 MiB  15.7"""
 
 
 def test_text_and_json():

@@ -26,6 +26,12 @@ from .modes import line_here
 
 # The result is like the first argument; what meta tensors take for it is a slow decomposition.
 LIKE_INPUT = {F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm}
+# What is of the numbers of no tensor, or of those of the first one alone.
+OF_NO_NUMBERS = {
+    torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.Tensor.new_zeros,
+    torch.Tensor.new_ones, torch.Tensor.new_full, torch.Tensor.new_empty, torch.Tensor.new_tensor,
+}  # fmt: skip
+LIKE_ANOTHER = {torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.view_as, torch.Tensor.expand_as}
 
 
 class Calls(AsOnCPU):
@@ -65,7 +71,7 @@ class Calls(AsOnCPU):
         else:
             result = super().__torch_function__(func, types, args, kwargs)
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        if (made or func.__name__ in ("__setitem__", "__set__")) and self._knows((args, kwargs)):
+        if (made or func.__name__ in ("__setitem__", "__set__")) and self._works_on_these(func, args, kwargs):
             if func is torch.Tensor.detach:  # which the graph has for blocks without gradients too
                 names = [self._names[id(args[0])]]
             elif func.__name__ == "__get__":  # an attribute, which the graph reads where it is used
@@ -89,8 +95,11 @@ class Calls(AsOnCPU):
             return META if isinstance(value, torch.device) else value
         return self._names.get(id(value), ("constant", tuple(value.shape)))
 
-    def _knows(self, tree: Any) -> bool:
-        return any(id(t) in self._names for t in tree_leaves(tree) if isinstance(t, torch.Tensor))
+    def _works_on_these(self, func: Callable, args: tuple, kwargs: dict) -> bool:
+        if func in OF_NO_NUMBERS:
+            return False
+        given = args[:1] if func in LIKE_ANOTHER else (args, kwargs)
+        return any(id(t) in self._names for t in tree_leaves(given) if isinstance(t, torch.Tensor))
 
 
 def _plain(tree: Any) -> Any:
