@@ -8,6 +8,7 @@ is an error with its line. What is computed under ``torch.no_grad()`` is `detach
 from __future__ import annotations
 
 import linecache
+import operator
 import os
 import random
 import traceback
@@ -32,6 +33,10 @@ REMEDY = (
     "put it into a module of its own without parameters that returns its input in eval mode, or leave it out of the "
     "model that is split"
 )
+
+# What may only have been asked for; see `working`.
+PURE = "getitem eq ne lt le gt ge add sub mul truediv floordiv mod pow neg pos not_ and_ or_".split()
+READS = {getattr, round, "size", "dim", "numel", "nelement", *(getattr(operator, name) for name in PURE)}
 
 
 class TrainingOnly:
@@ -96,6 +101,15 @@ def detach(graph: fx.Graph) -> None:
                 user.replace_input_with(node, new)
 
 
+def working(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes but those of which the forward only asked something."""
+    found: dict[fx.Node, None] = {}
+    for node in reversed(graph.nodes):
+        if node.target not in READS or any(user in found for user in node.users):
+            found[node] = None
+    return [*reversed(found)]
+
+
 def keep_training(model: nn.Module, graph: fx.Graph, other: nn.Module, training: fx.Graph) -> None:
     """Make the `graph` of `model` in eval mode that of both modes; `training` is that of an `other` copy in training.
 
@@ -103,7 +117,7 @@ def keep_training(model: nn.Module, graph: fx.Graph, other: nn.Module, training:
         SplitError: they differ in more than numbers.
     """
     twins: dict[fx.Node, fx.Node] = {}
-    for node, twin in zip(list(graph.nodes), training.nodes):
+    for node, twin in zip(working(graph), working(training)):
         twins[node] = twin
         try:
             if (node.op, node.target) != (twin.op, twin.target) or not _same_constant(node, model, other):

@@ -37,8 +37,6 @@ from .witness import check_same
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
-PURE = "getitem eq ne lt le gt ge add sub mul truediv floordiv mod pow neg pos not_ and_ or_".split()
-READS = {getattr, round, "size", "dim", "numel", "nelement", *(getattr(operator, name) for name in PURE)}
 
 
 def trace(
@@ -151,11 +149,8 @@ def _check_elsewhere(
 
 def _listing(graph: fx.Graph) -> list[tuple]:
     """What it computes; what the forward only asked for is left out."""
-    place: dict[fx.Node, int] = {}
-    for node in reversed(graph.nodes):
-        if node.target not in READS or any(user in place for user in node.users):
-            place[node] = -len(place)
-    listed = ((n, fx.node.map_arg((n.args, n.kwargs), place.__getitem__)) for n in reversed(place))
+    place = {node: i for i, node in enumerate(modes.working(graph))}
+    listed = ((n, fx.node.map_arg((n.args, n.kwargs), place.__getitem__)) for n in place)
     return [(n.op, n.target, str(given if n.target is operator.getitem else _tuples(given))) for n, given in listed]
 
 

@@ -125,13 +125,17 @@ def check_same(model: nn.Module, graph: fx.Graph, inputs: Inputs, batch: int) ->
         given = (t for t in tree_leaves(values) if isinstance(t, torch.Tensor))
         return [*given, *module.parameters(), *module.buffers()]
 
-    own = skeleton(model).train().eval()
+    own = skeleton(model)
+
+    def run() -> Any:
+        return own.train().eval()(*bound.args, **bound.kwargs)  # `train` clears what a forward keeps of the weights
+
     try:
         bound = bind(signature_of(model), inputs.args, inputs.kwargs, value)
         placed = [values[node.target] for node in graph.find_nodes(op="placeholder")]
         traced = Calls(tensors(model)).run(lambda: fx.Interpreter(model, graph=graph).run(*placed))
         before = tensors(own)
-        found, again = (Calls(before, traced.made).run(lambda: own(*bound.args, **bound.kwargs)) for _ in range(2))
+        found, again = (Calls(before, traced.made).run(run) for _ in range(2))
     except Exception:  # any operation may fail without values
         return
     name = type(model).__name__
