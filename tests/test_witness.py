@@ -1,5 +1,6 @@
 """What fx's symbols answer otherwise than tensors: the graph does what the module does, by value, or is refused."""
 
+import functools
 import operator
 
 import pytest
@@ -90,9 +91,6 @@ def singled(x):
 
 
 ANSWERED = {
-    "a key": lambda x: x.relu() if {12: True}.get(x.shape[1]) else x,
-    "a key of a size": lambda x: x.relu() if {(9, 9): True}.get(x.shape[2:]) else x,
-    "a member": lambda x: x.relu() if x.shape[1] in {12, 13} and x.dtype in {torch.float64} else x,
     "a text": singled,
     "a device": lambda x: x.relu() if x.device.type == "cpu" and x.is_cpu and not (x.is_meta or x.is_cuda) else x,
     "a device by name": lambda x: x.relu() if x.to("cpu").cpu().device == torch.device("cpu") else x,
@@ -132,6 +130,9 @@ UNSEEN = {
     "an identity of a layout": lambda x: x.relu() if x.layout is torch.strided else x,
     "an address": lambda x: x.relu() if id(x.dtype) == id(torch.float64) else x,
     "its text": lambda x: x.relu() if repr(x.shape[1]) == "12" else x,
+    "a key": lambda x: x.relu() if {12: True}.get(x.shape[1]) else x,
+    "a key of a size": lambda x: x.relu() if {(9, 9): True}.get(tuple(x.shape[2:])) else x,
+    "a member": lambda x: x.relu() if x.shape[1] in {12, 13} else x,
     "tracing": lambda x: x.relu() if is_fx_symbolic_tracing() else x,
     "an attribute": put,
 }
@@ -141,6 +142,32 @@ UNSEEN = {
 def test_what_the_module_does_otherwise_is_refused(name):
     with pytest.raises(SplitError, match=r"does at .*test_witness.py:\d+ .*what its traced graph does not; .*`=="):
         timm_dd.split(net(fn(UNSEEN[name])).double(), 3, example_input=images(2, 3, 9, 9))
+
+
+@functools.cache
+def table(height, width, device):
+    return torch.arange(float(height * width), dtype=torch.float64, device=device).view(int(height), int(width))
+
+
+@functools.cache
+def scale(channels):
+    return channels**-0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("called", [False, True])
+def test_caches_that_outlive_a_trace_hold_what_they_would(called):
+    """Filled before the split, or by it."""
+    x = images(2, 3, 9, 9)
+    for cached in (table, scale):
+        cached.cache_clear()
+    model = net(fn(lambda x: x * table(x.shape[2], x.shape[3], x.device) * scale(x.shape[1]))).double()
+    if called:
+        model(x)
+    for _ in range(2):
+        parts = shake(timm_dd.split(model, 3, domain=Domain.full(3), example_input=x))
+        assert parts.plan.exact and sum_error(parts, timm_dd.merge(parts), x) <= RELATIVE
+    assert model(x).isfinite().all()
 
 
 def test_what_both_do_is_no_matter_how_it_is_asked():

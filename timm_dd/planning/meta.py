@@ -10,6 +10,8 @@ import torch
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
+from ..compat import tree_leaves
+
 CPU, META = torch.device("cpu"), torch.device("meta")
 ANSWERS = {
     torch.Tensor.device.__get__: CPU,
@@ -24,7 +26,9 @@ class AsOnCPU(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in ANSWERS and args[0].device == META:
+        if not any(isinstance(t, torch.Tensor) and t.device == META for t in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        if func in ANSWERS:
             return ANSWERS[func]
         if func in STAY:
             return args[0]

@@ -1,8 +1,8 @@
 """The symbols of which a forward is traced: what nodes give, and what Python may ask of it as of its value.
 
 `Known` records what is done with it, and answers, as its value would, what the sizes of the image decide (a length, a
-whole number, a branch, a key of a dict), of which class it is, and what it has. What changes a tensor in place is
-recorded as that. Of an ``is`` no object can answer: see `witness`.
+whole number, a branch), of which class it is, and what it has. What changes a tensor in place is recorded as that. Of
+an ``is`` no object can answer, and as a key of a dict, which may outlive the trace, none should: see `witness`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -61,11 +60,6 @@ class Known(fx.Proxy):
     @property
     def grad_fn(self) -> Any:
         return KnownAttribute(self, "grad_fn") if self.tracer.decide(self.node, has_history) else None
-
-    def __hash__(self) -> int:
-        """A number finds in a dict what its value does."""
-        mine = partial(object.__hash__, self)
-        return self.tracer.decide(self.node, hash, mine) if asks() else mine()
 
     def __len__(self) -> int:
         return self.tracer.decide(self.node, len)

@@ -3,8 +3,9 @@
 While a forward is traced its tensors and numbers are symbols. `symbols.Known` answers as of their values what an object
 may answer; of ``x.dtype is torch.half``, and of whatever else looks past that, symbols know nothing. So both run once
 on the meta device, and the calls are compared, numbers and all. What works on constants alone is left out, since the
-graph has its result. The module runs twice, since a graph remembers nothing from call to call but what is in buffers.
-One that does not run on tensors without values bears no witness.
+graph has its result; they stay on the CPU, for caches of theirs may outlive this. The module runs twice, since a graph
+remembers nothing from call to call but what is in buffers. One that does not run on tensors without values bears no
+witness.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Calls(AsOnCPU):
         self._names: dict[int, Any] = {id(t): ("given", i) for i, t in enumerate(self._kept)}
 
     def run(self, function: Callable[[], Any]) -> Calls:
-        with META, self:
+        with self:
             self.returned = [self._name(t) for t in tree_leaves(function()) if isinstance(t, torch.Tensor)]
         return self
 
