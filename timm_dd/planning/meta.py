@@ -27,7 +27,7 @@ class AsOnCPU(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not any(isinstance(t, torch.Tensor) and t.device == META for t in tree_leaves((args, kwargs))):
-            return func(*args, **kwargs)
+            return self.make(func, args, kwargs)
         if func in ANSWERS:
             return ANSWERS[func]
         if func in STAY:
@@ -38,6 +38,10 @@ class AsOnCPU(TorchFunctionMode):
             kwargs = {**kwargs, "device": META}
         result = func(*map_aggregate(args, moved), **map_aggregate(kwargs, moved))
         return result.replace("meta.", "") if func is torch.Tensor.type and isinstance(result, str) else result
+
+    def make(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """What is made of no such tensor; there, if it is said where."""
+        return func(*args, **({**kwargs, "device": META} if "device" in kwargs else kwargs))
 
 
 def moved(value: Any) -> Any:
