@@ -34,17 +34,20 @@ class AsOnCPU(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.to:
             args = tuple(META if isinstance(a, str) else a for a in args)
-        if "device" in kwargs:
-            kwargs = {**kwargs, "device": META}
-        result = func(*map_aggregate(args, moved), **map_aggregate(kwargs, moved))
+        result = func(*map_aggregate(args, _moved), **map_aggregate(_there(kwargs), _moved))
         return result.replace("meta.", "") if func is torch.Tensor.type and isinstance(result, str) else result
 
     def make(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """What is made of no such tensor; there, if it is said where."""
-        return func(*args, **({**kwargs, "device": META} if "device" in kwargs else kwargs))
+        return func(*args, **_there(kwargs))
 
 
-def moved(value: Any) -> Any:
+def _there(kwargs: dict) -> dict:
+    """With the meta device for any other."""
+    return {**kwargs, "device": META} if "device" in kwargs else kwargs
+
+
+def _moved(value: Any) -> Any:
     """A device, or a tensor of one, as the meta device's."""
     if isinstance(value, torch.Tensor):
         return value if value.device == META else value.to(META)

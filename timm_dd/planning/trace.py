@@ -56,13 +56,12 @@ def trace(
     _check_plain(model)
     inputs = Inputs.image(size) if inputs is None else inputs
     tracer, graph = _traced(model, is_leaf, inputs, batch)
-    named = inputs.named(signature_of(model))
     _check_elsewhere(model, is_leaf, inputs, batch, tracer, graph)
     with torch.enable_grad(), _without_checkpoints():
-        check_same(model, graph, inputs, batch)
+        check_same(model, graph, inputs, tracer.example)
     _drop_assertions(graph)
     _inputs_first(graph, model)
-    chain_in_place(graph, model, lambda name: inputs.empty(named[name], batch, inputs.size, float_type(model)))
+    chain_in_place(graph, model, tracer.example)
     _chunk_as_pieces(graph)
     _dropout_as_modules(graph, model)
     _constants_as_buffers(graph, model)
@@ -92,7 +91,7 @@ def _traced(
 ) -> tuple[Tracer, fx.Graph]:
     named, dtype = inputs.named(signature_of(model)), float_type(model)
 
-    def example(name: str, other: int | None) -> Any:
+    def example(name: str, other: int | None = None) -> Any:
         return inputs.empty(named[name], batch if other is None else other, inputs.size, dtype)
 
     let_einops_take(Known, KnownAttribute)

@@ -58,7 +58,7 @@ class Tracer(fx.Tracer):
 
     def __init__(self, is_leaf: Callable[[Any], bool], inputs: Inputs, example: Callable, grads: bool = True):
         super().__init__(autowrap_functions=tuple(filter(is_leaf, get_notrace_functions())))
-        self._is_leaf, self._inputs, self._example, self.grads = is_leaf, inputs, example, grads
+        self._is_leaf, self._inputs, self.example, self.grads = is_leaf, inputs, example, grads
         self._env: dict[fx.Node, Any] = {}
         self._evaluating = False
         self.decisions: list[Decision] = []
@@ -167,7 +167,7 @@ class Tracer(fx.Tracer):
     def _evaluate(self, node: fx.Node, env: dict[fx.Node, Any], batch: int | None = None) -> Any:
         if node.op != "placeholder":
             return evaluate_node(self.root, node, env)
-        return self._example(node.target, batch)
+        return self.example(node.target, batch)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)

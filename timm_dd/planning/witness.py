@@ -20,7 +20,7 @@ from torch.fx.node import map_aggregate
 
 from ..compat import tree_leaves
 from ..errors import SplitError
-from .graphs import float_type, skeleton
+from .graphs import skeleton
 from .inputs import Inputs, bind, signature_of
 from .meta import META, AsOnCPU
 from .modes import line_here
@@ -40,7 +40,7 @@ class Calls(AsOnCPU):
     come from.
 
     Args:
-        expected: the calls that there should be.
+        expected: the calls that there should be, if that is known.
 
     Attributes:
         made: the calls.
@@ -48,7 +48,7 @@ class Calls(AsOnCPU):
         returned: what `run` found returned.
     """
 
-    def __init__(self, tensors: Iterable[torch.Tensor], expected: Sequence = ()):
+    def __init__(self, tensors: Iterable[torch.Tensor], expected: Sequence | None = None):
         super().__init__()
         self.made: list[tuple] = []
         self.line: str | None = None
@@ -89,9 +89,9 @@ class Calls(AsOnCPU):
         return func(*args, **kwargs)
 
     def _add(self, call: tuple) -> None:
-        at = len(self.made)
+        expected, at = self._expected, len(self.made)
         self.made.append(call)
-        if self.line is None and (at >= len(self._expected) or not _same(self._expected[at], call)):
+        if expected is not None and self.line is None and (at >= len(expected) or not _same(expected[at], call)):
             self.line = line_here()
 
     def _name(self, value: Any) -> Any:
@@ -117,17 +117,21 @@ def _same(a: tuple, b: tuple) -> bool:
     return a == b or repr(a) == repr(b)  # numbers that are none do not equal themselves
 
 
-def check_same(model: nn.Module, graph: fx.Graph, inputs: Inputs, batch: int) -> None:
+def check_same(model: nn.Module, graph: fx.Graph, inputs: Inputs, given: Callable[[str], Any]) -> None:
     """Raise SplitError, with the line, where a `skeleton` does another thing than the graph that was traced of it, in
-    its first call or in the next."""
+    its first call or in the next.
+
+    Args:
+        given: what the model takes, on the meta device, by name.
+    """
     values: dict[str, Any] = {}
 
-    def value(name: str, tree: Any) -> Any:
-        return values.setdefault(name, inputs.empty(tree, batch, inputs.size, float_type(model)))
+    def value(name: str, _: Any) -> Any:
+        return values.setdefault(name, given(name))
 
     def tensors(module: nn.Module) -> list[torch.Tensor]:
-        given = (t for t in tree_leaves(values) if isinstance(t, torch.Tensor))
-        return [*given, *module.parameters(), *module.buffers()]
+        images = (t for t in tree_leaves(values) if isinstance(t, torch.Tensor))
+        return [*images, *module.parameters(), *module.buffers()]
 
     own = skeleton(model)
 
