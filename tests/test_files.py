@@ -112,6 +112,25 @@ def test_stock_timm_loads_the_composed_model(saved, tmp_path):
     assert config["pretrained_cfg"]["input_size"] == [3, 64, 64]
 
 
+@pytest.mark.parametrize("how", ["checkpoint", "overlay", "config"])
+def test_arguments_that_say_where_weights_are_are_not_of_the_plan(how, tmp_path):
+    file = str(tmp_path / "model.safetensors")
+    model = timm.create_model(NAME, num_classes=5, in_chans=1)
+    save_file(model.state_dict(), file)
+    given = {
+        "checkpoint": dict(checkpoint_path=file, num_classes=5, in_chans=1, cache_dir=str(tmp_path)),
+        "overlay": dict(pretrained=True, pretrained_cfg_overlay=dict(file=file, num_classes=5, input_size=(1, 64, 64))),
+        "config": dict(pretrained=True, pretrained_cfg=dict(file=file, num_classes=5, input_size=(1, 64, 64))),
+    }[how]
+    parts = timm_dd.split(NAME, 2, **given)
+    plan = timm_dd.plan(NAME, 2, **given)
+    assert plan.model_args == parts.plan.model_args == {"num_classes": 5, "in_chans": 1}
+    parts.save(tmp_path / "parts")
+    merged = timm_dd.merge(tmp_path / "parts").state_dict()
+    block, name = slice(0, 32), "layer1.0.conv1.weight"
+    assert torch.equal(merged[name][block, block], model.state_dict()[name][block, block])  # not re-scaled
+
+
 def test_parts_that_give_features(tmp_path):
     parts = timm_dd.split("resnet10t", 2, features_only=True, img_size=64)
     parts.save(tmp_path / "parts")

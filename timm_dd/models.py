@@ -36,7 +36,9 @@ def create(name: str, /, pretrained: bool = False, seed: int | None = None, **kw
 
 
 def create_empty(name: str, /, **kwargs: Any) -> nn.Module:
-    """The model without weights: on the meta device, or on the CPU if its constructor needs numbers."""
+    """The model without weights, wherever they are: on the meta device, or on the CPU if its constructor needs
+    numbers."""
+    kwargs = {**kwargs, "pretrained": False, "checkpoint_path": None}
     try:
         with torch.device("meta"):
             return create(name, **kwargs)
@@ -82,17 +84,22 @@ def load(folder: Path) -> nn.Module:
 
 
 def registered(name: str, model: nn.Module, args: dict) -> tuple[str, dict]:
-    """The name and arguments by which any timm makes `model` again: for ``local-dir:`` and ``hf-hub:`` those that are
-    written there."""
+    """The name and arguments by which any timm makes `model` again, whatever its weights: for ``local-dir:`` and
+    ``hf-hub:`` those that are written there."""
+    kept = {key: value for key, value in args.items() if key not in OF_WEIGHTS}
+    if any(key in args for key in CFGS):  # which may say these too
+        kept = {"num_classes": getattr(model, "num_classes", 0), "in_chans": input_size(model)[0], **kept}
     if timm.is_model(name):
-        return name, args
+        return name, kept
     found = config(model, {})
     if found is None:
         raise SplitError(f"{name}: timm has no config for this model; split it by its timm name")
-    return found["architecture"], {**found.get("model_args", {}), **args}
+    return found["architecture"], {**found.get("model_args", {}), **kept}
 
 
-NOT_OF_A_PLAN = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+CFGS = ("pretrained_cfg", "pretrained_cfg_overlay")
+OF_WEIGHTS = (*CFGS, "checkpoint_path", "cache_dir")  # arguments that say where they are
+NOT_OF_A_PLAN = ("pretrained", *OF_WEIGHTS)
 
 
 def check_known(name: str, args: Mapping[str, Any]) -> None:

@@ -102,7 +102,8 @@ class Network:
         size = models.input_size(module, img_size, kwargs.get("in_chans"))
         registered = models.registered(name, module, args)
         module = module if with_weights else skeleton(module)
-        return cls(module, Inputs.image(size), _output(module, reconstruct), *registered, fresh=not pretrained)
+        fresh = not (pretrained or kwargs.get("checkpoint_path"))
+        return cls(module, Inputs.image(size), _output(module, reconstruct), *registered, fresh=fresh)
 
     @classmethod
     def of_plan(cls, plan: Plan, model: nn.Module | None) -> Network:
