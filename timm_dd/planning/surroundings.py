@@ -13,9 +13,12 @@ import torch
 from torch import fx, nn
 
 from ..compat import tree_leaves
+from ..errors import SplitError
 from .graphs import MAKERS
 from .modes import line_here
-from .symbols import NOT_ASKING, KnownAttribute, Type, asks, is_callable
+from .symbols import NOT_ASKING, KnownAttribute, Type, asks, is_callable, is_instance
+
+LISTS = ("parameters", "named_parameters", "buffers", "named_buffers")
 
 
 class Asked(Protocol):
@@ -29,6 +32,9 @@ class Asked(Protocol):
     grads: bool
     of_gradients: str | None
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
+        """The symbol of a tensor of the model."""
+
 
 @contextlib.contextmanager
 def where_symbols_are_taken(tracer: Asked) -> Iterator[None]:
@@ -39,6 +45,8 @@ def where_symbols_are_taken(tracer: Asked) -> Iterator[None]:
         _types_may_be_asked_for(),
         _gradients_may_be_asked_for(tracer),
         _devices_may_be_named(),
+        _tensors_may_be_listed(tracer),
+        _backward_passes_are_kept(),
     ):
         yield
 
@@ -88,8 +96,9 @@ def _sizes_may_be_computed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _types_may_be_asked_for() -> Iterator[None]:
-    """``type(x)`` and ``callable(x)`` wherever a forward may stand."""
-    others, answers = NOT_ASKING | sys.stdlib_module_names, {"type": Type, "callable": is_callable}
+    """``type(x)``, ``isinstance(x, …)`` and ``callable(x)`` wherever a forward may stand."""
+    others = NOT_ASKING | sys.stdlib_module_names
+    answers = {"type": Type, "isinstance": is_instance, "callable": is_callable}
     modules = [m for name, m in [*sys.modules.items()] if name.partition(".")[0] not in others]
     places = {id(vars(m)): vars(m) for m in modules if isinstance(m, ModuleType)}  # some have two names
     answered = [(names, name) for names in places.values() for name in answers if name not in names]
@@ -121,6 +130,32 @@ def _gradients_may_be_asked_for(tracer: Asked) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _tensors_may_be_listed(tracer: Asked) -> Iterator[None]:
+    """``next(self.parameters()).device``: what a forward lists are symbols, as are the attributes that it reads."""
+
+    def listing(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def tensors(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator:
+            return map(symbol, original(module, *args, **kwargs)) if asks() else original(module, *args, **kwargs)
+
+        return tensors
+
+    def symbol(found: Any) -> Any:
+        name, tensor = found if isinstance(found, tuple) else ("", found)
+        given = tracer.getattr(name, tensor, {})
+        return (name, given) if isinstance(found, tuple) else given
+
+    originals = {name: getattr(nn.Module, name) for name in LISTS}
+    for name, original in originals.items():
+        setattr(nn.Module, name, listing(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(nn.Module, name, original)
+
+
+@contextlib.contextmanager
 def _devices_may_be_named() -> Iterator[None]:
     """``with torch.autocast(x.device.type, enabled=False)``: a block that is recorded like any other."""
     original = torch.autocast.__init__
@@ -135,3 +170,23 @@ def _devices_may_be_named() -> Iterator[None]:
         yield
     finally:
         torch.autocast.__init__ = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _backward_passes_are_kept() -> Iterator[None]:
+    """An autograd function is an error, since what is recorded of it has another backward pass."""
+    original = vars(torch.autograd.Function)["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if any(issubclass(type(a), fx.Proxy) for a in tree_leaves((args, kwargs))):
+            raise SplitError(
+                f"{cls.__name__} at {line_here()} has a backward pass of its own, of whose channels nothing is known; "
+                "call it in a module that has a rule (docs/adding-a-rule.md), or write it in torch's operations"
+            )
+        return original.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original

@@ -10,6 +10,8 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable
+from opcode import opmap
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,14 +19,27 @@ from torch import fx
 
 from .memory import IN_PLACE
 
+ASKING = {opmap[name] for name in ("LOAD_ATTR", "MATCH_CLASS")}
 NOT_ASKING = {"torch", __name__.partition(".")[0]}  # whose questions are not a forward's: they know symbols
 
 
 def asks() -> bool:
     """Whether a forward asks the function that calls this one, not torch or what traces."""
+    return asks_in(sys._getframe(2))
+
+
+def asks_in(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] not in NOT_ASKING
+
+
+def by_its_name() -> bool:
+    """Whether a forward asks the attribute that calls this one in Python, as ``x.__class__`` or in a ``match``. C code
+    asks too, for a forward that calls it; what torch's is told to be a tensor it takes for one, and crashes."""
     frame = sys._getframe(2)
-    place = frame.f_globals.get("__name__", "").partition(".")[0]
-    return place not in NOT_ASKING or frame.f_code is torch.is_tensor.__code__
+    at, code = frame.f_lasti, frame.f_code.co_code
+    while code[at] == opmap.get("CACHE"):  # of the instruction before
+        at -= 2
+    return frame.f_code is torch.is_tensor.__code__ or code[at] in ASKING and asks_in(frame)
 
 
 def assign_(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
@@ -41,13 +56,15 @@ class Known(fx.Proxy):
 
     @property
     def __class__(self) -> type:  # type: ignore[override]
-        return self._class() if asks() else type(self)
+        return self._class() if by_its_name() else type(self)
 
     def _class(self) -> type:
         """The class of the value."""
         return self.tracer.ask(self.node, type, Known)
 
     def __getattr__(self, name: str) -> KnownAttribute:
+        if name.startswith("__array") or name == "__cuda_array_interface__":  # whose values it has not
+            raise AttributeError(name)
         if hasattr(torch.Tensor, name) or not asks() or self.tracer.ask(self.node, lambda v: hasattr(v, name), True):
             return KnownAttribute(self, name)
         raise AttributeError(f"{self._class().__name__!r} object has no attribute {name!r}")
@@ -133,6 +150,13 @@ class _Answers(type):
 
 class Type(metaclass=_Answers):
     """``type`` as a forward asks it, of which `Known` is of the class of its value."""
+
+
+def is_instance(value: Any, kinds: Any) -> bool:
+    """``isinstance`` as a forward asks it, of which `Known` is of the class of its value."""
+    return isinstance(value, kinds) or (
+        issubclass(type(value), Known) and value.tracer.ask(value.node, lambda v: isinstance(v, kinds), False)
+    )
 
 
 def is_callable(value: Any) -> bool:

@@ -29,12 +29,14 @@ from .graphs import (
     module_path,
     skeleton,
 )
-from .inputs import Inputs, signature_of
+from .inputs import Inputs, leaves, signature_of
 from .memory import chain_in_place
+from .meta import META
 from .symbols import Known, KnownAttribute
 from .tracer import Tracer
 from .witness import check_same
 
+CONSTANT = "_tensor_constant"  # as fx calls what a forward makes of no symbol
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
 
@@ -56,6 +58,7 @@ def trace(
     _check_plain(model)
     inputs = Inputs.image(size) if inputs is None else inputs
     tracer, graph = _traced(model, is_leaf, inputs, batch)
+    _check_devices(model, graph)
     _check_elsewhere(model, is_leaf, inputs, batch, tracer, graph)
     with torch.enable_grad(), _without_checkpoints():
         check_same(model, graph, inputs, tracer.example)
@@ -112,6 +115,18 @@ def _traced(
             f"torch.fx cannot trace {type(model).__name__}: {type(e).__name__}: {headline(e)}; "
             f"{modes.raised_at(e)}{remedy if branches else other}"
         ) from e
+
+
+def _check_devices(model: nn.Module, graph: fx.Graph) -> None:
+    """Raise SplitError where the graph keeps the meta device, on which it is traced, or a tensor made there."""
+    for node in graph.nodes:
+        made = getattr(model, node.target) if node.op == "get_attr" and node.target.startswith(CONSTANT) else None
+        kept = [*leaves(node.args), *leaves(tuple(node.kwargs.values())), getattr(made, "device", None)]
+        if META in kept:
+            raise SplitError(
+                f"{modes.where(node)}: the device of a tensor of the model, which is another one while it is traced; "
+                "take that of an input, or of `next(self.parameters())`"
+            )
 
 
 def _check_elsewhere(

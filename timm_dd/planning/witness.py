@@ -10,6 +10,7 @@ witness.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -64,9 +65,9 @@ class Calls(AsOnCPU):
 
     def __torch_function__(self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.__iter__:
+        if func is torch.Tensor.unbind and sys._getframe(1).f_code is torch.Tensor.__iter__.__code__:
             with self:  # as the graph has it
-                return iter([args[0][i] for i in range(len(args[0]))])
+                return tuple(args[0][i] for i in range(len(args[0])))
         if func in LIKE_INPUT:
             result = args[0] if args else kwargs["input"]
         else:
@@ -106,11 +107,11 @@ class Calls(AsOnCPU):
         return any(id(t) in self._names for t in tree_leaves(given) if isinstance(t, torch.Tensor))
 
 
-def _plain(tree: Any) -> Any:
-    """With tuples for lists, and for sizes."""
-    if isinstance(tree, (tuple, list)):
-        return tuple(map(_plain, tree))
-    return tuple(sorted((k, _plain(v)) for k, v in tree.items())) if isinstance(tree, dict) else tree
+def _plain(tree: Any) -> tuple:
+    """Flat: what is given as a list may be given as several arguments too."""
+    if isinstance(tree, dict):
+        tree = sorted(tree.items())
+    return tuple(leaf for inner in tree for leaf in _plain(inner)) if isinstance(tree, (tuple, list)) else (tree,)
 
 
 def _same(a: tuple, b: tuple) -> bool:

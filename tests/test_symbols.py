@@ -1,0 +1,107 @@
+"""What a forward asks of the symbols that it is traced with, and what it hands them to: C code that takes a tensor for
+granted, autograd functions, lists of the model's own tensors."""
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import check_split
+from torch import nn
+
+import timm_dd
+from timm_dd import Domain, SplitError
+
+
+class Net(nn.Module):
+    """A function of the maps between two convolutions and the classifier."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.conv, self.more, self.fc = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 12, 1), nn.Linear(12, 5)
+        self.register_buffer("scale", torch.ones(1))
+        self.body = body
+
+    def forward(self, x):
+        return self.fc(self.more(self.body(self, self.conv(x)).relu()).mean((2, 3)))
+
+
+def split(body):
+    return timm_dd.split(Net(body), 2, domain=Domain.full(2), example_input=torch.empty(1, 3, 8, 8))
+
+
+def double(x):
+    return x * 2
+
+
+C_CODE = [
+    lambda net, x: torch.where(x > 0, x, 0.0),
+    lambda net, x: torch.isin(x, 1.0) * x,
+    lambda net, x: x.to(torch.result_type(x, 1.0)),
+    lambda net, x: torch.as_tensor(x),
+    lambda net, x: torch.asarray(x),
+    lambda net, x: torch.Tensor([x.mean()]) * x,
+    lambda net, x: torch.zeros(1).set_(x),
+    lambda net, x: torch.jit.script(double)(x),
+    lambda net, x: torch.Tensor._make_subclass(torch.Tensor, x),
+    lambda net, x: torch.autograd.Variable(x),
+    lambda net, x: torch.utils.dlpack.to_dlpack(x),
+]
+
+
+def hand_symbols_to_c_code():
+    for number, body in enumerate(C_CODE):
+        with contextlib.suppress(SplitError):
+            split(body)
+        print(number, flush=True)
+
+
+def test_symbols_crash_no_c_code():
+    """Each is split or refused; in a process of its own, which torch could kill."""
+    code = "from test_symbols import hand_symbols_to_c_code as hand; hand()"
+    words = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.stdout.split() == [str(n) for n in range(len(C_CODE))], done.stderr
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda net, x: torch.where(x > 0, x, 0.0),
+        lambda net, x: x if isinstance(x, torch.autograd.Variable) else None,
+        lambda net, x: (lambda a, b: a + b)(*torch.stack([x, x.relu()])),
+        lambda net, x: sum(row for row in x.transpose(0, 2)).transpose(0, 1).unsqueeze(2),
+        lambda net, x: torch.einsum("bchw,hw->bchw", (x, torch.ones(6, 6))),
+        lambda net, x: x + torch.arange(x.shape[3], device=next(net.parameters()).device),
+        lambda net, x: x * torch.ones(1, device=next(net.buffers()).device),
+        lambda net, x: x + next(net.parameters()).new_zeros(x.shape[0], 1, 1, 1),
+        lambda net, x: nn.functional.conv2d(x, dict(net.more.named_parameters())["weight"]),
+        lambda net, x: x * torch.tensor([1.0, 2.0, 3.0] * 4).view(-1, 1, 1).to(next(net.parameters()).device),
+        lambda net, x: net.more(x) if next(net.parameters()).device.type == "cpu" else x,
+        lambda net, x: x if all(hasattr(x, name) for name in ("shape", "device")) else None,
+    ],
+)
+def test_what_is_asked_and_listed_is_as_of_the_model(body):
+    check_split(split(body))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+def test_an_autograd_function_is_refused():
+    with pytest.raises(SplitError, match=r"Doubled at .*test_symbols.py:\d+ .* has a backward pass of its own"):
+        split(lambda net, x: Doubled.apply(x))
+
+
+def test_the_device_on_which_a_model_is_traced_is_refused():
+    with pytest.raises(SplitError, match=r"test_symbols.py:\d+ .*the device of a tensor of the model"):
+        split(lambda net, x: x + torch.ones(1, device=net.state_dict()["fc.bias"].device))
