@@ -2,6 +2,8 @@
 granted, autograd functions, lists of the model's own tensors."""
 
 import contextlib
+import copy
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +107,75 @@ def test_an_autograd_function_is_refused():
 def test_the_device_on_which_a_model_is_traced_is_refused():
     with pytest.raises(SplitError, match=r"test_symbols.py:\d+ .*the device of a tensor of the model"):
         split(lambda net, x: x + torch.ones(1, device=net.state_dict()["fc.bias"].device))
+
+
+CACHE = {}
+LAST = None
+
+
+class Helper:
+    table = None
+
+    def __call__(self, x):
+        if self.table is None or self.table.shape[-1] != x.shape[-1]:
+            self.table = torch.linspace(0, 1, x.shape[-1]).to(x)
+        return self.table
+
+
+def in_a_dict(key):
+    def grid(net, x):
+        return CACHE[key(x)] if key(x) in CACHE else CACHE.setdefault(key(x), torch.arange(x.shape[-1]).to(x))
+
+    return grid
+
+
+def in_a_global(net, x):
+    global LAST
+    if LAST is None or len(LAST) != 1:
+        LAST = (torch.arange(x.shape[-1]).type_as(x),)
+    return LAST[0]
+
+
+@functools.lru_cache
+def table(size, like):
+    return x.new_ones(size) if (x := like()) is not None else None
+
+
+class Like:
+    """What is alike, as a key, of any tensors."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __call__(self):
+        return self.x
+
+    def __eq__(self, other):
+        return isinstance(other, Like)
+
+    def __hash__(self):
+        return 0
+
+
+OUTLIVING = {
+    "a size": in_a_dict(lambda x: tuple(x.shape[2:])),
+    "a number": in_a_dict(lambda x: int(x.shape[2])),
+    "a text": in_a_dict(lambda x: f"{x.shape[2]}x{x.shape[3]}"),
+    "a name of the module": in_a_global,
+    "a helper": lambda net, x: net.helper(x),
+    "functools": lambda net, x: table(int(x.shape[-1]), Like(x)),
+}
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("name", OUTLIVING)
+def test_what_a_forward_keeps_elsewhere_is_its_own_after_a_split(name, called):
+    CACHE.clear(), table.cache_clear(), globals().update(LAST=None)
+    model, x = Net(lambda net, x: x * OUTLIVING[name](net, x)), torch.ones(2, 3, 8, 8)
+    model.helper = Helper()
+    expected = copy.deepcopy(model)(x)
+    if not called:
+        CACHE.clear(), table.cache_clear(), globals().update(LAST=None)
+    with contextlib.suppress(SplitError):
+        timm_dd.split(model, 2, domain=Domain.full(2), example_input=x)
+    assert torch.equal(model(x), expected)

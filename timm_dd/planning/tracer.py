@@ -7,6 +7,7 @@ so that `trace` can ask whether it goes the same way on other batches.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from . import modes
 from .graphs import ancestors, evaluate_node, skeleton
 from .inputs import Inputs, Like, bind, leaves, signature_of
 from .modes import line_here
+from .outliving import forget
 from .surroundings import where_symbols_are_taken
 from .symbols import Known, has_history
 
@@ -61,6 +63,7 @@ class Tracer(fx.Tracer):
         self._is_leaf, self._inputs, self.example, self.grads = is_leaf, inputs, example, grads
         self._env: dict[fx.Node, Any] = {}
         self._evaluating = False
+        self._given: list[weakref.ref] = []
         self.decisions: list[Decision] = []
         self.of_gradients: str | None = None
         self.failed: str | None = None  # why sizes are not known
@@ -94,7 +97,10 @@ class Tracer(fx.Tracer):
         return forward, [self.root]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return Known(node, self)
+        known = Known(node, self)
+        if node.op != "get_attr":  # whose symbols fx holds in a cycle
+            self._given.append(weakref.ref(known))
+        return known
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """A branch on sizes goes the way it goes at the image's size; one on values of a tensor is an error of fx."""
@@ -213,8 +219,12 @@ class Tracer(fx.Tracer):
 
     def _of_one_mode(self, root: nn.Module, concrete_args: dict[str, Any] | None) -> fx.Graph:
         """The graph in the mode that `root` is in, without attributes that were read for nothing."""
-        with where_symbols_are_taken(self):
-            graph = super().trace(root, concrete_args)
+        try:
+            with where_symbols_are_taken(self):
+                graph = super().trace(root, concrete_args)
+        finally:
+            _forget_attributes(root)
+            forget(self._given)
         modes.detach(graph)
         asked = {decision.node for decision in self.decisions}
         for node in graph.find_nodes(op="call_function", target=getattr):
@@ -224,6 +234,14 @@ class Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
         return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def _forget_attributes(model: nn.Module) -> None:
+    """Without the symbols that a forward kept in the modules of a copy, which has done its work."""
+    for module in model.modules():
+        for name, value in [*vars(module).items()]:
+            if any(issubclass(type(leaf), fx.Proxy) for leaf in leaves(value)):
+                del vars(module)[name]
 
 
 def _acts_in_training(tracer: Tracer, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> bool:

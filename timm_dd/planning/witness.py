@@ -11,6 +11,7 @@ witness.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from .graphs import skeleton
 from .inputs import Inputs, bind, signature_of
 from .meta import META, AsOnCPU
 from .modes import line_here
+from .outliving import forget
 
 # The result is like the first argument; what meta tensors take for it is a slow decomposition.
 LIKE_INPUT = {F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm}
@@ -42,6 +44,7 @@ class Calls(AsOnCPU):
 
     Args:
         expected: the calls that there should be, if that is known.
+        results: is filled with all tensors that come of them.
 
     Attributes:
         made: the calls.
@@ -49,12 +52,12 @@ class Calls(AsOnCPU):
         returned: what `run` found returned.
     """
 
-    def __init__(self, tensors: Iterable[torch.Tensor], expected: Sequence | None = None):
+    def __init__(self, tensors: Iterable[torch.Tensor], expected: Sequence | None = None, results: list | None = None):
         super().__init__()
         self.made: list[tuple] = []
         self.line: str | None = None
         self.returned: list = []
-        self._expected = expected
+        self._expected, self._results = expected, results
         self._kept = [*tensors]  # so that no other has the id of one
         self._names: dict[int, Any] = {id(t): ("given", i) for i, t in enumerate(self._kept)}
 
@@ -73,6 +76,8 @@ class Calls(AsOnCPU):
         else:
             result = super().__torch_function__(func, types, args, kwargs)
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        if self._results is not None:
+            self._results += [weakref.ref(t) for t in made if t.is_meta]
         if (made or func.__name__ in ("__setitem__", "__set__")) and self._works_on_these(func, args, kwargs):
             if func is torch.Tensor.detach:  # which the graph has for blocks without gradients too
                 names = [self._names[id(args[0])]]
@@ -125,6 +130,28 @@ def check_same(model: nn.Module, graph: fx.Graph, inputs: Inputs, given: Callabl
     Args:
         given: what the model takes, on the meta device, by name.
     """
+    made: list[weakref.ref] = []
+    try:
+        found, again = _differences(model, graph, inputs, given, made)
+    finally:
+        forget(made)
+    name = type(model).__name__
+    if found is not None:
+        raise SplitError(
+            f"{name} does {found} what its traced graph does not; while it is traced, tensors, sizes and dtypes are "
+            "symbols: compare them with `==`, not with `is`, and set none of their attributes"
+        )
+    if again is not None:
+        raise SplitError(
+            f"{name} does {again} something else when it is called again; keep what changes from call to call in "
+            "buffers, and change them in place"
+        )
+
+
+def _differences(
+    model: nn.Module, graph: fx.Graph, inputs: Inputs, given: Callable[[str], Any], made: list[weakref.ref]
+) -> tuple[str | None, str | None]:
+    """Where the module's first call and its second do something else, if they do; `made` is filled with its tensors."""
     values: dict[str, Any] = {}
 
     def value(name: str, _: Any) -> Any:
@@ -144,20 +171,11 @@ def check_same(model: nn.Module, graph: fx.Graph, inputs: Inputs, given: Callabl
         placed = [values[node.target] for node in graph.find_nodes(op="placeholder")]
         traced = Calls(tensors(model)).run(lambda: fx.Interpreter(model, graph=graph).run(*placed))
         before = tensors(own)
-        found, again = (Calls(before, traced.made).run(run) for _ in range(2))
+        calls = [Calls(before, traced.made, made) for _ in range(2)]
+        found, again = (call.run(run) for call in calls)
     except Exception:  # any operation may fail without values
-        return
-    name = type(model).__name__
-    if (where := _unlike(found, traced)) is not None:
-        raise SplitError(
-            f"{name} does {where} what its traced graph does not; while it is traced, tensors, sizes and dtypes are "
-            "symbols: compare them with `==`, not with `is`, and set none of their attributes"
-        )
-    if (where := _unlike(again, traced)) is not None:
-        raise SplitError(
-            f"{name} does {where} something else when it is called again; keep what changes from call to call in "
-            "buffers, and change them in place"
-        )
+        return None, None
+    return _unlike(found, traced), _unlike(again, traced)
 
 
 def _unlike(found: Calls, expected: Calls) -> str | None:
