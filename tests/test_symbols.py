@@ -6,6 +6,7 @@ import copy
 import functools
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,13 @@ class Net(nn.Module):
         self.conv, self.more, self.fc = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 12, 1), nn.Linear(12, 5)
         self.register_buffer("scale", torch.ones(1))
         self.body = body
+        self.by_name, self.methods, self.bound = {"more": self.more}, [self.doubled], partial(self.scaled, by=2)
+
+    def doubled(self, x):
+        return 2 * self.more(x)
+
+    def scaled(self, x, by):
+        return by * self.more(x)
 
     def forward(self, x):
         return self.fc(self.more(self.body(self, self.conv(x)).relu()).mean((2, 3)))
@@ -82,6 +90,10 @@ def test_symbols_crash_no_c_code():
         lambda net, x: nn.functional.conv2d(x, dict(net.more.named_parameters())["weight"]),
         lambda net, x: x * torch.tensor([1.0, 2.0, 3.0] * 4).view(-1, 1, 1).to(next(net.parameters()).device),
         lambda net, x: net.more(x) if next(net.parameters()).device.type == "cpu" else x,
+        lambda net, x: x.type(x.relu().type()),
+        lambda net, x: net.by_name["more"](x),
+        lambda net, x: net.methods[0](x),
+        lambda net, x: net.bound(x),
         lambda net, x: x if all(hasattr(x, name) for name in ("shape", "device")) else None,
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -47,20 +48,34 @@ def _clone(module: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor], me
         return memo[id(module)]
     new = memo[id(module)] = object.__new__(type(module))
     for name, value in vars(module).items():
-        if isinstance(value, torch.Tensor):  # a plain attribute, neither parameter nor buffer
-            value = tensor(value)
-        elif isinstance(value, list):  # of tensors in recurrent networks
-            value = [tensor(v) if isinstance(v, torch.Tensor) else v for v in value]
-        elif isinstance(value, (dict, set)):
-            value = value.copy()
-        elif isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):  # a forward chosen in __init__
-            value = MethodType(value.__func__, _clone(value.__self__, tensor, memo))
-        if isinstance(value, dict):
-            value.update((k, tensor(v)) for k, v in value.items() if isinstance(v, torch.Tensor))
-        new.__dict__[name] = value
+        new.__dict__[name] = _copied(value, tensor, memo)
     for name, child in module._modules.items():
         new._modules[name] = child if child is None else _clone(child, tensor, memo)
     return new
+
+
+def _copied(
+    value: Any, tensor: Callable[[torch.Tensor], torch.Tensor], memo: dict[int, nn.Module], deep: int = 2
+) -> Any:
+    """An attribute of a copy: what it has of the module, tensors, modules and methods, is the copy's."""
+    if isinstance(value, torch.Tensor):
+        return tensor(value)
+    if isinstance(value, nn.Module):
+        return _clone(value, tensor, memo)
+    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):  # a forward chosen in __init__
+        return MethodType(value.__func__, _clone(value.__self__, tensor, memo))
+    if type(value) is partial:
+        given = (_copied(v, tensor, memo, deep - 1) for v in (value.func, *value.args))
+        return partial(*given, **value.keywords)
+    if not deep:
+        return value
+    if isinstance(value, dict):
+        new = value.copy()
+        new.update((key, _copied(v, tensor, memo, deep - 1)) for key, v in value.items())
+        return new
+    if type(value) in (list, tuple):
+        return type(value)(_copied(v, tensor, memo, deep - 1) for v in value)
+    return value.copy() if isinstance(value, (list, set)) else value
 
 
 TRACED = ("batch", "inputs", "signature")

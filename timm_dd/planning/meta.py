@@ -34,6 +34,8 @@ class AsOnCPU(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.to:
             args = tuple(META if isinstance(a, str) else a for a in args)
+        if func is torch.Tensor.type and len(args) == 2 and isinstance(args[1], str):  # "torch.FloatTensor"
+            args = (args[0], torch.empty(0).type(args[1]).dtype)
         result = func(*map_aggregate(args, _moved), **map_aggregate(_there(kwargs), _moved))
         return result.replace("meta.", "") if func is torch.Tensor.type and isinstance(result, str) else result
 
