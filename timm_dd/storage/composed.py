@@ -124,10 +124,16 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def _is_interpolation(value: Any) -> bool:
+    with contextlib.suppress(LookupError, TypeError):
+        return str_to_interp_mode(value) is not None
+    return False
+
+
 IMAGES: Mapping[str, Callable[[Any], bool]] = {  # what timm reads of a `pretrained_cfg` to prepare an image
     "input_size": _is_size,
     "mean": _are_numbers,
     "std": lambda value: _are_numbers(value) and min(value) > 0,
-    "interpolation": lambda value: str_to_interp_mode(value) is not None,
+    "interpolation": _is_interpolation,
     "crop_pct": lambda value: _is_number(value) and value >= 0.1,  # of the image's side before it is cropped
 }
