@@ -75,14 +75,38 @@ def test_bad_names(parts, output, message, tmp_path, capsys):
 
 
 def test_folders_without_a_network(parts, tmp_path, capsys):
-    for folder in (parts, tmp_path / "none"):
+    for folder, why in ((parts, "no network in"), (tmp_path / "none", "no network in"), ("x" * 300, "cannot be read")):
         assert main(["export", str(folder), "-o", str(tmp_path / "x.pt2")]) == 1
-        assert "no network in" in capsys.readouterr().err
+        assert why in capsys.readouterr().err
     timm_dd.merge_files(parts, tmp_path / "composed")
     weights = tmp_path / "composed" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     assert main(["export", str(tmp_path / "composed"), "-o", str(tmp_path / "x.pt2")]) == 1
     assert "no model of timm" in capsys.readouterr().err and not (tmp_path / "x.pt2").exists()
+
+
+def test_onnx_is_one_file_or_none(parts, tmp_path, capsys, monkeypatch):
+    """Above a size of its own torch writes the weights into a second file, under the name that the first had then."""
+    timm_dd.merge_files(parts, tmp_path / "composed")
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1)
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "x.onnx"
+    assert main(["export", str(tmp_path / "composed"), "-o", str(path)]) == 0
+    assert list(path.parent.iterdir()) == [path]
+    path.unlink()
+    monkeypatch.setattr("timm_dd.export.LARGEST", 1)
+    assert main(["export", str(tmp_path / "composed"), "-o", str(path)]) == 1
+    assert "a file of ONNX holds" in capsys.readouterr().err and list(path.parent.iterdir()) == []
+
+
+def test_parts_in_half_are_exported_in_float32(parts, tmp_path):
+    half = timm_dd.Parts.load(parts).half()
+    TwoLevel(half, "sum").save(tmp_path / "two")
+    assert main(["export", str(tmp_path / "two"), "-o", str(tmp_path / "x.pt2")]) == 0
+    x = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        found, expected = torch.export.load(tmp_path / "x.pt2").module()(x), sum(half.float().eval()(x))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_another_result_is_not_written(parts, tmp_path, capsys, monkeypatch):

@@ -619,6 +619,22 @@ def test_all_that_is_raised_has_one_base():
     assert not issubclass(MergeError, FileError) and not issubclass(FileError, MergeError)
 
 
+def test_a_folder_of_two_levels_takes_no_model(saved, tmp_path):
+    """What reads it would not see the model."""
+    timm_dd.TwoLevel(saved[1], "mean").save(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(FileError, match="holds a two-level network"):
+        timm_dd.merge_files(saved[0], tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_output_on_the_hub_is_no_folder(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileError, match="hf-hub:user/out is on the Hub"):
+        timm_dd.merge_files(saved[0], "hf-hub:user/out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_folder(tmp_path):
     with pytest.raises(MergeError, match=r"no plan.json in"):
         timm_dd.merge(tmp_path / "nowhere")

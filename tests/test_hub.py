@@ -3,8 +3,10 @@
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -20,12 +22,15 @@ import yaml
 from conftest import RUN
 from huggingface_hub import HfApi, ModelCard, lfs
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import timm_dd
-from timm_dd import MergeError, Parts, PushError
+from timm_dd import FileError, MergeError, Parts, PushError, ReportError
 from timm_dd.cli import main
 from timm_dd.hub.push import write_repository
+from timm_dd.predict import Classifier
+from timm_dd.reports.record import read_summary
 from timm_dd.train.run import Run
 from timm_dd.train.settings import options
 
@@ -275,6 +280,21 @@ def test_a_run_with_a_damaged_summary(damage, one, tmp_path):
         write_repository(tmp_path / "run" / "composed", REPO, tmp_path / "staged")
 
 
+ODD = [
+    {"together": None}, {"parts": ["a", "b", "c", "d"]}, {"parts": 3.0}, {"best": math.nan}, {"top5": {"tuned": "x"}},
+    {"best_epoch": "x"}, {"command": 5}, {"baseline": []}, {"two_level": {"dnn": "x"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_a_damaged_summary_is_that_for_cards_and_pages(odd, one, tmp_path):
+    summary = json.loads((one / "summary.json").read_text())
+    assert read_summary(one / "summary.json", 4) == summary
+    (tmp_path / "summary.json").write_text(json.dumps({**summary, **odd}))
+    with pytest.raises(ReportError, match="summary.json is damaged"):
+        read_summary(tmp_path / "summary.json", 4)
+
+
 def test_the_command_of_a_card_gives_the_same_run(one):
     """Every option on which weights depend comes back; what is the reader's affair is not in it."""
     asked = yaml.safe_load((one / "args.yaml").read_text())
@@ -299,6 +319,27 @@ def test_an_approximate_plan_says_so(tmp_path):
         write_repository(tmp_path / folder, REPO, tmp_path / f"staged-{folder}")
         text = (tmp_path / f"staged-{folder}" / "README.md").read_text()
         assert "The plan is approximate" in text and parts.plan.approximations[0][2] in text
+
+
+def test_of_another_network_nothing_stays(hub, folders, tmp_path):
+    """Whatever lies in a repository, `predict`, `merge` and `TwoLevel.load` take what was pushed last."""
+    parts = Parts.load(folders / "parts")
+    timm_dd.TwoLevel(parts, "vote", class_names=("x", "y", "z")).save(tmp_path / "two")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "x.png")
+    shared = {"plan.json", "part-00000-of-00002.safetensors", "part-00001-of-00002.safetensors"}
+    kinds = {
+        folders / "composed": {"model.safetensors", "config.json"},
+        tmp_path / "two": {"two_level.json", *shared},
+        folders / "parts": shared,
+    }
+    for before, after in itertools.permutations(kinds, 2):
+        timm_dd.push(before, REPO)
+        timm_dd.push(after, REPO)
+        assert set(hub.repos[REPO].commits[-1].tree) - {".gitattributes", "README.md"} == kinds[after]
+        if after != folders / "parts":
+            (found,) = Classifier.load(f"hf-hub:{REPO}").predict([tmp_path / "x.png"])
+            (expected,) = Classifier.load(str(after)).predict([tmp_path / "x.png"])
+            assert found == expected
 
 
 def test_a_card_is_written_again_unless_somebody_edited_it(hub, folders, caplog):
@@ -398,6 +439,89 @@ def test_what_is_not_ours_is_not_pushed(folders, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(whole[:-9])
     with pytest.raises(MergeError, match="cannot be read"):
         timm_dd.push(tmp_path, REPO)
+
+
+def spoil(change):
+    """A change of the weights in a folder."""
+
+    def spoilt(folder):
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            save_file({k: t.clone() for k, t in state.items()}, folder / "model.safetensors", file.metadata())
+
+    return spoilt
+
+
+def is_pipe(name):
+    def changed(folder):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return changed
+
+
+def with_card(text=b"mine", image=None):
+    def changed(folder):
+        (folder / "README.md").write_bytes(text)
+        if image is not None:
+            image(folder / "x.png")
+
+    return changed
+
+
+SPOILT = {
+    "NaN": (spoil(lambda s: s["fc.bias"].fill_(math.nan)), "fc.bias.* is not finite"),
+    "a statistic": (spoil(lambda s: s["bn1.running_mean"].fill_(math.nan)), "bn1.running_mean.* is not finite"),
+    "a tensor is missing": (spoil(lambda s: s.pop("fc.bias")), "is no model of timm .*state_dict"),
+    "another shape": (spoil(lambda s: s.update({"fc.bias": torch.zeros(7)})), "is no model of timm .*state_dict"),
+    "config is a pipe": (is_pipe("config.json"), "config.json is damaged .it is no file"),
+    "a card in Latin-1": (with_card(b"caf\xe9"), "README.md cannot be read"),
+    "an image that is a folder": (with_card(image=Path.mkdir), "x.png, beside README.md, is no file"),
+    "an image that is a pipe": (with_card(image=os.mkfifo), "x.png, beside README.md, is no file"),
+    "an image that is nowhere": (with_card(image=lambda p: p.symlink_to("nowhere")), "x.png, beside README.md, is no"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_damaged_model_is_not_pushed(case, folders, tmp_path):
+    damage, message = SPOILT[case]
+    shutil.copytree(folders / "composed", tmp_path / "composed")
+    damage(tmp_path / "composed")
+    with pytest.raises(MergeError, match=message):
+        write_repository(tmp_path / "composed", REPO, tmp_path / "staged")
+    assert not (tmp_path / "staged").exists()
+
+
+def test_a_dry_run_into_what_is_no_empty_folder(folders, tmp_path):
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("x" * 300), "hf-hub:user/model"):
+        with pytest.raises(FileError, match="is not empty|cannot write|cannot be read|is on the Hub"):
+            write_repository(folders / "composed", REPO, target)
+
+
+def test_names_of_classes_are_text_in_cards(folders, tmp_path):
+    """Neither HTML nor marks, and in one line."""
+    shutil.copytree(folders / "composed", tmp_path / "composed")
+    config = json.loads((folders / "composed" / "config.json").read_text())
+    named = {**config, "label_names": ["<script>", "a\n# b`", "\u202e*c*_d"]}
+    (tmp_path / "composed" / "config.json").write_text(json.dumps(named))
+    parts = Parts.load(folders / "parts")
+    timm_dd.TwoLevel(parts, "mean", class_names=named["label_names"]).save(tmp_path / "two")
+    for folder in ("composed", "two"):
+        write_repository(tmp_path / folder, REPO, tmp_path / f"{folder}-staged")
+        text = (tmp_path / f"{folder}-staged" / "README.md").read_text()
+        assert "Classes: " + r"\<script\>, a\\n# b\`, \\u202e\*c\*\_d." + "\n" in text
+
+
+def test_parts_of_several_seeds_say_so(folders, tmp_path):
+    shutil.copytree(folders / "parts", tmp_path / "parts")
+    parts = Parts.load(folders / "parts")
+    parts.seed, parts.epoch = 1, 0
+    parts.save(tmp_path / "others")
+    shutil.copy(tmp_path / "others" / "part-00001-of-00002.safetensors", tmp_path / "parts")
+    write_repository(tmp_path / "parts", REPO, tmp_path / "staged")
+    assert "The parts were trained for 3 or 0 epochs, seed 0 or 1.\n" in (tmp_path / "staged" / "README.md").read_text()
 
 
 def test_weights_are_those_of_the_folder(hub, folders):

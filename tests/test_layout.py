@@ -37,7 +37,7 @@ ROOMS = {
         "inputs meta graphs costs modes memory outliving symbols surroundings tracer witness trace shapes rules reader "
         "relations plan numbers assemble planner"
     ).split(),
-    "storage": ["atomic", "tensorfile", "files", "merge_files"],
+    "storage": ["atomic", "tensorfile", "files", "composed", "merge_files"],
     "surgery": ["emit", "trial", "source", "vectorized", "convolutions", "packed", "parts", "merge", "claim", "split"],
     "two_level": ["aggregate", "files", "network"],
     "reports": (

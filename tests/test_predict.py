@@ -7,12 +7,15 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 import timm_dd
 from timm_dd.cli import main
 from timm_dd.errors import FileError, MergeError
+from timm_dd.export import export
 from timm_dd.predict import Classifier
+from timm_dd.storage.composed import read_config
 
 NAMES = ["apple", "pear", "fig"]
 
@@ -134,6 +137,52 @@ def test_what_tells_no_classes_is_said(image, tmp_path):
         Classifier.load(str(folder))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_parts_in_another_dtype_are_shown_float32(dtype, image, tmp_path):
+    parts, _ = composed(tmp_path)
+    timm_dd.TwoLevel(parts.to(dtype), "sum").save(tmp_path / "two")
+    (found,) = Classifier.load(str(tmp_path / "two")).predict([image])
+    x = prepared(image)
+    with torch.no_grad():
+        own = [part.float().eval()(crop) for part, crop in zip(parts, parts.crops(x))]
+    assert dict(found) == pytest.approx(dict(zip("012", sum(own)[0].softmax(0).tolist())), abs=1e-6)
+
+
+ODD = [
+    ("label_names", 5), ("label_names", "abc"), ("label_names", [["a"], None, 3]), ("mean", "x"), ("mean", [0.5]),
+    ("std", [0, 0, 0]), ("crop_pct", -1), ("crop_pct", 1e-300), ("interpolation", "x"), ("input_size", [3, 0, 0]),
+    ("input_size", [3]), ("input_size", [3, 10**6, 10**6]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, value", ODD, ids=str)
+def test_a_damaged_config_is_one_error_for_all(key, value, image, tmp_path):
+    _, folder = composed(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (config if key == "label_names" else config["pretrained_cfg"])[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    for read in (Classifier.load, lambda place: export(place, tmp_path / "x.pt2"), lambda place: read_config(folder)):
+        with pytest.raises(MergeError, match=f"is damaged .*{key}|no model of timm|no network in"):
+            read(str(folder))
+
+
+def test_what_is_not_finite_is_said(image, tmp_path):
+    _, folder = composed(tmp_path)
+    state = load_file(folder / "model.safetensors")
+    state["fc.bias"][0] = float("nan")
+    save_file({name: t.clone() for name, t in state.items()}, folder / "model.safetensors")
+    with pytest.raises(MergeError, match="scores of .*digit.png are not finite"):
+        list(Classifier.load(str(folder)).predict([image]))
+
+
+def test_a_name_is_one_line(image, tmp_path, capsys):
+    _, folder = composed(tmp_path, ["a\nb", "\u202ec", "Größe"])
+    capsys.readouterr()
+    assert main(["predict", str(folder), str(image)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[-1] for line in lines[1:]} == {r"a\nb", r"\u202ec", "Größe"} and len(lines) == 4
+
+
 def test_what_would_be_cut_off_is_an_error(tmp_path):
     """As in training."""
     _, folder = composed(tmp_path)
@@ -156,7 +205,12 @@ def test_what_is_no_image_is_named(tmp_path, capsys):
 def test_what_is_no_network_is_said(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.yaml").write_text("")
-    for name, why in (("nothing", "no network in"), (".", "no network in"), ("run", "has no model yet")):
+    for name, why in (
+        ("nothing", "no network in"),
+        (".", "no network in"),
+        ("run", "has no model yet"),
+        ("x" * 300, "cannot be read"),
+    ):
         with pytest.raises(MergeError, match=why):
             Classifier.load(str(tmp_path / name))
     for top in ("0", "-1", "x"):

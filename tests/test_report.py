@@ -667,6 +667,7 @@ BROKEN = {
     "options of a list": lambda run: damage(run / "args.yaml", lambda t: "[1]"),
     "plan": lambda run: damage(run / "plan.json", lambda t: t[:-99]),
     "curve without loss": lambda run: damage(run / "global" / "summary.csv", lambda t: t.replace("train_loss", "x")),
+    "curve without epochs": lambda run: damage(run / "global" / "summary.csv", lambda t: t + ",,\n"),
     "curve of text": lambda run: damage(run / "parts" / "1" / "summary.csv", lambda t: t[:-9] + "?\n"),
     "composed": lambda run: (run / "composed" / "model.safetensors").write_bytes(b"123456789"),
     "tuned": lambda run: (run / "global" / "last" / "model.safetensors").write_bytes(b"123456789"),

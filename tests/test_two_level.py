@@ -15,6 +15,7 @@ from torch import nn
 import timm_dd
 from timm_dd import Domain, MergeError, Parts, TimmDDError, TwoLevel
 from timm_dd.two_level.aggregate import CoarseNet, mean, total, vote
+from timm_dd.two_level.files import gather
 
 BOXES = Domain.grid(2, 2, overlap=4)  # 12×12 pixels each, of 16×16
 
@@ -245,16 +246,18 @@ def test_damaged_files(name, damage, tmp_path):
         ("how", "best"), ("how", 3), ("how", "a" * 9999), ("classes", 6), ("widths", [7]), ("widths", [10**12]),
         ("widths", "ab"), ("widths", [[[[1] * 500] * 50]]), ("dropout", 2), ("dropout", "a"), ("dropout", math.nan),
         ("parts", 7), ("parts", "elsewhere"), ("checksums", {}), ("checksums", 3), ("class_names", ["a"]),
-        ("class_names", 4), ("format", 2), ("regression", "no"), ("regression", True),
+        ("class_names", 4), ("format", 2), ("regression", "no"), ("regression", True), ("classes", "x"),
+        ("widths", [{}]), ("widths", [-1]), ("top1", "nan"), ("stage", "x"), ("epoch", "x"),
     ],
 )  # fmt: skip
 def test_a_two_level_json_that_says_something_else(key, value, tmp_path):
     TwoLevel(split(domain=BOXES), "dnn", widths=(6,)).save(tmp_path)
     path = tmp_path / "two_level.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(MergeError) as refused:
-        TwoLevel.load(tmp_path, classifier())
-    assert len(str(refused.value)) < 1000
+    for read in (lambda: TwoLevel.load(tmp_path, classifier()), lambda: gather(tmp_path)):
+        with pytest.raises(MergeError) as refused:
+            read()
+        assert len(str(refused.value)) < 1000
 
 
 def test_parts_of_another_training(tmp_path):

@@ -204,6 +204,15 @@ def labelled(parts, n=40):
     return list(zip(x.split(16), y.split(16)))
 
 
+def test_labelled_images_are_as_fine_as_the_parts():
+    """A loader gives float32, whatever the parts have."""
+    parts, merged = split(Valid(2, (16, 16)), Domain.grid(1, 2), images(1, 2, 16, 16))
+    batches = labelled(parts)
+    coarse = [(x.float(), y) for x, y in batches]
+    expected, found = (verify(merged, parts, batches=given).labelled for given in (batches, coarse))
+    assert (*found.losses, found.loss) == pytest.approx((*expected.losses, expected.loss), rel=1e-4)
+
+
 @torch.no_grad()
 def test_losses_and_bound():
     """(2.19) image by image, in plain Python."""

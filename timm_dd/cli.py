@@ -13,6 +13,7 @@ import shtab
 
 from . import console
 from .errors import MergeError, SplitError
+from .text import one_line
 from .version import __version__
 
 
@@ -256,6 +257,8 @@ def _labelled_images(args: argparse.Namespace, model, size: Sequence[int]):
         if args.val_split is not None:
             raise MergeError("--val-split has no effect without --data-dir or --dataset")
         return None
+    from .storage.composed import read_config
+    from .storage.files import CONFIG
     from .train.images import data
     from .train.ranks.cores import cores
     from .train.settings import options
@@ -263,12 +266,9 @@ def _labelled_images(args: argparse.Namespace, model, size: Sequence[int]):
     words = [f"{flag}={value}" for flag, value in source.items() if value is not None]
     given = options.parse(words, prog="timm-dd verify")
     given.workers = min(4, cores())
-    config = Path(args.composed) / "config.json"
-    try:
-        written = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {"pretrained_cfg": {}}
-        saved, names = written["pretrained_cfg"], written.get("label_names")
-    except (ValueError, KeyError, TypeError) as e:
-        raise MergeError(f"{config} is damaged ({e}); compose the parts again") from e
+    there = (Path(args.composed) / CONFIG).exists()
+    written = read_config(Path(args.composed)) if there else {"pretrained_cfg": {}}
+    saved, names = written["pretrained_cfg"], written.get("label_names")
     vars(given).update({k: saved[k] for k in ("mean", "std", "interpolation", "crop_pct") if k in saved})
     given.input_size = size
     return data.loader_of(given, data.data_config(given, model), data.validation_set(given, names))
@@ -312,7 +312,8 @@ def _predict(args: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=1))
         return
     for path, classes in found:
-        print(path, *(f"  {100 * probability:6.2f} %  {name}" for name, probability in classes), sep="\n", flush=True)
+        lines = [f"  {100 * probability:6.2f} %  {one_line(name)}" for name, probability in classes]
+        print(path, *lines, sep="\n", flush=True)
 
 
 def _demo(args: argparse.Namespace) -> None:

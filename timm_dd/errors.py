@@ -61,6 +61,16 @@ def reporting(where: Callable[[], str]) -> Iterator[None]:
         ) from e
 
 
+@contextlib.contextmanager
+def looking_into(folder: Any, kind: type[TimmDDError]) -> Iterator[None]:
+    """Where the system does not let us look is an error of this kind."""
+    try:
+        yield
+    except OSError as e:
+        where = shown(str(e.filename or folder))
+        raise kind(f"{where} cannot be read ({e.strerror or e}); check its name, and who may read it") from e
+
+
 def public(function: Callable[P, R]) -> Callable[P, R]:
     """`reporting` for a function that users call; arguments that it does not have are Python's TypeError."""
     signature = inspect.signature(function)

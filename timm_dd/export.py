@@ -10,17 +10,17 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import timm
 import torch
 from torch import nn
 
 from . import models
-from .errors import FileError, MergeError, headline
+from .errors import FileError, MergeError, headline, looking_into
+from .storage import composed, files
 from .storage.atomic import replacing
-from .two_level.files import ABOUT
 from .two_level.network import TwoLevel
 
 TOLERANCE = 1e-5  # of the largest score
+LARGEST = 2 * 10**9  # bytes of weights, of which one file of ONNX has room for 2 GiB with all else
 BATCHES = (1, 3)
 Scores = Callable[[torch.Tensor], torch.Tensor]
 
@@ -41,12 +41,13 @@ def export(folder: str | Path, output: str | Path) -> float:
     output = Path(output)
     if output.suffix not in FORMS:
         raise FileError(f"{output}: expected a file name that ends with {' or '.join(FORMS)}")
-    model, size = _load(Path(folder))
+    with looking_into(folder, MergeError):
+        model, size = _load(Path(folder))
     model.eval()
     with replacing(output) as temporary:
         try:
             scores = FORMS[output.suffix](model, torch.zeros(2, *size), temporary)
-        except OSError:
+        except (OSError, FileError):
             raise
         except ImportError as e:
             raise FileError(f"{output}: {e}; pip install 'timm_dd[export]'") from e
@@ -57,26 +58,29 @@ def export(folder: str | Path, output: str | Path) -> float:
 
 def _load(folder: Path) -> tuple[nn.Module, tuple[int, ...]]:
     """The network, and (C, *size) of its images."""
-    if (folder / ABOUT).exists():
-        two = TwoLevel.load(folder)
+    if (folder / files.TWO_LEVEL).exists():
+        two = TwoLevel.load(folder).float()  # as timm's models are, in whatever dtype they are stored
         return two, two.parts.plan.input_size
     place = models.of_run(folder)
-    if not (place / "config.json").exists():
+    if not (place / files.CONFIG).exists():
         raise MergeError(f"no network in {folder}; expected a run's folder, a composed model, or a two-level network")
-    model = models.load(place)
-    return model, tuple(timm.data.resolve_model_data_config(model)["input_size"])
+    size = composed.read_config(place)["pretrained_cfg"]["input_size"]
+    return models.load(place), tuple(size)
 
 
 def _onnx(model: nn.Module, x: torch.Tensor, path: Path) -> Scores:
     import onnxruntime  # type: ignore[import-untyped]
 
+    needed = sum(t.nbytes for t in model.state_dict().values())
+    if needed > LARGEST:  # more would go into a second file, which is lost when the first is sent
+        raise FileError(f"{needed / 1e9:.1f} GB of weights, and a file of ONNX holds {LARGEST / 1e9:.0f}; write a .pt2")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # its own progress, and advice to itself
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             model, (x,), dynamo=True, dynamic_shapes=_dynamic(), input_names=["images"], output_names=["scores"]
         )
     assert program is not None  # it is None where a path is given
-    program.save(path)
+    path.write_bytes(program.model_proto.SerializeToString())
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 

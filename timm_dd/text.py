@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,3 +48,13 @@ def number(value: float) -> str:
 def printable(text: str) -> str:
     """The same, with escapes for bytes of a file's name that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def one_line(text: str) -> str:
+    """The same, with escapes for all that is no letter: ends of lines, and what turns round or hides what follows."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def in_markdown(text: str) -> str:
+    """`one_line` that Markdown shows as it is."""
+    return re.sub(r"[\\`*_~|$&<>\[\]]", r"\\\g<0>", one_line(text))

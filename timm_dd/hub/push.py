@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -21,7 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from .. import models
-from ..errors import FileError, PushError, headline, public
+from ..errors import FileError, MergeError, PushError, headline, looking_into, public
 from ..storage import files
 from ..storage.atomic import output_folder
 from ..two_level import files as two_level
@@ -29,6 +29,8 @@ from ..version import __version__
 from . import card
 
 CARD = "README.md"
+# What a network is read from: of another one nothing stays, which would be taken for this one's.
+NETWORK = (files.MODEL, files.CONFIG, files.PLAN, files.ANY_PART, *two_level.FILES)
 _logger = logging.getLogger(__name__)
 
 
@@ -42,7 +44,8 @@ def push(
     tag: str | None = None,
 ) -> str:
     """Upload a composed model, a folder of parts or a two-level network, and its model card. After a broken connection
-    what has arrived is not uploaded again. A card that was edited on the Hub stays as it is.
+    what has arrived is not uploaded again. Files of another network there are removed, a card
+    that was edited there stays as it is.
 
     Args:
         folder: from `merge_files`, a training run, `Parts.save` or `TwoLevel.save`, with or without a ``README.md``; of
@@ -60,7 +63,7 @@ def push(
         PushError: the Hub refuses, or cannot be reached.
     """
     _check_name(repo)
-    found, made = _gather(models.of_run(Path(folder)), repo)
+    found, made = _look(folder, repo)
     with tempfile.TemporaryDirectory() as temporary:
         for name, path in found.items():
             os.symlink(path.resolve(), Path(temporary) / name)
@@ -70,6 +73,7 @@ def push(
             return _upload(Path(temporary), repo, private, message or f"{repo} by timm_dd {__version__}", tag)
 
 
+@public
 def write_repository(folder: str | Path, repo: str, target: str | Path) -> None:
     """Write the folder that `push` would upload to `repo`, without a connection; edit its ``README.md`` and push it.
 
@@ -79,9 +83,11 @@ def write_repository(folder: str | Path, repo: str, target: str | Path) -> None:
     """
     _check_name(repo)
     target = Path(target)
-    if target.exists() and any(target.iterdir()):
+    with looking_into(target, FileError):
+        taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if taken:
         raise FileError(f"{target} is not empty; remove it, or choose another folder")
-    found, made = _gather(models.of_run(Path(folder)), repo)
+    found, made = _look(folder, repo)
     with output_folder(target, sync=False) as aside:
         for name, path in found.items():
             shutil.copyfile(path, aside(name))
@@ -96,6 +102,11 @@ def _check_name(repo: str) -> None:
             raise ValueError("it has no user")
     except ValueError as e:
         raise PushError(f"{repo!r} is not the name of a repository, USER/REPO ({headline(e)})") from e
+
+
+def _look(folder: str | Path, repo: str) -> tuple[dict[str, Path], dict[str, bytes]]:
+    with looking_into(folder, MergeError):
+        return _gather(models.of_run(Path(folder)), repo)
 
 
 def _gather(folder: Path, repo: str) -> tuple[dict[str, Path], dict[str, bytes]]:
@@ -115,28 +126,35 @@ def _gather(folder: Path, repo: str) -> tuple[dict[str, Path], dict[str, bytes]]
         found = {path.name: path for path in (folder / files.PLAN, *paths)}
     else:
         own = card.of_model(repo, folder)
-        found = {name: folder / name for name in (files.MODEL, "config.json")}
-    given = folder / CARD
-    if given.is_file():
-        found |= {path.name: path for path in folder.glob("*.png")}
-        return found, {**made, **own.images, CARD: given.read_bytes()}
+        found = {name: folder / name for name in (files.MODEL, files.CONFIG)}
+    if (given := folder / CARD).is_file():
+        shown = {path.name: path for path in folder.glob("*.png")}
+        return {**found, **shown}, {**made, **own.images, CARD: _read_card(given, shown.values())}
     return found, {**made, **own.images, CARD: _sign(own.text).encode()}
+
+
+def _read_card(path: Path, images: Iterable[Path]) -> bytes:
+    """A user's card; MergeError unless the Hub can show it and the `images` beside it."""
+    if odd := [image for image in images if not image.is_file()]:
+        raise MergeError(f"{odd[0]}, beside {CARD}, is no file; mend or remove it")
+    with files.reading(path, "write it again in UTF-8"):
+        text = path.read_bytes()
+        text.decode()
+        return text
 
 
 def _upload(staged: Path, repo: str, private: bool, message: str, tag: str | None) -> str:
     api = HfApi(library_name="timm_dd", library_version=__version__)
     _check_state(api, repo, private, tag)
     repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
-    others: list[str] = []  # of another network
+    others = [*NETWORK]
     with contextlib.suppress(EntryNotFoundError):
-        there = Path(api.hf_hub_download(repo, CARD)).read_text(encoding="utf-8")
-        if _is_signed(there):
+        there = Path(api.hf_hub_download(repo, CARD)).read_bytes()
+        if _is_signed(there.decode(errors="replace")):
             others += card.PICTURES
         else:  # which may show them
             _logger.warning("%s: the card there was edited and stays as it is", repo)
-            (staged / CARD).write_text(there, encoding="utf-8")
-    if (staged / files.PLAN).exists():
-        others += [*two_level.FILES, "part-*.safetensors"]
+            (staged / CARD).write_bytes(there)
     commit = api.upload_folder(repo_id=repo, folder_path=staged, commit_message=message, delete_patterns=others)
     if tag is not None:
         api.create_tag(repo, tag=tag, revision=commit.oid)

@@ -19,12 +19,13 @@ from ..algebra.view import resample
 from ..errors import ReportError, headline
 from ..images import MODES, read
 from ..storage import files
+from ..storage.composed import check_images, read_config
 from ..surgery.parts import Parts
 from ..text import printable
 from ..two_level.aggregate import GIVE_PROBABILITIES, WITHOUT_WEIGHTS
 from ..two_level.network import TwoLevel
 from .outcome import counted
-from .record import Record, read_json
+from .record import Record
 
 BATCH = 64
 SHOWN = 160  # pixels of a side of an image on the page, at most
@@ -110,8 +111,9 @@ def _config(record: Record) -> tuple[dict, Sequence[str] | None, int | None]:
     """How images are prepared, the names of their classes in the order of their numbers, and how many they are."""
     config = None if record.plan is None else record.plan.config
     if config is None and "composed" in record.models:
-        path = record.models["composed"] / "config.json"
-        config = read_json(path) if path.is_file() else None
+        path = record.models["composed"] / files.CONFIG
+        config = read_config(path.parent) if path.is_file() else None
+    check_images((config or {}).get("pretrained_cfg", {}), str(record.folder))
     found = timm.data.resolve_data_config(pretrained_cfg=(config or {}).get("pretrained_cfg", {}))
     if config is None or len(found["input_size"]) != 3 or found["input_size"][0] not in MODES:
         raise ReportError(f"--images: {record.folder} does not say how images of its network are prepared")
@@ -137,7 +139,7 @@ class Networks:
     def _load(self, folder: Path | None) -> Parts | None:
         if folder is None or self.record.plan is None or self.record.plan.model is None:
             return None
-        parts = Parts.load(folder, missing="drop")
+        parts = Parts.load(folder, missing="drop").float()  # as the images are
         for part in parts:
             part.eval()
         return parts
@@ -155,8 +157,8 @@ class Networks:
                 return None
             model = models.create(plan.model, **plan.model_args)
             files.load_composed(folder, model)
-            return model
-        if not (folder / "config.json").is_file():
+            return model.float()
+        if not (folder / files.CONFIG).is_file():
             return None
         return models.load(folder)
 
@@ -165,7 +167,7 @@ class Networks:
         """The dense network with its parts."""
         if self.record.two_level is None or self.parts is None or len(self.parts) < self.parts.plan.parts:
             return None
-        two = TwoLevel.load(self.record.two_level)
+        two = TwoLevel.load(self.record.two_level).float()
         return two.eval() if two.how == "dnn" else None
 
 

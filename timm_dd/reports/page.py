@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from ..errors import FileError
+from ..errors import FileError, looking_into
 from ..storage.atomic import output_folder
 from .draw import Drawing
 
@@ -58,7 +58,9 @@ def write(output: Path, title: str, sections: Sequence[Section]) -> None:
 
 def check_output(output: Path) -> None:
     """Raise FileError unless a page can have this name."""
-    if not output.name or output.is_dir():
+    with looking_into(output, FileError):
+        folder = not output.name or output.is_dir()
+    if folder:
         raise FileError(f"{output} is a folder; expected a file name, like {output / 'report.html'}")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import ReportError, headline
+from ..errors import ReportError, headline, looking_into
 from ..planning.plan import Plan
 from ..storage import files
 from ..storage.tensorfile import READ_ERRORS, TensorFile
@@ -21,6 +21,7 @@ from ..two_level.files import ABOUT, describe
 
 COLUMNS = {"epoch": "epoch", "train_loss": "loss", "eval_top1": "top1", "seconds": "seconds"}  # of summary.csv
 NUMBERS = {"coarse_epochs", "cycles"}  # of the options that a report reads
+STAGES = ("composed", "tuned", "best")  # the models of a run, as its summary.json calls them
 SPENT = ("waiting", "evaluation")  # seconds of an epoch that are no training
 
 
@@ -94,7 +95,11 @@ def read(folder: str | Path) -> Record:
         ReportError: nothing to show, or damaged.
         MergeError: a plan or a two-level network is damaged.
     """
-    folder = Path(folder)
+    with looking_into(folder, ReportError):
+        return _read(Path(folder))
+
+
+def _read(folder: Path) -> Record:
     if not folder.is_dir():
         raise ReportError(f"no folder {folder}; expected a run's folder, parts, or a composed model")
     args = _yaml(folder / "args.yaml")
@@ -108,12 +113,12 @@ def read(folder: str | Path) -> Record:
         raise ReportError(
             f"{folder} holds neither a run nor parts nor a composed model: no args.yaml, {files.PLAN} or {files.MODEL}"
         )
-    plan = None if described is None else _plan(described)
+    plan, done = None if described is None else _plan(described), folder / "summary.json"
     return Record(
         folder=folder,
         plan=plan,
         args=args,
-        summary=_summary(folder / "summary.json", plan) if args else None,
+        summary=read_summary(done, None if plan is None else plan.parts) if args and done.is_file() else None,
         curves=_curves(folder, plan),
         failures=_failures(folder / "parts"),
         own=own,
@@ -180,6 +185,8 @@ def _numbered(folder: Path) -> list[Path]:
 def _rows(path: Path) -> tuple[dict[str, float], ...]:
     table = _csv(path)
     found = [{ours: float(row[theirs] or "nan") for theirs, ours in COLUMNS.items()} for row in table]
+    if not all(math.isfinite(row[column]) for row in found for column in ("epoch", "seconds")):
+        raise ValueError("a row without its epoch or its seconds")
     for row, said in zip(found, table):
         row |= {"clipped": float(said["clipped"])} if said.get("clipped") else {}
     for row, spent in zip(found, _csv(path.with_name("times.csv"))):
@@ -222,27 +229,39 @@ def _yaml(path: Path) -> dict[str, Any]:
         return {"parts": None, **found}
 
 
-def _summary(path: Path, plan: Plan | None) -> dict[str, Any] | None:
-    """None of a run that is not done."""
-    if not path.is_file():
-        return None
+def read_summary(path: Path, parts: int | None = None) -> dict[str, Any]:
+    """The ``summary.json`` of a run of so many `parts`; ReportError if it is damaged."""
     with _readable(path):
         found = json.loads(path.read_text(encoding="utf-8"))
-        macs, seconds, k = found["multiply_adds"], found["seconds"], None if plan is None else plan.parts
-        numbers = [found["together"], found["composed"], found["tuned"], seconds["parts"], seconds["composed"]]
-        numbers += [*found["parts"], *macs["parts"], macs["composed"], *found.get("two_level", {}).values()]
-        numbers += [*seconds.values(), *macs.get("two_level", {}).values()]
-        numbers += [found[name] for name in ("joint", "updated", "baseline", "best") if name in found]
+        macs, seconds, two = found["multiply_adds"], found["seconds"], found.get("two_level", {})
+        stages = [name for name in ("joint", "updated", "baseline") if name in found]
+        numbers = [found[name] for name in (*STAGES, *stages, "together")]
+        numbers += [*found["parts"], *two.values(), *seconds.values(), seconds["parts"], seconds["composed"]]
+        numbers += [*macs["parts"], macs["composed"], *(macs["two_level"][how] for how in two)]
         numbers += [macs["joint"]] if "joint" in found else []
-        timed = {"joint": "joint", "baseline": "baseline"}
-        missing = [name for name, at in timed.items() if name in found and at not in seconds]
-        if missing or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
-            raise ValueError(f"no number of {', '.join(missing) or 'some stage'}")
-        if k is not None and not len(found["parts"]) == len(macs["parts"]) == k:
-            raise ValueError(f"expected {k} parts")
-        if not isinstance(macs["uncounted"], list) or found.get("two_level", {}).keys() - macs["two_level"].keys():
-            raise ValueError("multiply-adds are missing")
+        numbers += [seconds["two_level" if how == "dnn" else how] for how in ("dnn", *TOGETHER) if how in two]
+        numbers += [seconds[name] for name in ("joint", "baseline") if name in found]
+        numbers += _known(found.get("top5", {}), len(found["parts"]))
+        if not all(map(_is_number, numbers)) or type(found.get("best_epoch", 0)) is not int:
+            raise ValueError("a stage has no number")
+        if not len(found["parts"]) == len(macs["parts"]) == (len(found["parts"]) if parts is None else parts):
+            raise ValueError(f"not the figures of {parts or len(found['parts'])} parts")
+        texts = [found[name] for name in ("dataset", "split", "run", "command")]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(macs["uncounted"], list):
+            raise ValueError("it does not say what was trained on what")
         return found
+
+
+def _known(top5: Mapping[str, Any], parts: int) -> list[Any]:
+    """The figures that are there: of a network with few classes there are none."""
+    found = [n for n in (*top5.get("parts", ()), *(n for name, n in top5.items() if name != "parts")) if n is not None]
+    if len(top5.get("parts", range(parts))) != parts:
+        raise ValueError(f"not the figures of {parts} parts")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 class _readable:

@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from ..algebra.domain import Domain, spatial
 from ..algebra.view import Box
+from ..compat import tree_map_only
 from ..errors import SplitError, public
 from ..planning.inputs import as_call
 from ..planning.plan import Plan
@@ -259,11 +260,15 @@ def _compare(
 @torch.no_grad()
 def _labelled(model: nn.Module, parts: Parts, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Labelled:
     """Losses and accuracies of the parts on their boxes and of the composed network, and what (2.19) says of them."""
-    losses, right = [], []
+    losses, right, dtype = [], [], next(model.parameters()).dtype
     for net in (model, *parts):
         net.eval()
+
+    def cast(t: torch.Tensor) -> torch.Tensor:
+        return t.to(dtype) if t.is_floating_point() else t
+
     for x, target in batches:
-        args, kwargs = as_call(x, parts.graph.signature)
+        args, kwargs = tree_map_only(torch.Tensor, cast, as_call(x, parts.graph.signature))
         logits = [model(*args, **kwargs), *parts(*args, **kwargs)]
         if int(target.max()) >= logits[0].shape[1]:
             raise SplitError(

@@ -44,6 +44,8 @@ def output_folder(folder: str | Path, sync: bool = True, wait: bool = False) -> 
     Raises:
         FileError: it cannot be written, has a folder in the place of a file, or another process is writing into it.
     """
+    if str(folder).startswith("hf-hub:"):
+        raise FileError(f"{folder} is on the Hub; write into a folder on this machine, and push that")
     folder = Path(folder)
     made: list[Path] = []
     try:

@@ -26,7 +26,9 @@ from ..version import __version__
 from .atomic import output_folder, replacing
 from .tensorfile import READ_ERRORS, Entry, TensorFile, is_finite, write_state
 
-PLAN, MODEL = "plan.json", "model.safetensors"
+PLAN, MODEL, CONFIG = "plan.json", "model.safetensors", "config.json"
+TWO_LEVEL = "two_level.json"  # of the parts' common decision, which `predict` and the like take before a model
+ANY_PART = "*part-*.safetensors"  # in a repository, whose folders are no borders to a pattern
 CORRECTION = "correction"  # what the metadata of a model say of how it was merged
 LARGEST_PLAN = 100 << 20  # bytes, as the header of a safetensors file
 
@@ -128,7 +130,7 @@ def save_state(
 
 def write_config(aside: Callable[[str], Path], config: dict | None) -> None:
     if config is not None:
-        aside("config.json").write_text(json_text(config), encoding="utf-8")
+        aside(CONFIG).write_text(json_text(config), encoding="utf-8")
 
 
 def summary(plan: Plan, digest: str, head: str = "sum") -> dict[str, str]:
@@ -204,7 +206,7 @@ class PartsFolder:
             raise MergeError(
                 f"expected the Parts that split or Parts.load gave, or their folder, got {type(folder).__name__}"
             )
-        self.path = local(folder, PLAN, "*part-*.safetensors")
+        self.path = local(folder, PLAN, ANY_PART)
         described, self.digest = _read_plan(self.path / PLAN)
         try:
             self.plan = Plan.from_json(described)

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from ..algebra.axes import FrozenAxis
-from ..errors import MergeError, public
+from ..errors import FileError, MergeError, public
 from ..planning.plan import Plan, TensorPlan
 from . import tensorfile
 from .atomic import output_folder
-from .files import CORRECTION, MODEL, ModelFile, PartsFolder, common_dtypes, summary, write_config
+from .files import CORRECTION, MODEL, TWO_LEVEL, ModelFile, PartsFolder, common_dtypes, summary, write_config
 from .tensorfile import PIECE, RAW, from_raw, to_raw
 
 HEADS = ("sum", "mean")
@@ -167,6 +167,7 @@ def merge_files(folder: str | Path, output: str | Path, *, head: str = "sum", on
 
     Raises:
         MergeError: as `merge`; the output folder is left as it was.
+        FileError: that folder cannot be written, or holds a two-level network.
     """
     write_merged(folder, output, head, {}, onto)
 
@@ -175,6 +176,8 @@ def write_merged(
     folder: str | Path, output: str | Path, head: str, about: Mapping[str, str], onto: str | Path | None = None
 ) -> None:
     """As `merge_files`, with what else is said `about` the model in its metadata."""
+    if (Path(output) / TWO_LEVEL).exists():
+        raise FileError(f"{output} holds a two-level network, {TWO_LEVEL}; choose another output folder, or remove it")
     with PartsFolder(folder) as parts, contextlib.ExitStack() as stack:
         plan = parts.plan
         check_mergeable(plan, head)

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..errors import MergeError, shown
+from ..machine import memory
+
 
 def probabilities(logits: torch.Tensor) -> torch.Tensor:
     """Of the classes, of logits (…, C), in float32 or finer."""
@@ -61,6 +64,7 @@ GIVE_PROBABILITIES = ("mean", "vote")  # the others give logits
 AGGREGATIONS = (*WITHOUT_WEIGHTS, "dnn")
 TOGETHER = ("coherent", "transfer")  # parts and dense network as one, from a random start or from trained parts
 WIDTHS = (128, 64, 32)  # of a coarse net, klawonn2023 section 5.1
+TRAINED = 4  # a weight, its gradient, and two moments of Adam
 
 
 class CoarseNet(nn.Sequential):
@@ -82,3 +86,37 @@ class CoarseNet(nn.Sequential):
 def side_by_side(logits: torch.Tensor) -> torch.Tensor:
     """What a `CoarseNet` reads: (K, B, C) logits -> (B, K·C) probabilities."""
     return probabilities(logits).movedim(0, 1).flatten(1)
+
+
+# ---- what a user can ask for
+
+
+def check_how(how: str, regression: bool) -> None:
+    """Raise MergeError unless parts can decide in this way."""
+    if how not in AGGREGATIONS or (regression and how != "mean"):
+        expected = "mean" if regression else ", ".join(AGGREGATIONS)
+        raise MergeError(f"how: expected {expected}{' for a regression' if regression else ''}, got {shown(how)}")
+
+
+def check_names(names: Sequence[str] | None, classes: int) -> tuple[str, ...] | None:
+    """As a tuple; MergeError unless each class has one, or none has."""
+    if names is None:
+        return None
+    if len(names) != classes:
+        raise MergeError(f"class_names: expected {classes} names, got {len(names)}")
+    return tuple(map(str, names))
+
+
+def check_coarse(parts: int, classes: int, widths: Sequence[int], dropout: float) -> None:
+    """Raise MergeError unless a coarse net of these sizes can be trained on this machine."""
+    if not all(type(n) is int and n > 0 for n in widths):
+        raise MergeError(f"widths: expected whole numbers from 1 up, got {shown(tuple(widths))}")
+    if not 0 <= dropout < 1:
+        raise MergeError(f"dropout: expected a number from 0 to below 1, got {shown(dropout)}")
+    sizes = [parts * classes, *widths, classes]
+    needed = 4 * TRAINED * sum((a + 1) * b for a, b in zip(sizes, sizes[1:]))
+    if needed > memory():
+        raise MergeError(
+            f"a coarse net on {parts} × {classes:,} probabilities takes {needed / 1e9:,.1f} GB to train, this machine "
+            f"has {memory() / 1e9:,.1f}; use smaller widths, or mean, vote or sum"
+        )

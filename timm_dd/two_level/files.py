@@ -9,6 +9,7 @@ two-level/
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -21,20 +22,21 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..errors import MergeError, headline, shown
+from ..errors import MergeError, headline, looking_into, shown
 from ..storage.atomic import output_folder
-from ..storage.files import PLAN, PartsFolder, local, part_name, reading, write_parts
+from ..storage.files import ANY_PART, PLAN, TWO_LEVEL, PartsFolder, local, part_name, reading, write_parts
 from ..storage.tensorfile import SEAL, TensorFile, write_state
 from ..surgery.parts import Parts
 from ..text import json_text
 from ..version import __version__
-from .aggregate import CoarseNet
+from .aggregate import TOGETHER, CoarseNet, check_coarse, check_how, check_names
 
 FORMAT = 1
-ABOUT, COARSE = "two_level.json", "coarse.safetensors"
+ABOUT, COARSE = TWO_LEVEL, "coarse.safetensors"
 FILES = (ABOUT, COARSE)
 LARGEST = 10 << 20  # bytes of two_level.json: names of classes
 ORIGIN = ("run", "stage", "epoch", "top1")
+STAGES = ("two_level", *TOGETHER)  # of a run, as its summary.json calls them
 _AGAIN = "copy or write this network again"
 
 
@@ -55,11 +57,13 @@ class Description:
         names = d["class_names"]
         about = {f.name: d[f.name] for f in fields(cls)}
         about |= {"widths": tuple(d["widths"]), "class_names": None if names is None else tuple(names)}
-        for name, kind in (("how", str), ("regression", bool), ("dropout", (int, float))):
+        for name, kind in (("how", str), ("regression", bool), ("dropout", (int, float)), ("classes", int)):
             if not isinstance(about[name], kind):
                 raise ValueError(f"unexpected {name} {shown(about[name])}")
         if not all(isinstance(name, str) for name in names or ()):
             raise ValueError(f"unexpected class_names {shown(names)}")
+        check_how(about["how"], about["regression"])
+        check_names(names, about["classes"])
         return cls(**about)
 
 
@@ -118,8 +122,10 @@ def describe(folder: str | Path) -> tuple[Description, Place]:
     Raises:
         MergeError: no such file, damaged, or of another format.
     """
-    path = local(folder, ABOUT, COARSE, PLAN, "*part-*.safetensors") / ABOUT
-    if not path.is_file():
+    path = local(folder, ABOUT, COARSE, PLAN, ANY_PART) / ABOUT
+    with looking_into(folder, MergeError):
+        there = path.is_file()
+    if not there:
         raise MergeError(f"no {ABOUT} in {folder}; expected a folder written by TwoLevel.save")
     with reading(path, _AGAIN):
         if path.stat().st_size > LARGEST:
@@ -131,10 +137,19 @@ def describe(folder: str | Path) -> tuple[Description, Place]:
     try:
         parts, checksums = Path(d["parts"]), dict(d["checksums"])
         origin = {name: str(d[name]) for name in ORIGIN if name in d}
-        float(origin.get("top1", "0"))
-        return Description.from_json(d), Place(path.parent, path.parent / parts, checksums, origin)
+        _check_origin(origin)
+        about = Description.from_json(d)
+        check_coarse(len(checksums.keys() - {COARSE}), about.classes, about.widths, about.dropout)
+        return about, Place(path.parent, path.parent / parts, checksums, origin)
     except (KeyError, TypeError, ValueError) as e:
         raise MergeError(f"{path} is not whole ({type(e).__name__}: {headline(e)}); {_AGAIN}") from e
+
+
+def _check_origin(said: Mapping[str, str]) -> None:
+    if not math.isfinite(float(said.get("top1", "0"))):
+        raise ValueError(f"top1 is {shown(said['top1'])}")
+    if said.get("stage", STAGES[0]) not in STAGES or not said.get("epoch", "0").isdecimal():
+        raise ValueError(f"no stage of a run: {shown(dict(said))}")
 
 
 def seals(folder: Path) -> list[str | None]:

@@ -11,21 +11,20 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from ..compat import tree_map_only
-from ..errors import MergeError, SplitError, shown
-from ..machine import memory
+from ..errors import MergeError, SplitError
 from ..surgery.parts import Parts
 from . import files
 from .aggregate import (
-    AGGREGATIONS,
     GIVE_PROBABILITIES,
     WIDTHS,
     WITHOUT_WEIGHTS,
     CoarseNet,
+    check_coarse,
+    check_how,
+    check_names,
     probabilities,
     side_by_side,
 )
-
-TRAINED = 4  # a weight, its gradient, and two moments of Adam
 
 
 class TwoLevel(nn.Module):
@@ -67,12 +66,10 @@ class TwoLevel(nn.Module):
     ):
         super().__init__()
         _check_parts(parts)
-        if how not in AGGREGATIONS or (regression and how != "mean"):
-            expected = "mean" if regression else ", ".join(AGGREGATIONS)
-            raise MergeError(f"how: expected {expected}{' for a regression' if regression else ''}, got {shown(how)}")
+        check_how(how, regression)
         self.parts, self.how, self.regression = parts, how, regression
         self.classes = 0 if regression else _classes(parts)
-        self.class_names = _check_names(class_names, self.classes)
+        self.class_names = check_names(class_names, self.classes)
         self.coarse = self._coarse_net(widths, dropout) if how == "dnn" else None
         self._packed: tuple[fx.GraphModule | None, ...] = ()  # no submodule: a graph without weights of its own
 
@@ -219,26 +216,3 @@ def _classes(parts: Parts) -> int:
             f"a decision is made of logits (B, classes), got {found}; for a regression say regression=True"
         )
     return output.shape[1]
-
-
-def _check_names(names: Sequence[str] | None, classes: int) -> tuple[str, ...] | None:
-    if names is None:
-        return None
-    if len(names) != classes:
-        raise MergeError(f"class_names: expected {classes} names, got {len(names)}")
-    return tuple(map(str, names))
-
-
-def check_coarse(parts: int, classes: int, widths: Sequence[int], dropout: float) -> None:
-    """Raise MergeError unless a coarse net of these sizes can be trained on this machine."""
-    if not all(type(n) is int and n > 0 for n in widths):
-        raise MergeError(f"widths: expected whole numbers from 1 up, got {shown(tuple(widths))}")
-    if not 0 <= dropout < 1:
-        raise MergeError(f"dropout: expected a number from 0 to below 1, got {shown(dropout)}")
-    sizes = [parts * classes, *widths, classes]
-    needed = 4 * TRAINED * sum((a + 1) * b for a, b in zip(sizes, sizes[1:]))
-    if needed > memory():
-        raise MergeError(
-            f"a coarse net on {parts} × {classes:,} probabilities takes {needed / 1e9:,.1f} GB to train, this machine "
-            f"has {memory() / 1e9:,.1f}; use smaller widths, or mean, vote or sum"
-        )

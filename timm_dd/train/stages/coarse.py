@@ -25,8 +25,8 @@ from ...errors import TimmDDError, TrainError
 from ...machine import memory
 from ...storage.atomic import replace_json, replacing
 from ...two_level import files
-from ...two_level.aggregate import WITHOUT_WEIGHTS, CoarseNet, side_by_side
-from ...two_level.network import TwoLevel, check_coarse
+from ...two_level.aggregate import WITHOUT_WEIGHTS, CoarseNet, check_coarse, side_by_side
+from ...two_level.network import TwoLevel
 from ..images import data
 from ..ranks.cores import share_cores
 from ..settings import options
