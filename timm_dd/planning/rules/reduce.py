@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,9 +20,7 @@ def mean(op: Op, x: Value, dim=None, keepdim: bool = False, *, dtype=None) -> Va
 @rule("sum", torch.sum)
 def sum_(op: Op, x: Value, dim=None, keepdim: bool = False, *, dtype=None) -> Value:
     """Over channels it is a sum over the parts."""
-    return _reduce(
-        op, x, dim, keepdim, lambda axes: functools.reduce(lambda law, a: laws.summed(a, law), axes, laws.linear)
-    )
+    return _reduce(op, x, dim, keepdim, lambda axes: laws.summed(axes, laws.linear))
 
 
 @rule("amax", torch.amax, "amin", torch.amin, "prod", torch.prod, "all", torch.all, "any", torch.any)
