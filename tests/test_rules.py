@@ -1207,6 +1207,9 @@ ROWS |= {
     ),
     "fused attention to channels": row(lambda: fn(attended_channels, conv(3, 12, 1)), "attends to channels"),
     "convolution by other weights": row(lambda: net(SoftmaxConv2d(12, 12, 3)), ZEROS),
+    "GroupNorm across a concatenation": row(
+        lambda: net(fn(lambda x, c: torch.cat([x, c(x)], 1), conv(12, 8, 1)), nn.GroupNorm(4, 20), out=20), G
+    ),
     "BatchNorm that does not check": row(lambda: net(AnyDimBatchNorm(12))),
 }
 
@@ -1344,6 +1347,17 @@ def test_reentrant_checkpoints_are_traced_through():
     parts = shake(timm_dd.split(model, 3, domain=Domain.full(3), example_input=x))
     assert parts.plan.exact
     assert sum_error(parts, timm_dd.merge(parts), x) <= RELATIVE
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice")
+@pytest.mark.parametrize("softmax", [lambda: fn(lambda x: F.softmax(x)), nn.Softmax, nn.LogSoftmax])
+@pytest.mark.parametrize("dims, exact", [(1, True), (2, False)])
+def test_softmax_without_a_dim(softmax, dims, exact):
+    """Is over the batch of signals, and over the channels of images."""
+    x = images(2, 3, *(9,) * dims)
+    parts = shake(timm_dd.split(net(softmax(), dims=dims).double(), 2, domain=Domain.full(2), example_input=x))
+    assert parts.plan.exact is exact
+    assert (sum_error(parts, timm_dd.merge(parts), x) <= RELATIVE) is exact
 
 
 def test_branches_on_attributes_of_tensors_are_decided():

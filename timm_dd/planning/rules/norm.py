@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch.nn.functional as F
 from timm.layers import evo_norm as evo
@@ -21,6 +22,7 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ...algebra.widths import Axis
+from ...errors import WidthError
 from ..graphs import BATCH_NORMS
 from .laws import Law, cross_channel, per_channel, pointwise
 from .op import Op, Value, rule
@@ -156,8 +158,9 @@ def _grouped(op: Op, x: Value, groups: int, law: Law):
     axis, law = op.axis(x, 1), _over(op, x.axes[2:], law)
     reason = f"{groups} groups do not divide among the parts: the statistics of a group mix channels of several"
     if groups >= op.divisor * len(axis.resolve().terms):
-        outer, inside = op.grouped(groups, axis)
-        return outer, cross_channel([inside], reason, law)
+        with suppress(WidthError):  # a group has channels of two pieces of a concatenation
+            outer, inside = op.grouped(groups, axis)
+            return outer, cross_channel([inside], reason, law)
     op.threshold(groups)
     op.reduces_over(axis)
     return (lambda k: math.gcd(groups // op.divisor or 1, op.part_size(axis, k))), cross_channel([axis], reason, law)

@@ -109,6 +109,8 @@ def max_(op: Op, x: Value, dim=None, keepdim: bool = False):
 
 @rule(F.softmax, torch.softmax, "softmax", F.log_softmax, torch.log_softmax, "log_softmax")
 def softmax(op: Op, x: Value, dim: int | None = None, *args, **kwargs) -> Value:
+    """Without a dim torch takes the first or the second."""
+    dim = int(len(x.axes) not in (0, 1, 3)) if dim is None else dim
     op.reduces_over(x.axes[dim])
     reason = "a softmax over channels: each part normalises over its own"
     return op.result(x.axes, laws.cross_channel([x.axes[dim]], reason, laws.pointwise), x)
