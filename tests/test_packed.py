@@ -114,6 +114,11 @@ class Around(nn.Module):
         return self.fc(self.operation(self.bn(self.conv(x)), *self.inner).mean((2, 3)))
 
 
+class Circular(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+
 class Twice(nn.Module):
     """A block that has several names and is called by each."""
 
@@ -147,6 +152,16 @@ def overwritten(x):
     return x * F.leaky_relu_(y.mul(-1), 0.2) + y
 
 
+def made_and_changed(x):
+    """Tensors made of nothing, which are then written to."""
+    mask, places = torch.ones(x.shape[2:], dtype=x.dtype), torch.arange(x.shape[3])
+    mask[0] = 0.0
+    mask[:, 1] *= 0.5
+    places[0] = 3
+    copied = torch.zeros(x.shape, dtype=x.dtype).copy_(x)
+    return (copied * mask * torch.full((1,), 0.5, dtype=x.dtype).mul_(3))[..., places]
+
+
 class Attends(nn.Module):
     """Heads of the map's channels, with a bias that is learned for all heads, for each, or none."""
 
@@ -177,6 +192,7 @@ SAME = {
     "through dropout": lambda: Around(lambda x, no, act: act(no(x)) + x, nn.Dropout(0.0), nn.ReLU(inplace=True)),
     "by functions": lambda: Around(lambda x: x.add_(1.0).mul(2) + torch.relu_(x)),
     "by operators": lambda: Around(overwritten),
+    "what is made of nothing": lambda: Around(made_and_changed),
     "one module twice": lambda: Around(lambda x, bn: bn(bn(x).relu()), nn.BatchNorm2d(8)),
     "several names": Twice,
     "momentum None": lambda: Around(lambda x, bn: bn(x), nn.BatchNorm2d(8, momentum=None)),
@@ -185,6 +201,7 @@ SAME = {
     "RReLU in place": lambda: Around(lambda x, act: act(x) * x, nn.RReLU(0.25, 0.25, inplace=True)),
     "F.rrelu": lambda: Around(lambda x: F.rrelu(x, 0.25, 0.25, training=True)),
     "a drop path by hand": lambda: Around(lambda x, drop: drop(x), ByHand()),
+    "a convolution of its own": lambda: Around(lambda x, conv: conv(x), Circular(8, 8, 3, padding=1)),
     "RNN": lambda: Recurrent(nn.RNN),
     "LSTM": lambda: Recurrent(nn.LSTM),
     "GRU": lambda: Recurrent(nn.GRU),
@@ -217,9 +234,10 @@ def test_packed_is_no_other_network(make):
                 torch.testing.assert_close(grads[name][k], p.grad, rtol=1e-7, atol=1e-9, msg=name)
 
 
-def test_in_place_stays_one_graph():
+@pytest.mark.parametrize("name", ["a view before", "what is made of nothing"])
+def test_in_place_stays_one_graph(name):
     """For a compiler; and where nothing is read again, no module works in place."""
-    parts = timm_dd.split(SAME["a view before"](), 2, example_input=torch.empty(1, 3, 9, 9), domain=Domain.full(2))
+    parts = timm_dd.split(SAME[name](), 2, example_input=torch.empty(1, 3, 9, 9), domain=Domain.full(2))
     packed, x = parts.packed(), torch.randn(4, 3, 9, 9)
     compiled = torch.compile(packed, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(torch.stack(parts.crops(x))), parts(x))

@@ -211,6 +211,7 @@ conv = nn.Conv2d
 C, N = "normalises over channels", "each part trains its own copy"
 ZEROS = "not zero between the channels"
 G, S = "groups do not divide among the parts", "not linear on a sum"
+A = "sums the channels of all parts"
 
 
 class Heads(nn.Module):
@@ -792,6 +793,31 @@ def two_steps(x, cell):
     return state[0] if isinstance(cell, nn.LSTMCell) else state
 
 
+def by_rows(norm):
+    """The rows of the image in the place of channels, which are positions."""
+    return fn(lambda x, n: n(x.transpose(1, 2)).transpose(1, 2), norm)
+
+
+def gram(x):
+    return x.flatten(2) @ x.flatten(2).mT
+
+
+def attended_channels(x, conv):
+    """By the image."""
+    keys = conv(x).flatten(2)[:, None]
+    return F.scaled_dot_product_attention(x.flatten(2)[:, None], keys, keys)[:, 0].mean(-1)
+
+
+class SoftmaxConv2d(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight.softmax(1), bias)
+
+
+class AnyDimBatchNorm(nn.BatchNorm2d):
+    def _check_input_dim(self, x):
+        pass
+
+
 STANDARDISED = (tl.StdConv2d, StdConv2dSame, tl.ScaledStdConv2d, tl.ScaledStdConv2dSame)
 ROWS |= {f"{t.__name__} of each channel": row(lambda t=t: net(t(12))) for t in norm.EACH_CHANNEL if "2d" in t.__name__}
 ROWS |= {f"{t.__name__} of groups": row(lambda t=t: net(t(12, groups=6))) for t in norm.EVO_S}
@@ -1143,6 +1169,50 @@ ROWS |= {
     "one gate of several": row(lambda: net(fn(lambda x, c: x * c(x)[:, 1:2].sigmoid(), conv(12, 3, 1))), S),
 }
 
+POSITIONS_NORMED = (
+    nn.InstanceNorm2d(9), nn.BatchNorm2d(9, affine=False, track_running_stats=False), nn.GroupNorm(3, 9, affine=False),
+)  # fmt: skip
+ROWS |= {f"{n._get_name()} of positions": row(lambda n=n: net(by_rows(n)), C) for n in POSITIONS_NORMED}
+ROWS |= {
+    "functional InstanceNorm of positions": row(lambda: net(by_rows(fn(F.instance_norm))), C),
+    "functional GroupNorm of positions": row(lambda: net(by_rows(fn(lambda x: F.group_norm(x, 3)))), C),
+    "functional BatchNorm of positions": row(
+        lambda: net(by_rows(fn(lambda x: F.batch_norm(x, None, None, training=True)))), C
+    ),
+    "BatchNorm of positions by what is known": row(
+        lambda: net(by_rows(Parameter(lambda x, p: F.batch_norm(x, p, p), 9, buffer=True)))
+    ),
+    "GRU along channels": row(
+        lambda: net(tail=(fn(lambda x, g: g(x.mean(3))[1][-1], nn.GRU(9, 12, batch_first=True)), nn.Linear(12, 5))),
+        "reads channels one after another",
+    ),
+    "sum of a Gram matrix": row(lambda: net(tail=(fn(lambda x: gram(x).square().sum((1, 2))[:, None]),)), A),
+    "sum of a flattened Gram matrix": row(lambda: net(tail=(fn(lambda x: gram(x).flatten(1).sum(1)[:, None]),)), A),
+    "trace of a Gram matrix": row(lambda: net(tail=(fn(lambda x: torch.einsum("bii->b", gram(x))[:, None]),))),
+    "product of two sums": row(lambda: net(tail=(fn(lambda x: torch.einsum("bihw,bjhw->b", x, x)[:, None]),)), A),
+    "Gram matrix by a fixed projection": row(
+        lambda: net(tail=(Parameter(lambda x, p: gram(x).flatten(1) @ p, 144, 5, buffer=True, persistent=False),)), A
+    ),
+    "Gram matrix by a buffer": row(
+        lambda: net(tail=(Parameter(lambda x, p: gram(x).flatten(1) @ p, 144, 5, buffer=True),))
+    ),
+    "linear attention by a parameter": row(
+        lambda: net(Parameter(lambda x, p: (x.mT @ p @ (p.mT @ gram(x))).mT, 12, 12), dims=1), A, size=(9,)
+    ),
+    "sum of a weight between blocks": row(
+        lambda: net(
+            tail=(Parameter(lambda x, p: torch.einsum("ij,bk->bj", p, x.mean((2, 3))), 12, 12), nn.Linear(12, 5))
+        ),
+        A,
+    ),
+    "fused attention to channels": row(lambda: fn(attended_channels, conv(3, 12, 1)), "attends to channels"),
+    "convolution by other weights": row(lambda: net(SoftmaxConv2d(12, 12, 3)), ZEROS),
+    "GroupNorm across a concatenation": row(
+        lambda: net(fn(lambda x, c: torch.cat([x, c(x)], 1), conv(12, 8, 1)), nn.GroupNorm(4, 20), out=20), G
+    ),
+    "BatchNorm that does not check": row(lambda: net(AnyDimBatchNorm(12))),
+}
+
 
 EXACT_UP_TO = {"GroupNorm, G < K": 2, "grouped in two ways": 3}
 
@@ -1279,10 +1349,47 @@ def test_reentrant_checkpoints_are_traced_through():
     assert sum_error(parts, timm_dd.merge(parts), x) <= RELATIVE
 
 
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice")
+@pytest.mark.parametrize("softmax", [lambda: fn(lambda x: F.softmax(x)), nn.Softmax, nn.LogSoftmax])
+@pytest.mark.parametrize("dims, exact", [(1, True), (2, False)])
+def test_softmax_without_a_dim(softmax, dims, exact):
+    """Is over the batch of signals, and over the channels of images."""
+    x = images(2, 3, *(9,) * dims)
+    parts = shake(timm_dd.split(net(softmax(), dims=dims).double(), 2, domain=Domain.full(2), example_input=x))
+    assert parts.plan.exact is exact
+    assert (sum_error(parts, timm_dd.merge(parts), x) <= RELATIVE) is exact
+
+
 def test_branches_on_attributes_of_tensors_are_decided():
     model = net(fn(lambda x, c: checkpoint(c, x, use_reentrant=False) if x.requires_grad else c(x), conv(12, 12, 1)))
     parts = timm_dd.split(model, 3, domain=Domain.full(3), example_input=torch.empty(1, 3, 9, 9))
     assert "2.inner.0" in {layer.path for layer in parts.plan.layers}
+
+
+@pytest.mark.parametrize("module", [conv(12, 12, 1), nn.BatchNorm2d(12), nn.GRU(9, 12)])
+def test_what_is_replaced_on_a_module_has_no_rule(module):
+    assert has_rule(module)
+    module.flatten_parameters = module._check_input_dim = lambda *args: None  # give no tensors
+    assert has_rule(module)
+    module.forward = lambda x: x.softmax(1)
+    with pytest.raises(SplitError, match=r"(Conv2d|BatchNorm2d|GRU) 2 .*replaced on this module"):
+        timm_dd.split(net(module), 2, domain=Domain.full(2), example_input=torch.empty(1, 3, 9, 9))
+    del module.forward
+    assert has_rule(module)
+
+
+@pytest.mark.parametrize(
+    "module, method", [(conv(12, 12, 1), "_conv_forward"), (nn.TransformerEncoderLayer(12, 4), "_ff_block")]
+)
+def test_what_a_forward_calls_is_of_the_rule(module, method):
+    class Other(type(module)):
+        pass
+
+    assert has_rule(module)
+    module.__class__ = Other
+    assert has_rule(module)
+    setattr(Other, method, lambda self, *args: args[0])
+    assert not has_rule(module)
 
 
 def test_every_rule_has_a_row():

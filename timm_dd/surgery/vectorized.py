@@ -18,7 +18,7 @@ def over_parts(function: Callable, parts: int, *args: Any, **kwargs: Any) -> Any
     leaves, spec = tree_flatten((args, kwargs))
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     if not tensors:
-        return _in_each(function(*args, **kwargs), lambda t: t.expand(parts, *t.shape))
+        return _in_each(function(*args, **kwargs), lambda t: t.expand(parts, *t.shape).clone())  # may be written to
     made: list[Any] = []
 
     def of_part(*values: torch.Tensor) -> Any:

@@ -6,7 +6,6 @@ head, its scores are a sum over the parts, and the softmax of those is approxima
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Sequence
 
@@ -22,6 +21,8 @@ from ...algebra.widths import Axis
 from . import laws
 from .op import Op, Value, rule
 from .pointwise import ACTIVATIONS, FUNCTIONS, add, broadcast, same
+
+ATTENDS = "attends to channels: each part sees only its own"
 
 
 @rule(operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__")
@@ -79,7 +80,7 @@ def _einsum(op: Op, operands: Sequence[tuple[Value, Sequence[str]]], output: Seq
     summed = [axes[name] for name in axes if name not in output and axes[name] is not None]
     op.reduces_over(*summed)
     params = frozenset(filter(None, trained)) or frozenset([laws.UNSCALABLE])
-    law = functools.reduce(lambda inner, axis: laws.summed(axis, inner, params), summed, laws.product)
+    law = laws.summed(summed, laws.product, params)
     return op.result([axes[name] for name in output], law, *(value for value, _ in operands))
 
 
@@ -106,7 +107,8 @@ def scaled_dot_product_attention(
         for dim in range(-len(attn_mask.axes), 0):
             if attn_mask.shape[dim] != 1:
                 axes[dim] = op.unify(axes[dim], attn_mask.axes[dim])
-    weights = op.result(axes, laws.pointwise, scores, attn_mask)
+    op.reduces_over(axes[-1])
+    weights = op.result(axes, laws.cross_channel(axes[-1:], ATTENDS, laws.pointwise), scores, attn_mask)
     weights.at = [query.at[0] @ key.at[0].transpose(-2, -1)]
     return _einsum(op, [(weights, [*batch, "l", "s"]), (value, [*batch, "s", "v"])], [*batch, "l", "v"])
 
@@ -166,7 +168,7 @@ def multihead_attention(
         if context.is_cut(inside):
             return context.approximate("fewer heads than parts: the scores of a head are a sum over the parts")
         if any(map(context.is_cut, tokens)):
-            return context.approximate("attends to channels: each part sees only its own")
+            return context.approximate(ATTENDS)
         read = (laws.contract(axis, a, *weights)(context, x) for a, x in zip(inputs, given))
         return laws.pointwise(context, *read, *given[3:])
 

@@ -76,6 +76,11 @@ def _replicated(context: Context) -> Relation:
     )
 
 
+def _shard(context: Context, blocks: int) -> Relation:
+    """Without the dims along which an operation has summed."""
+    return Relation(Kind.SHARD, blocks=min(blocks, context.cut_dims()))
+
+
 def linear(context: Context, *inputs: Relation) -> Relation:
     """Linear in all inputs together: sum, concatenation, view, average over positions."""
     kinds = {r.kind for r in inputs}
@@ -92,7 +97,7 @@ def linear(context: Context, *inputs: Relation) -> Relation:
         return _replicated(context)
     if Kind.REPLICATED in kinds:
         return _union(inputs, Kind.REPLICATED)
-    return Relation(Kind.SHARD, blocks=min(r.blocks for r in inputs)) if Kind.SHARD in kinds else COPY
+    return _shard(context, min(r.blocks for r in inputs)) if Kind.SHARD in kinds else COPY
 
 
 def product(context: Context, *inputs: Relation) -> Relation:
@@ -104,7 +109,7 @@ def product(context: Context, *inputs: Relation) -> Relation:
         if kinds.count(Kind.PARTIAL) == 1 and kinds.count(Kind.COPY) == len(kinds) - 1:
             return _union(inputs, Kind.PARTIAL)
         return context.approximate("multiplies a sum over the parts of which each part has only its own term")
-    return Relation(Kind.SHARD, blocks=max(r.blocks for r in inputs)) if Kind.SHARD in kinds else COPY
+    return _shard(context, max(r.blocks for r in inputs)) if Kind.SHARD in kinds else COPY
 
 
 def read_at(context: Context, x: Relation, *places: Relation) -> Relation:
@@ -186,18 +191,20 @@ def contract(
     return law
 
 
-def summed(axis: Axis | None, otherwise: Law, params: frozenset[str] = frozenset([UNSCALABLE])) -> Law:
-    """A sum along `axis`: over channels that are cut it is a sum over the parts, or, of a tensor that is zero between
+def summed(axes: Sequence[Axis | None], otherwise: Law, params: frozenset[str] = frozenset([UNSCALABLE])) -> Law:
+    """A sum along `axes`: over channels that are cut it is a sum over the parts, or, of a tensor that is zero between
     the channels of different parts, a part's own. `params` as in `Relation`."""
 
     def law(context: Context, *inputs: Relation) -> Relation:
-        if not context.is_cut(axis):
+        cut = [a for a in axes if context.is_cut(a)]
+        if not cut:
             return otherwise(context, *inputs)
-        dims = context.cut_dims()
-        if dims:
-            own = any(x.blocks > dims for x in inputs)
-            return otherwise(context, *inputs) if own else context.approximate("sums the channels of all parts")
-        if all(x.kind is Kind.SHARD for x in inputs) and not context.partly_sharded(axis):
+        left, before = context.cut_dims(), context.cut_dims(cut) + context.cut_dims()
+        if before > 1 and not any(x.blocks >= before for x in inputs):
+            return context.approximate("sums the channels of all parts")
+        if left:
+            return otherwise(context, *inputs)
+        if all(x.kind is Kind.SHARD for x in inputs) and not any(map(context.partly_sharded, cut)):
             return Relation(Kind.PARTIAL, params)
         return context.approximate("sums channels that every part has once for each part")
 

@@ -1,12 +1,15 @@
 """Normalisation layers of torch and timm, with their activations.
 
-BatchNorm and its like are exact: their statistics are per channel, so they go with the channels. Normalisation over
-groups of channels is exact where the cut runs between groups; over all channels it never is.
+BatchNorm and its like are exact: their statistics are per channel, so they go with the channels, as long as the
+positions carry none. Normalisation over groups of channels is exact where the cut runs between groups; over all of them
+it never is.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import suppress
 
 import torch.nn.functional as F
 from timm.layers import evo_norm as evo
@@ -19,6 +22,8 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ...algebra.widths import Axis
+from ...errors import WidthError
+from ..graphs import BATCH_NORMS
 from .laws import Law, cross_channel, per_channel, pointwise
 from .op import Op, Value, rule
 
@@ -44,9 +49,10 @@ OVER = "normalises over channels: each part sees only its own"
 
 @rule(*EACH_CHANNEL)
 def batch_norm(op: Op, x: Value) -> Value:
-    """Weight, bias and running statistics (C,)."""
-    axis = op.axis(x, 1)
-    law = _vectors(op, axis)
+    """Weight, bias and running statistics (C,); without these it takes those of what it is given."""
+    axis, m = op.axis(x, 1), op.module
+    over = x.axes[:1] + x.axes[2:] if isinstance(m, BATCH_NORMS) else x.axes[2:]
+    law = _over(op, over if getattr(m, "running_mean", None) is None else (), _vectors(op, axis))
     if hasattr(op.module, "num_features"):
         op.set("num_features", axis)
     return _activated(op, (x.axes[0], axis, *x.axes[2:]), law, x)
@@ -62,23 +68,41 @@ def split_batch_norm(op: Op, x: Value) -> Value:
 
 @rule(F.batch_norm)
 def functional_batch_norm(
-    op: Op, x: Value, running_mean=None, running_var=None, weight=None, bias=None, *args, **kwargs
+    op: Op,
+    x: Value,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    training: bool = False,
+    *args,
+    **kwargs,
 ) -> Value:
-    return _functional_vectors(op, x, running_mean, running_var, weight, bias)
+    over = x.axes[:1] + x.axes[2:] if training or running_mean is None else ()
+    return _functional_vectors(op, x, over, running_mean, running_var, weight, bias)
 
 
 @rule(F.instance_norm)
 def functional_instance_norm(
-    op: Op, x: Value, running_mean=None, running_var=None, weight=None, bias=None, *args, **kwargs
+    op: Op,
+    x: Value,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    use_input_stats: bool = True,
+    *args,
+    **kwargs,
 ) -> Value:
-    return _functional_vectors(op, x, running_mean, running_var, weight, bias)
+    over = x.axes[2:] if use_input_stats else ()
+    return _functional_vectors(op, x, over, running_mean, running_var, weight, bias)
 
 
-def _functional_vectors(op: Op, x: Value, *vectors: Value | None) -> Value:
-    """Statistics, weight and bias (C,) as tensors of the graph."""
+def _functional_vectors(op: Op, x: Value, over: Sequence[Axis | None], *vectors: Value | None) -> Value:
+    """Statistics, weight and bias (C,) as tensors of the graph; or statistics of `x` along the axes `over`."""
     for v in filter(None, vectors):
         op.unify(op.axis(x, 1), op.axis(v, 0))
-    return op.result(x.axes, pointwise, x, *vectors)
+    return op.result(x.axes, _over(op, over, pointwise), x, *vectors)
 
 
 @rule(*GROUPS)
@@ -99,7 +123,7 @@ def evo_norm(op: Op, x: Value) -> Value:
 
 def _group_norm(op: Op, x: Value, attr: str) -> Value:
     axis = op.axis(x, 1)
-    groups, law = _grouped(op, axis, getattr(op.module, attr), _vectors(op, axis))
+    groups, law = _grouped(op, x, getattr(op.module, attr), _vectors(op, axis))
     op.set(attr, groups)
     return _activated(op, x.axes, law, x)
 
@@ -124,17 +148,19 @@ def _activated(op: Op, axes, law: Law, x: Value) -> Value:
 def functional_group_norm(op: Op, x: Value, num_groups: int, weight=None, bias=None, eps: float = 1e-5) -> Value:
     for p in filter(None, (weight, bias)):
         op.unify(op.axis(x, 1), op.axis(p, 0))
-    groups, law = _grouped(op, op.axis(x, 1), num_groups, pointwise)
+    groups, law = _grouped(op, x, num_groups, pointwise)
     op.arg(*op.argument(1, "num_groups"), value=groups)
     return op.result(x.axes, law, x, weight, bias)
 
 
-def _grouped(op: Op, axis: Axis, groups: int, law: Law):
+def _grouped(op: Op, x: Value, groups: int, law: Law):
     """The number of groups in a part, and the law: exact where every part gets whole groups."""
+    axis, law = op.axis(x, 1), _over(op, x.axes[2:], law)
     reason = f"{groups} groups do not divide among the parts: the statistics of a group mix channels of several"
     if groups >= op.divisor * len(axis.resolve().terms):
-        outer, inside = op.grouped(groups, axis)
-        return outer, cross_channel([inside], reason, law)
+        with suppress(WidthError):  # a group has channels of two pieces of a concatenation
+            outer, inside = op.grouped(groups, axis)
+            return outer, cross_channel([inside], reason, law)
     op.threshold(groups)
     op.reduces_over(axis)
     return (lambda k: math.gcd(groups // op.divisor or 1, op.part_size(axis, k))), cross_channel([axis], reason, law)
@@ -178,7 +204,7 @@ def _part_sizes(op: Op, axes, sizes):
     return lambda k: [n if a is None else op.part_size(a, k) for a, n in zip(axes, sizes)]
 
 
-def _over(op: Op, axes, law: Law) -> Law:
+def _over(op: Op, axes: Sequence[Axis | None], law: Law) -> Law:
     op.reduces_over(*axes)
     return cross_channel(axes, OVER, law)
 
@@ -187,7 +213,7 @@ def _over(op: Op, axes, law: Law) -> Law:
 def global_response_norm(op: Op, x: Value) -> Value:
     """GRN: the norm of each channel over the positions, divided by their mean over channels."""
     axis = op.axis(x, op.module.channel_dim)
-    return op.result(x.axes, _over(op, [axis], _vectors(op, axis)), x)
+    return op.result(x.axes, _over(op, x.axes[1:], _vectors(op, axis)), x)
 
 
 @rule(nn.LocalResponseNorm, F.local_response_norm)

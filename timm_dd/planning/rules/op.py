@@ -17,9 +17,11 @@ a rule is a SplitError that names it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from .laws import Law, linear, normed
 
 RULES: dict[Any, Callable] = {}
 NORMS_OF_ROWS = ".original0"
+CHANGE_NOTHING = ("_check", "check", "flatten_parameters")  # methods of torch's modules, often replaced
 
 
 def rule(*targets):
@@ -51,13 +54,28 @@ def rule(*targets):
 
 
 def module_rule(module: nn.Module) -> Callable | None:
-    """The rule for a module's type, or for the nearest base whose forward it has not replaced."""
+    """The rule for a module's type, or for the nearest base, if neither the type nor the module itself has replaced its
+    forward or what that calls."""
     if is_training_only(module):
         return RULES[TrainingOnly]
     for base in type(module).__mro__:
         if base in RULES:
-            return RULES[base] if base is type(module) or type(module).forward is base.forward else None
+            replaced = (m in vars(module) or getattr(type(module), m) is not getattr(base, m) for m in _methods(base))
+            return None if any(replaced) else RULES[base]
     return None
+
+
+@functools.cache
+def _methods(kind: type[nn.Module]) -> frozenset[str]:
+    """The names of forward, of the methods that it calls, and of those that these call."""
+    found, left = set[str](), ["forward"]
+    while left:
+        name = left.pop()
+        method = None if name in found or name.startswith(CHANGE_NOTHING) else getattr(kind, name, None)
+        if isinstance(method, FunctionType) and method is not getattr(nn.Module, name, None):
+            found.add(name)
+            left.extend(method.__code__.co_names)
+    return frozenset(found)
 
 
 def has_rule(target: Any) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...algebra.widths import Axis
 from ..graphs import of_sequence
-from .laws import Context, Relation, contract, pointwise
+from .laws import Context, Relation, contract, cross_channel, pointwise
 from .op import Op, Value, rule, unpacked
 
 CELLS = {nn.RNNCell: 1, nn.LSTMCell: 4, nn.GRUCell: 3}
@@ -45,11 +45,15 @@ def recurrent(op: Op, x: Value, hx=None):
     op.resize = lambda t, *_, **__: of_sequence(m, t.new_empty(*t.shape[:-1], m.input_size))
     linear = contract(hidden, in_axis, *op.names("weight_ih_l0", "bias_ih_l0"))
 
-    def law(context: Context, x: Relation, *states: Relation) -> Relation:
+    def steps(context: Context, x: Relation, *states: Relation) -> Relation:
         return pointwise(context, linear(context, x), *states)
 
+    time = 1 if m.batch_first and len(x.axes) == 3 else 0
+    op.reduces_over(x.axes[time])
+    law = cross_channel([x.axes[time]], "reads channels one after another: each part sees only its own", steps)
     value = op.result((*x.axes[:-1], both), law, x, *given)
-    ends = tuple(op.result((*(None,) * (len(x.axes) - 1), s), law, x, *given) for s in states)
+    batch = [a for d, a in enumerate(x.axes[:-1]) if d != time]
+    ends = tuple(op.result((None, *batch, s), law, x, *given) for s in states)
     return value, ends if m.mode == "LSTM" else ends[0]
 
 

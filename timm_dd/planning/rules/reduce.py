@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,9 +20,7 @@ def mean(op: Op, x: Value, dim=None, keepdim: bool = False, *, dtype=None) -> Va
 @rule("sum", torch.sum)
 def sum_(op: Op, x: Value, dim=None, keepdim: bool = False, *, dtype=None) -> Value:
     """Over channels it is a sum over the parts."""
-    return _reduce(
-        op, x, dim, keepdim, lambda axes: functools.reduce(lambda law, a: laws.summed(a, law), axes, laws.linear)
-    )
+    return _reduce(op, x, dim, keepdim, lambda axes: laws.summed(axes, laws.linear))
 
 
 @rule("amax", torch.amax, "amin", torch.amin, "prod", torch.prod, "all", torch.all, "any", torch.any)
@@ -113,6 +109,8 @@ def max_(op: Op, x: Value, dim=None, keepdim: bool = False):
 
 @rule(F.softmax, torch.softmax, "softmax", F.log_softmax, torch.log_softmax, "log_softmax")
 def softmax(op: Op, x: Value, dim: int | None = None, *args, **kwargs) -> Value:
+    """Without a dim torch takes the first or the second."""
+    dim = int(len(x.axes) not in (0, 1, 3)) if dim is None else dim
     op.reduces_over(x.axes[dim])
     reason = "a softmax over channels: each part normalises over its own"
     return op.result(x.axes, laws.cross_channel([x.axes[dim]], reason, laws.pointwise), x)
