@@ -79,6 +79,17 @@ def test_load_gives_the_parts_back(saved):
     assert torch.equal(again.eval()(x), parts.eval()(x))
 
 
+def test_what_is_loaded_no_longer_needs_its_files(folder):
+    """A copy over a part, as by cp, changes no weights in memory; a file that shrank would end the process."""
+    parts, expected = Parts.load(folder), [load_file(folder / part_name(k, 2)) for k in range(2)]
+    expected = [{name: t.clone() for name, t in state.items()} for state in expected]
+    for k in range(2):
+        with open(folder / part_name(k, 2), "r+b") as f:
+            f.write(bytes((folder / part_name(k, 2)).stat().st_size))
+    for part, state in zip(parts, expected):
+        assert all(torch.equal(t, state[name]) for name, t in part.state_dict().items())
+
+
 def test_the_same_parts_are_the_same_bytes(saved, tmp_path):
     folder, parts = saved
     parts.save(tmp_path / "again")

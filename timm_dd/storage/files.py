@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import MergeError, headline, shown
@@ -151,7 +150,7 @@ def load_composed(folder: str | Path, model: nn.Module) -> None:
     try:
         for name, t in model.state_dict(keep_vars=True).items():
             t.data = t.data.to(state[name].dtype if name in state else t.dtype)
-        model.load_state_dict(state)  # copied: a model is not to be trained in the pages of a mapped file
+        model.load_state_dict(state)
     except RuntimeError as e:
         raise MergeError(f"{path} is of another model ({headline(e)}); use the one composed of these parts") from e
 
@@ -159,8 +158,8 @@ def load_composed(folder: str | Path, model: nn.Module) -> None:
 def load_state(folder: str | Path) -> dict[str, torch.Tensor]:
     """The state dict of a composed model in `folder`; MergeError if there is none, or it is damaged."""
     path = _model_path(Path(folder))
-    with reading(path, "compose the parts again"):
-        return load_file(path)
+    with reading(path, "compose the parts again"), TensorFile(path) as file:
+        return file.state()
 
 
 def is_whole(path: Path) -> bool:
@@ -259,10 +258,10 @@ class PartsFolder:
         Raises:
             MergeError: as `open` and `check`.
         """
-        path = self.open(k).path
+        file = self.open(k)
         self.check(k)
-        with reading(path):
-            return load_file(path)
+        with reading(file.path):
+            return file.state()
 
     def present(self) -> list[int]:
         """The parts that have a file.

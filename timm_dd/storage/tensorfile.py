@@ -153,6 +153,11 @@ class TensorFile:
             raise OSError(f"it ends at byte {start + found}")
         return array
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """All tensors, by name, in memory that is their own."""
+        rows = {name: self.rows(name, 0, entry.shape[0] if entry.shape else 1) for name, entry in self.tensors.items()}
+        return {name: from_raw(rows[name], e.dtype).reshape(e.shape) for name, e in self.tensors.items()}
+
     def scan(self, infinite_too: Container[str] = ()) -> tuple[bool, str | None]:
         """Read everything once: whether its bytes are those that were sealed, and the first tensor that is not
         finite but for those that may be."""

@@ -18,7 +18,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import MergeError, headline, shown
@@ -164,7 +163,7 @@ def load_coarse(place: Place, coarse: nn.Module) -> dict[str, torch.Tensor]:
     with reading(path, _AGAIN), TensorFile(path) as file:
         sealed, infinite = file.scan()
         found = {name: entry.shape for name, entry in file.tensors.items()}
-        state, seal = load_file(path), file.metadata.get(SEAL)
+        state, seal = file.state(), file.metadata.get(SEAL)
     if found != expected:
         raise MergeError(f"{path} is of a coarse net of other sizes than {ABOUT} says; {_AGAIN}")
     if not sealed or seal != place.checksums.get(COARSE):
