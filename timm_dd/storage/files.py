@@ -334,7 +334,7 @@ class ModelFile:
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
         """Rows [first, last) of a tensor, as integers; MergeError unless they can be read and are finite."""
         rows = _rows(self._file, name, first, last, _COPY_AGAIN)
-        if name not in self._bounds and not is_finite(rows, self._file.tensors[name].dtype):
+        if not is_finite(rows, self._file.tensors[name].dtype, name in self._bounds):
             raise MergeError(f"{self._path}: {shown(name)} is not finite; {_OTHER_WEIGHTS}")
         return rows
 
@@ -461,14 +461,15 @@ def _check_global(
 
 
 def _bounds(plan: Plan) -> set[str]:
-    """The buffers that every part has whole, which may be infinite: bounds between which numbers are clamped."""
+    """The buffers that every part has whole, which may be infinite, if in all parts: numbers are clamped by them."""
     return {name for name, t in plan.tensors.items() if not t.trained and not any(t.axes)}
 
 
 def _check_finite(plan: Plan, state: Mapping[str, torch.Tensor], where: str, remedy: str) -> None:
-    for name in state.keys() - _bounds(plan):
-        tensor = state[name]
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    bounds = _bounds(plan)
+    for name, tensor in state.items():
+        wrong = torch.isnan(tensor) if name in bounds else ~torch.isfinite(tensor)
+        if bool(wrong.any()):
             raise MergeError(f"{where}: {name} is not finite; {remedy}")
 
 

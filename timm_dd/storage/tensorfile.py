@@ -158,9 +158,9 @@ class TensorFile:
         rows = {name: self.rows(name, 0, entry.shape[0] if entry.shape else 1) for name, entry in self.tensors.items()}
         return {name: from_raw(rows[name], e.dtype).reshape(e.shape) for name, e in self.tensors.items()}
 
-    def scan(self, infinite_too: Container[str] = ()) -> tuple[bool, str | None]:
+    def scan(self, bounds: Container[str] = ()) -> tuple[bool, str | None]:
         """Read everything once: whether its bytes are those that were sealed, and the first tensor that is not
-        finite but for those that may be."""
+        finite; `bounds` may be infinite."""
         seal = self.metadata.get(SEAL, "").encode() or b"-"
         digest = xxhash.xxh3_128(self._bytes(0, self._begin).replace(seal, UNSEALED.encode(), 1))
         infinite = None
@@ -169,7 +169,7 @@ class TensorFile:
                 piece = self._bytes(at, min(at + PIECE, stop))
                 digest.update(piece)
                 if infinite is None and not is_finite(np.frombuffer(piece, RAW[dtype]), dtype):
-                    infinite = self._infinite(at, piece, dtype, infinite_too)
+                    infinite = self._infinite(at, piece, dtype, bounds)
         return digest.hexdigest().encode() == seal, infinite
 
     def _stretches(self) -> Iterator[tuple[torch.dtype, int, int]]:
@@ -182,11 +182,11 @@ class TensorFile:
             stop = entry.end
         yield dtype, start, stop
 
-    def _infinite(self, at: int, piece: bytes, dtype: torch.dtype, but: Container[str]) -> str | None:
-        """The first tensor but those in `but` of which a piece that begins at byte `at` is not finite."""
+    def _infinite(self, at: int, piece: bytes, dtype: torch.dtype, bounds: Container[str]) -> str | None:
+        """The first tensor of which a piece that begins at byte `at` is not finite."""
         for name, entry in self.tensors.items():
             inside = piece[max(entry.start - at, 0) : max(entry.end - at, 0)]
-            if name not in but and not is_finite(np.frombuffer(inside, RAW[dtype]), dtype):
+            if not is_finite(np.frombuffer(inside, RAW[dtype]), dtype, name in bounds):
                 return name
         return None
 
@@ -200,12 +200,15 @@ class TensorFile:
         self.close()
 
 
-def is_finite(elements: np.ndarray, dtype: torch.dtype) -> bool:
-    """Whether none, as integers (see `RAW`), is NaN or infinity."""
-    if dtype == torch.bfloat16:  # which numpy does not know: they have an exponent of ones
-        ones = np.uint16(0xFF << 7)
-        return not ((elements & ones) == ones).any()
-    return not dtype.is_floating_point or bool(np.isfinite(elements.view(f"f{dtype.itemsize}")).all())
+def is_finite(elements: np.ndarray, dtype: torch.dtype, bounds: bool = False) -> bool:
+    """Whether none, as integers (see `RAW`), is NaN or infinity; `bounds` may be infinite."""
+    if dtype == torch.bfloat16:  # which numpy does not know: they have an exponent of ones, NaN other bits too
+        size, infinity = elements & np.uint16(0x7FFF), np.uint16(0xFF << 7)
+        return bool(((size <= infinity) if bounds else (size < infinity)).all())
+    if not dtype.is_floating_point:
+        return True
+    numbers = elements.view(f"f{dtype.itemsize}")
+    return not np.isnan(numbers).any() if bounds else bool(np.isfinite(numbers).all())
 
 
 READ_ERRORS = (SafetensorError, OSError, ValueError, RecursionError)
