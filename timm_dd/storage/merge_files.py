@@ -177,7 +177,7 @@ def merge_files(folder: str | Path, output: str | Path, *, head: str = "sum", on
     Args:
         folder: of parts, or ``hf-hub:USER/REPO``.
         head, onto: as for `merge`; `onto` is a folder with ``model.safetensors``, or ``hf-hub:USER/REPO``. It may be
-            the output folder.
+            the output folder. A ``config.json`` there is removed if the network is none of timm's.
 
     Raises:
         MergeError: as `merge`; the output folder is left as it was.

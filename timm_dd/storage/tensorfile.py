@@ -31,6 +31,7 @@ NAMES = {name: dtype for dtype, name in DTYPES.items()}
 # Unsigned integers of their sizes: how numpy, which knows no bfloat16, carries elements of any dtype.
 RAW = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in DTYPES}
 PIECE = 1 << 20  # bytes that are read or written at a time: they stay in the processor's cache
+ENTRY = ("dtype", "shape", "data_offsets")  # of a tensor in the header; the library takes others too
 SEAL = "xxh3_128"  # where the checksum stands in the metadata
 UNSEALED = "0" * 32
 
@@ -94,7 +95,9 @@ def write(
 def write_state(
     path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str], sealed: bool = False
 ) -> None:
-    """`write` the tensors of a state dict, in its order."""
+    """`write` the tensors of a state dict, in its order; FileError for those without values."""
+    if empty := [name for name, t in state.items() if t.is_meta]:
+        raise FileError(f"{empty[0]} is on the meta device, without values; give it some, as by to_empty")
     specs = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
     write(path, specs, map(to_raw, state.values()), metadata, sealed)
 
@@ -115,13 +118,14 @@ class TensorFile:
         self.path = path
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise ValueError("it is no file")
-        with safe_open(path, "pt"):  # the library judges the header; it does not tell where a tensor begins
-            self._file = open(path, "rb")
+        self._file = open(path, "rb")  # first: the library does not tell why it cannot
         try:
+            with safe_open(path, "pt"):  # it judges the header, and does not tell where a tensor begins
+                pass
             self._begin = 8 + struct.unpack("<Q", self._bytes(0, 8))[0]
             header = json.loads(self._bytes(8, self._begin))
             self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-            self.tensors = {name: self._entry(**entry) for name, entry in header.items()}
+            self.tensors = {name: self._entry(**{key: entry[key] for key in ENTRY}) for name, entry in header.items()}
             self.tensors = dict(sorted(self.tensors.items(), key=lambda item: item[1].start))
         except BaseException:
             self.close()

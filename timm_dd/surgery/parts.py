@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from ..compat import tree_flatten, tree_unflatten
-from ..errors import MergeError, SplitError, headline, public
+from ..errors import MergeError, SplitError, headline, public, shown
 from ..planning.graphs import Graph, first_float
 from ..planning.plan import Plan
 from ..storage import files
@@ -116,7 +116,7 @@ class Parts(nn.ModuleList):
 
         Raises:
             FileError: the folder cannot be written, or a file has no form for a dtype or an argument of the model.
-            MergeError: some were dropped when they were loaded.
+            MergeError: some were dropped when they were loaded, or one was wrapped or changed since the split.
         """
         self.check_complete()
         files.save_parts(folder, self.plan, [part.state_dict() for part in self], self.seed, self.epoch)
@@ -139,6 +139,8 @@ class Parts(nn.ModuleList):
         Raises:
             MergeError: a part is missing or damaged, or belongs to another split.
         """
+        if missing not in ("refuse", "drop"):
+            raise MergeError(f"missing: expected refuse or drop, got {shown(missing)}")
         with files.PartsFolder(folder) as opened:
             plan, members = opened.plan, opened.present() if missing == "drop" else range(opened.plan.parts)
             states = [opened.load(k) for k in members]

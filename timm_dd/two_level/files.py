@@ -22,7 +22,7 @@ from torch import nn
 
 from ..errors import MergeError, headline, shown
 from ..storage.atomic import output_folder
-from ..storage.files import PLAN, PartsFolder, local, part_name, reading, write_parts
+from ..storage.files import PLAN, PartsFolder, is_file, local, part_name, reading, write_parts
 from ..storage.tensorfile import SEAL, TensorFile, write_state
 from ..surgery.parts import Parts
 from ..text import json_text
@@ -118,7 +118,7 @@ def describe(folder: str | Path) -> tuple[Description, Place]:
         MergeError: no such file, damaged, or of another format.
     """
     path = local(folder, ABOUT, COARSE, PLAN, "*part-*.safetensors") / ABOUT
-    if not path.is_file():
+    if not is_file(path):
         raise MergeError(f"no {ABOUT} in {folder}; expected a folder written by TwoLevel.save")
     with reading(path, _AGAIN):
         if path.stat().st_size > LARGEST:
