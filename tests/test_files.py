@@ -313,7 +313,7 @@ def lie(change):
 
 def other_plan(folder):
     plan = json.loads((folder / "plan.json").read_text())
-    (folder / "plan.json").write_text(json.dumps({**plan, "exact": False}))
+    (folder / "plan.json").write_text(json.dumps({**plan, "layers": []}))
 
 
 HUGE = 10**12
@@ -351,6 +351,19 @@ SPOILS = {
         "unexpected model 'local-dir:/etc'",
     ),
     "another architecture": (lie(lambda p: p["config"].update(architecture="resnet50")), "a config of 'resnet50'"),
+    "exact without being so": (lie(lambda p: p.update(approximations=[["n", "p", "why"]])), "exact is True, which"),
+    "not exact, without a reason": (lie(lambda p: p.update(exact=False)), "exact is False, which"),
+    "boxes of another image": (lie(lambda p: p["domain"].update(margin=60)), "1 boxes do not fit into 0 of the 64"),
+    "axes of another image": (lie(lambda p: p.update(input_size=[3])), "has 2 axes, but the image of 3 has 1"),
+    "another image": (lie(lambda p: p.update(input_size=[2, 64, 64])), "a config of images of .3, 64, 64., not of .2,"),
+    "another output": (lie(lambda p: p.update(output="x")), "unexpected output 'x'"),
+    "scales": (lie(lambda p: p["tensors"]["fc.weight"].update(scale=["a", "b"])), "unexpected scale"),
+    "no scales": (lie(lambda p: p["tensors"]["fc.weight"].update(scale=[1, float("nan")])), "unexpected scale"),
+    "trained": (lie(lambda p: p["tensors"]["fc.weight"].update(trained="no")), "unexpected trained 'no'"),
+    "other classes": (lie(lambda p: p["config"].update(num_classes=7)), "a config of 7 classes for 3"),
+    "layers": (lie(lambda p: p["layers"][0].__setitem__(3, [])), "unexpected layer 'conv1.0'"),
+    "names of layers": (lie(lambda p: p["layers"][0].__setitem__(0, 3)), "unexpected layer 3"),
+    "outputs": (lie(lambda p: p.update(outputs=[["fc", 1, [[{"width": -3}]]]])), "not a whole plan"),
     "a number as tensors": (lie(lambda p: p.update(tensors=3)), "not a whole plan"),
 }
 
@@ -484,9 +497,18 @@ def test_a_plan_of_another_model_is_refused(args, folder):
         timm_dd.merge(folder)
 
 
-def test_a_plan_of_other_edits_is_refused(folder):
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ["nothing", None, ["args", 0], [1, 2]],
+        ["layer1_0_conv1", "layer1.0.conv1", ["forward"], ["x", "x"]],
+        ["layer1_0_conv1", "layer1.0.conv1", ["groups"], [5, 5]],
+        ["layer1_0_conv1", None, ["args", 0, "/"], ["abc", "abc"]],
+    ],
+)
+def test_a_plan_of_other_edits_is_refused(edit, folder):
     """Merging from disk to disk does not need them; loading does."""
-    lie(lambda p: p["edits"].append(["nothing", None, ["args", 0], [1, 2]]))(folder)
+    lie(lambda p: p["edits"].append(edit))(folder)
     with pytest.raises(MergeError, match="does not fit its model"):
         Parts.load(folder)
 
