@@ -17,9 +17,10 @@ import torch
 from conftest import Plain
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import prune
 
 import timm_dd
-from timm_dd import Domain, FileError, MergeError, Parts, errors
+from timm_dd import Domain, FileError, MergeError, Parts, TwoLevel, errors, models
 from timm_dd.storage import merge_files as streaming
 from timm_dd.storage import tensorfile
 from timm_dd.storage.atomic import output_folder, replacing
@@ -77,6 +78,17 @@ def test_load_gives_the_parts_back(saved):
     assert again.plan == parts.plan
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(again.eval()(x), parts.eval()(x))
+
+
+def test_what_is_loaded_no_longer_needs_its_files(folder):
+    """A copy over a part, as by cp, changes no weights in memory; a file that shrank would end the process."""
+    parts, expected = Parts.load(folder), [load_file(folder / part_name(k, 2)) for k in range(2)]
+    expected = [{name: t.clone() for name, t in state.items()} for state in expected]
+    for k in range(2):
+        with open(folder / part_name(k, 2), "r+b") as f:
+            f.write(bytes((folder / part_name(k, 2)).stat().st_size))
+    for part, state in zip(parts, expected):
+        assert all(torch.equal(t, state[name]) for name, t in part.state_dict().items())
 
 
 def test_the_same_parts_are_the_same_bytes(saved, tmp_path):
@@ -160,6 +172,14 @@ def test_filters_outside_the_state_dict_come_back(tmp_path):
     parts.save(tmp_path)
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(Parts.load(tmp_path).eval()(x), parts.eval()(x))
+
+
+def test_a_config_of_another_network_does_not_stay(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    timm_dd.merge_files(folder, out)
+    lie(lambda p: p.update(config=None))(folder)
+    timm_dd.merge_files(folder, out)
+    assert [p.name for p in out.iterdir()] == ["model.safetensors"]
 
 
 def test_a_model_from_a_folder_is_split_by_its_own_name(tmp_path):
@@ -293,7 +313,7 @@ def lie(change):
 
 def other_plan(folder):
     plan = json.loads((folder / "plan.json").read_text())
-    (folder / "plan.json").write_text(json.dumps({**plan, "exact": False}))
+    (folder / "plan.json").write_text(json.dumps({**plan, "layers": []}))
 
 
 HUGE = 10**12
@@ -331,6 +351,19 @@ SPOILS = {
         "unexpected model 'local-dir:/etc'",
     ),
     "another architecture": (lie(lambda p: p["config"].update(architecture="resnet50")), "a config of 'resnet50'"),
+    "exact without being so": (lie(lambda p: p.update(approximations=[["n", "p", "why"]])), "exact is True, which"),
+    "not exact, without a reason": (lie(lambda p: p.update(exact=False)), "exact is False, which"),
+    "boxes of another image": (lie(lambda p: p["domain"].update(margin=60)), "1 boxes do not fit into 0 of the 64"),
+    "axes of another image": (lie(lambda p: p.update(input_size=[3])), "has 2 axes, but the image of 3 has 1"),
+    "another image": (lie(lambda p: p.update(input_size=[2, 64, 64])), "a config of images of .3, 64, 64., not of .2,"),
+    "another output": (lie(lambda p: p.update(output="x")), "unexpected output 'x'"),
+    "scales": (lie(lambda p: p["tensors"]["fc.weight"].update(scale=["a", "b"])), "unexpected scale"),
+    "no scales": (lie(lambda p: p["tensors"]["fc.weight"].update(scale=[1, float("nan")])), "unexpected scale"),
+    "trained": (lie(lambda p: p["tensors"]["fc.weight"].update(trained="no")), "unexpected trained 'no'"),
+    "other classes": (lie(lambda p: p["config"].update(num_classes=7)), "a config of 7 classes for 3"),
+    "layers": (lie(lambda p: p["layers"][0].__setitem__(3, [])), "unexpected layer 'conv1.0'"),
+    "names of layers": (lie(lambda p: p["layers"][0].__setitem__(0, 3)), "unexpected layer 3"),
+    "outputs": (lie(lambda p: p.update(outputs=[["fc", 1, [[{"width": -3}]]]])), "not a whole plan"),
     "a number as tensors": (lie(lambda p: p.update(tensors=3)), "not a whole plan"),
 }
 
@@ -464,9 +497,18 @@ def test_a_plan_of_another_model_is_refused(args, folder):
         timm_dd.merge(folder)
 
 
-def test_a_plan_of_other_edits_is_refused(folder):
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ["nothing", None, ["args", 0], [1, 2]],
+        ["layer1_0_conv1", "layer1.0.conv1", ["forward"], ["x", "x"]],
+        ["layer1_0_conv1", "layer1.0.conv1", ["groups"], [5, 5]],
+        ["layer1_0_conv1", None, ["args", 0, "/"], ["abc", "abc"]],
+    ],
+)
+def test_a_plan_of_other_edits_is_refused(edit, folder):
     """Merging from disk to disk does not need them; loading does."""
-    lie(lambda p: p["edits"].append(["nothing", None, ["args", 0], [1, 2]]))(folder)
+    lie(lambda p: p["edits"].append(edit))(folder)
     with pytest.raises(MergeError, match="does not fit its model"):
         Parts.load(folder)
 
@@ -569,6 +611,121 @@ def test_a_folder_in_the_place_of_a_file(name, saved, tmp_path):
         writes(saved[0], tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {name, *files}
     assert {other: (tmp_path / other).read_text() for other in files} == files
+
+
+def test_parts_where_a_run_has_left_them(folder):
+    """Two of each would be a folder that nothing reads."""
+    (folder / "1").mkdir()
+    (folder / part_name(1, 2)).rename(folder / "1" / part_name(1, 2))
+    before = {p: p.read_bytes() for p in folder.rglob("*.*")}
+    parts = Parts.load(folder)
+    with pytest.raises(FileError, match=f"{folder}/1/{part_name(1, 2)} is part 1 already; choose another folder"):
+        parts.save(folder)
+    assert {p: p.read_bytes() for p in folder.rglob("*.*")} == before
+
+
+def compiled(parts):
+    parts[1] = torch.compile(parts[1])
+
+
+def data_parallel(parts):
+    parts[1] = torch.nn.DataParallel(parts[1])
+
+
+def pruned(parts):
+    prune.random_unstructured(parts[1].fc, "weight", 0.5)
+
+
+def another_head(parts):
+    parts[1].fc = torch.nn.Linear(parts[1].fc.in_features, 7)
+
+
+@pytest.mark.parametrize("change", [compiled, data_parallel, pruned, another_head])
+def test_parts_that_could_not_be_read_again(change, saved, tmp_path):
+    parts = Parts.load(saved[0])
+    two = TwoLevel(parts, "mean")
+    change(parts)
+    for save in (parts.save, two.save):
+        with pytest.raises(MergeError, match=r"part 1:? .*; wrap parts \(torch.compile, DataParallel\) outside"):
+            save(tmp_path / "again")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_without_values(saved, tmp_path):
+    with pytest.raises(FileError, match="is on the meta device, without values"):
+        Parts.load(saved[0]).to("meta").save(tmp_path / "again")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_header_with_more_than_the_library_reads(folder, tmp_path_factory):
+    """What safetensors passes over is passed over."""
+    path = folder / part_name(1, 2)
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    header, data = json.loads(path.read_bytes()[8 : 8 + size]), path.read_bytes()[8 + size :]
+    header["fc.bias"]["more"] = 1
+    header["__metadata__"]["xxh3_128"] = tensorfile.UNSEALED
+    text = json.dumps(header).encode()
+    whole = len(text).to_bytes(8, "little") + text + data
+    digest = tensorfile.xxhash.xxh3_128(whole).hexdigest().encode()
+    path.write_bytes(whole.replace(tensorfile.UNSEALED.encode(), digest, 1))
+    assert load_file(path)["fc.bias"].shape == (3,)
+    timm_dd.merge_files(folder, tmp_path_factory.mktemp("out"))
+
+
+NO_PATHS = [3, None, b"x", "a\0b", "\ud800"]
+
+
+@pytest.mark.parametrize("path", NO_PATHS, ids=ascii)
+def test_what_is_no_path(path, saved, tmp_path):
+    folder, parts = saved
+    for write in (parts.save, TwoLevel(parts, "mean").save, lambda p: timm_dd.merge_files(folder, p)):
+        with pytest.raises(FileError, match="expected the path of a folder, got"):
+            write(path)
+    for read in (timm_dd.merge, Parts.load, TwoLevel.load, lambda p: timm_dd.merge_files(p, tmp_path / "out")):
+        with pytest.raises(MergeError, match="expected the"):
+            read(path)
+    if path is not None:
+        with pytest.raises(MergeError, match="expected the path of a folder, got"):
+            timm_dd.merge_files(folder, tmp_path / "out", onto=path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_on_the_hub(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for write in (saved[1].save, lambda p: timm_dd.merge_files(saved[0], p)):
+        with pytest.raises(FileError, match="hf-hub:user/out is on the Hub; write into a folder here, then push it"):
+            write("hf-hub:user/out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.parametrize("name", [part_name(1, 2), "plan.json", "."])
+def test_what_may_not_be_read(name, folder):
+    """Is not damaged, and not missing."""
+    mode = (folder / name).stat().st_mode
+    (folder / name).chmod(0)
+    try:
+        for read in (timm_dd.merge, Parts.load, lambda p: Parts.load(p, missing="drop")):
+            with pytest.raises(MergeError, match=r"cannot be read \(Permission denied\); make it readable"):
+                read(folder)
+        if name == ".":
+            for read in (TwoLevel.load, lambda p: models.of_run(Path(p))):
+                with pytest.raises(MergeError, match=r"cannot be read \(Permission denied\); make it readable"):
+                    read(folder)
+    finally:
+        (folder / name).chmod(mode)
+
+
+def test_a_name_that_is_too_long(saved, tmp_path):
+    long = "x" * 5000
+    for read in (timm_dd.merge, TwoLevel.load, lambda p: timm_dd.merge_files(saved[0], tmp_path / "out", onto=p)):
+        with pytest.raises(MergeError, match=r"cannot be read \(File name too long\)"):
+            read(long)
+
+
+def test_another_word_for_missing(saved):
+    with pytest.raises(MergeError, match="missing: expected refuse or drop, got 'nonsense'"):
+        Parts.load(saved[0], missing="nonsense")
 
 
 def test_a_link_to_a_folder_in_the_place_of_a_file(tmp_path):

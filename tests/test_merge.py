@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import warnings
 
 import pytest
@@ -182,11 +183,12 @@ SLOW = {
 
 
 def randomised(module, seed=0):
-    """All weights and statistics drawn, so that no two are alike and none is zero."""
+    """All weights and statistics drawn, so that no two are alike and none is zero but the first of each, -0."""
     generator = torch.Generator().manual_seed(seed)
     for t in module.state_dict().values():
         if t.is_floating_point():
             t.copy_(torch.randn(t.shape, generator=generator, dtype=torch.float64) + 0.01)
+            t.view(-1)[0] = -0.0
         else:
             t.fill_(11 + seed)
     return module
@@ -205,7 +207,8 @@ def parts_of(module, parts, pixels):
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name, t in found.items():
-        assert t.dtype == expected[name].dtype and torch.equal(t, expected[name]), name
+        both = [held.reshape(-1).view(torch.uint8) for held in (t, expected[name])]
+        assert t.dtype == expected[name].dtype and t.shape == expected[name].shape and torch.equal(*both), name
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
@@ -359,3 +362,59 @@ def test_bounds_may_be_infinite(tmp_path):
     parts[1].stem.weight.data[0, 0] = float("inf")
     with pytest.raises(MergeError, match=r"part 1: stem.weight is not finite"):
         timm_dd.merge(parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "low, message",
+    [
+        ((math.nan, math.nan), "low'? is not finite"),
+        ((-math.inf, 1.0), "'low': what the parts give together is not finite"),
+        ((1.0, -math.inf), "'low': what the parts give together is not finite"),
+        ((math.inf, -math.inf), "'low': what the parts give together is not finite"),
+    ],
+)
+def test_bounds_of_which_the_parts_say_different_things(low, message, dtype, tmp_path):
+    model = Clamped().to(dtype)
+    parts = timm_dd.split(model, 2, example_input=torch.empty(2, 5))
+    timm_dd.merge_files(saved(parts, tmp_path / "before"), tmp_path / "onto")
+    for part, value in zip(parts, low):
+        part.low.fill_(value)
+    saved(parts, tmp_path / "parts")
+    for merge in (
+        lambda: timm_dd.merge(parts),
+        lambda: timm_dd.merge(tmp_path / "parts", model=model),
+        lambda: timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed"),
+        lambda: timm_dd.merge_files(tmp_path / "parts", tmp_path / "composed", onto=tmp_path / "onto"),
+    ):
+        with pytest.raises(MergeError, match=message):
+            merge()
+    assert not (tmp_path / "composed").exists()
+
+
+def test_a_model_to_merge_onto_whose_bounds_are_no_numbers(tmp_path):
+    model = Clamped()
+    parts = timm_dd.split(model, 2, example_input=torch.empty(2, 5))
+    model.low.fill_(math.nan)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(MergeError, match="onto: low is not finite"):
+        timm_dd.merge(parts, onto=model)
+    with pytest.raises(MergeError, match="'low' is not finite"):
+        timm_dd.merge_files(saved(parts, tmp_path / "parts"), tmp_path / "composed", onto=tmp_path)
+
+
+@pytest.mark.parametrize("dtype, largest", [(torch.float16, 40000.0), (torch.float32, 2e38), (torch.float64, 1e308)])
+def test_a_sum_that_its_dtype_does_not_hold(dtype, largest, tmp_path):
+    parts = timm_dd.split(Plain(width=8).to(dtype), 2, example_input=IMAGE.to(dtype), domain=Domain.full(2))
+    for part in parts:
+        part.fc.bias.data.fill_(largest)
+    with pytest.raises(MergeError, match=f"'fc.bias': what the parts give together is not finite in {dtype}"):
+        timm_dd.merge(parts)
+    with pytest.raises(MergeError, match=f"'fc.bias': what the parts give together is not finite in {dtype}"):
+        timm_dd.merge_files(saved(parts, tmp_path / "parts"), tmp_path / "composed")
+    assert not (tmp_path / "composed").exists()
+
+
+def saved(parts, folder):
+    parts.save(folder)
+    return folder

@@ -150,12 +150,16 @@ def of_run(folder: Path) -> Path:
     """Where a run's model is, that after its best epoch; another `folder` as it is.
 
     Raises:
-        MergeError: the run has none yet.
+        MergeError: the run has none yet, or cannot be read.
     """
-    if not (folder / "args.yaml").exists():
-        return folder
     best = folder / "global" / "best"
-    if not (best / "config.json").exists():
+    try:
+        is_run, is_there = (folder / "args.yaml").exists(), (best / "config.json").exists()
+    except OSError as e:
+        raise MergeError(f"{e.filename} cannot be read ({e.strerror}); make it readable") from e
+    if not is_run:
+        return folder
+    if not is_there:
         raise MergeError(f"no network in {folder}: the run has no model yet; timm-dd train --resume {folder} goes on")
     return best
 

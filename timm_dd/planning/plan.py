@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from ..algebra.axes import FrozenAxis, block
-from ..algebra.domain import Domain, spatial
+from ..algebra.domain import Domain, check_parts, spatial
 from ..algebra.view import Box, View
 from ..errors import shown
 from ..text import json_text, table
@@ -61,7 +62,10 @@ class TensorPlan:
             raise ValueError(f"unexpected outside {shown(self.outside)}")
         if self.reduce == "place" and divisor > 1 and not any(a is not None and a.is_owned for a in self.axes):
             raise ValueError("blocks that overlap")
-        if len(self.scale) not in (0, parts):
+        if type(self.trained) is not bool:
+            raise ValueError(f"unexpected trained {shown(self.trained)}")
+        numbers = all(type(factor) in (int, float) and math.isfinite(factor) for factor in self.scale)
+        if len(self.scale) not in (0, parts) or not numbers:
             raise ValueError(f"unexpected scale {shown(self.scale)}")
 
     def index(self, k: int, divisor: int) -> tuple[torch.Tensor | None, ...]:
@@ -108,6 +112,16 @@ class Layer:
     shape: tuple[int, ...]
     part_shapes: tuple[tuple[int, ...], ...]
     reasons: tuple[str, ...] = ()
+
+    def check(self, parts: int) -> None:
+        """Raise ValueError unless this can be printed, for each of `parts` parts."""
+        words = (self.path, self.operation, *self.reasons)
+        counts = [n for shape in (self.shape, *self.part_shapes) for n in shape]
+        if not _are_words(words) or not all(map(_is_count, counts)) or len(self.part_shapes) != parts:
+            raise ValueError(f"unexpected layer {shown(self.path)}")
+
+
+OUTPUTS = ("logits", "features", "boxes")
 
 
 @dataclass(frozen=True)
@@ -221,13 +235,19 @@ class Plan:
             inputs=Inputs.from_json(d["inputs"]) if "inputs" in d else None,
         )
         plan._check()
+        if d["exact"] is not plan.exact:
+            raise ValueError(f"exact is {shown(d['exact'])}, which its widths and approximations contradict")
         return plan
 
     def _check(self) -> None:
         """Raise ValueError unless the numbers agree with each other: a file may say anything."""
+        check_parts(self.parts)
         counts = (self.parts, self.divisor, self.batch, *self.input_size)
         if not all(_is_count(n) and n > 0 for n in counts) or self.domain.parts != self.parts:
             raise ValueError(f"unexpected counts {shown(counts)} with {self.domain.parts} boxes")
+        self.views()  # SplitError, which is one, where they do not fit
+        if self.output not in OUTPUTS:
+            raise ValueError(f"unexpected output {shown(self.output)}")
         if self.inputs is not None and self.inputs.size != self.input_size:
             raise ValueError(f"inputs of {shown(self.inputs.size)}, not of {shown(self.input_size)}")
         if self.model is not None and not re.fullmatch(r"[\w.-]+", self.model):  # no path, no repository
@@ -237,18 +257,33 @@ class Plan:
                 t.check(self.parts, self.divisor)
             except ValueError as e:
                 raise ValueError(f"{shown(name)}: {e}") from e
-        if self.config is not None and not isinstance(self.config.get("architecture"), str):
-            raise ValueError("a config without architecture")
-        if self.model and self.config and self.config["architecture"] != self.model.split(".")[0]:
-            raise ValueError(f"a config of {shown(self.config['architecture'])} for {shown(self.model)}")
+        self._check_config()
         if not self.tensors.keys() >= set(self.head):
             raise ValueError(f"unexpected head {shown(self.head)}")
         if any(len(edit.values) != self.parts for edit in self.edits):
             raise ValueError(f"an edit without {self.parts} values")
-        if not all(isinstance(text, str) for reason in self.approximations for text in reason):
+        if not all(map(_are_words, self.approximations)):
             raise ValueError("an approximation that is not said in words")
         if not all(isinstance(where, str) and _is_count(n) for where, n in self.narrow):
             raise ValueError("a narrow width that is no place and count")
+        for output in self.outputs:
+            output.axis.check(self.parts)
+        for layer in self.layers:
+            layer.check(self.parts)
+
+    def _check_config(self) -> None:
+        if self.config is None:
+            return
+        name, classes = self.config.get("architecture"), self.config.get("num_classes")
+        if not isinstance(name, str):
+            raise ValueError("a config without architecture")
+        if self.model and name != self.model.split(".")[0]:
+            raise ValueError(f"a config of {shown(name)} for {shown(self.model)}")
+        if self.model_args.get("num_classes") not in (None, classes):
+            raise ValueError(f"a config of {shown(classes)} classes for {shown(self.model_args['num_classes'])}")
+        size = self.config.get("pretrained_cfg", {}).get("input_size", [*self.input_size])
+        if size != [*self.input_size]:
+            raise ValueError(f"a config of images of {shown(size)}, not of {shown(self.input_size)}")
 
     def digest(self) -> str:
         """The SHA-256 of plan.json, by which the parts know theirs."""
@@ -280,6 +315,10 @@ class Plan:
             return ["exact: the merged model is the sum of its parts"]
         counts = Counter(reason for *_, reason in self.approximations)
         return ["approximate:", *(f"  {n} × {reason}" for reason, n in counts.most_common())]
+
+
+def _are_words(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _is_count(n: Any) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileError
+from ..errors import FileError, TimmDDError, headline, shown
 from ..text import json_text
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # the name of a file that is being written; others are the user's
@@ -35,7 +35,7 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
 @contextlib.contextmanager
 def output_folder(folder: str | Path, sync: bool = True, wait: bool = False) -> Iterator[Callable[[str], Path]]:
     """A function that gives a temporary path for the name of a file in `folder`; all of them take their places
-    together if the block succeeds, otherwise `folder` is as it was.
+    together if the block succeeds, otherwise `folder` is as it was. A file that the block does not write is removed.
 
     Args:
         sync: as of `replacing`.
@@ -46,7 +46,7 @@ def output_folder(folder: str | Path, sync: bool = True, wait: bool = False) -> 
     """
     if str(folder).startswith("hf-hub:"):
         raise FileError(f"{folder} is on the Hub; write into a folder on this machine, and push that")
-    folder = Path(folder)
+    folder = as_path(folder, FileError)
     made: list[Path] = []
     try:
         with _writing(folder):
@@ -58,6 +58,16 @@ def output_folder(folder: str | Path, sync: bool = True, wait: bool = False) -> 
             with contextlib.suppress(OSError):  # another process has written into it
                 path.rmdir()
         raise
+
+
+def as_path(path: Any, error: type[TimmDDError]) -> Path:
+    """`path` as a Path; `error` if no system takes it as one."""
+    try:
+        if b"\0" in os.fsencode(path):
+            raise ValueError("it has a NUL character")
+        return Path(path)
+    except (TypeError, ValueError) as e:
+        raise error(f"expected the path of a folder, got {shown(path)} ({headline(e)})") from e
 
 
 @contextlib.contextmanager
@@ -86,10 +96,14 @@ def _replacing(folder: Path, sync: bool = True, clean: bool = False) -> Iterator
 
     try:
         yield aside
-        for temporary in temporaries if sync else ():
+        gone = {t: path for t, path in temporaries.items() if clean and not t.exists()}
+        for temporary in temporaries.keys() - gone.keys() if sync else ():
             _sync(temporary)
         for temporary, path in temporaries.items():
-            os.replace(temporary, path)
+            if temporary in gone:
+                path.unlink(missing_ok=True)
+            else:
+                os.replace(temporary, path)
         if sync:
             _sync(folder)
     finally:

@@ -16,14 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from ..errors import MergeError, headline, shown
+from ..errors import FileError, MergeError, headline, shown
 from ..planning.plan import FORMAT, Plan
 from ..text import json_text
 from ..version import __version__
-from .atomic import output_folder, replacing
+from .atomic import as_path, output_folder, replacing
 from .tensorfile import READ_ERRORS, Entry, TensorFile, is_finite, write_state
 
 PLAN, MODEL, CONFIG = "plan.json", "model.safetensors", "config.json"
@@ -68,6 +67,8 @@ def write_parts(
     for k, state in enumerate(states):
         name = part_name(k, plan.parts)
         written[name] = aside(name)
+        if (other := written[name].parent / str(k) / name).exists():  # as a training run leaves it
+            raise FileError(f"{other} is part {k} already; choose another folder, or remove it")
         write_part(written[name], plan, digest, k, state, seed, epoch)
     aside(PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
     return written
@@ -92,7 +93,11 @@ def write_part(
     Args:
         seed: of the fresh weights; None if not known.
         epoch: how many it was trained for; None if not known.
+
+    Raises:
+        MergeError: these are not the part's tensors.
     """
+    check_tensors(plan, k, state)
     about = {"model_args": plan.model_args, "domain": plan.domain.to_json(), "seed": seed, "epoch": epoch}
     made = {"timm_dd": __version__, "timm": version("timm")}
     metadata = {
@@ -129,8 +134,10 @@ def save_state(
 
 
 def write_config(aside: Callable[[str], Path], config: dict | None) -> None:
+    """Write timm's ``config.json``; that of another model does not stay where there is none."""
+    path = aside(CONFIG)
     if config is not None:
-        aside(CONFIG).write_text(json_text(config), encoding="utf-8")
+        path.write_text(json_text(config), encoding="utf-8")
 
 
 def summary(plan: Plan, digest: str, head: str = "sum") -> dict[str, str]:
@@ -153,7 +160,7 @@ def load_composed(folder: str | Path, model: nn.Module) -> None:
     try:
         for name, t in model.state_dict(keep_vars=True).items():
             t.data = t.data.to(state[name].dtype if name in state else t.dtype)
-        model.load_state_dict(state)  # copied: a model is not to be trained in the pages of a mapped file
+        model.load_state_dict(state)
     except RuntimeError as e:
         raise MergeError(f"{path} is of another model ({headline(e)}); use the one composed of these parts") from e
 
@@ -161,8 +168,8 @@ def load_composed(folder: str | Path, model: nn.Module) -> None:
 def load_state(folder: str | Path) -> dict[str, torch.Tensor]:
     """The state dict of a composed model in `folder`; MergeError if there is none, or it is damaged."""
     path = _model_path(Path(folder))
-    with reading(path, "compose the parts again"):
-        return load_file(path)
+    with reading(path, "compose the parts again"), TensorFile(path) as file:
+        return file.state()
 
 
 def is_whole(path: Path) -> bool:
@@ -182,7 +189,7 @@ def is_correction(folder: str | Path) -> bool:
 
 
 def _model_path(folder: Path) -> Path:
-    if not (folder / MODEL).is_file():
+    if not is_file(folder / MODEL):
         raise MergeError(f"no {MODEL} in {folder}; expected a folder written by merge_files or timm-dd merge")
     return folder / MODEL
 
@@ -261,10 +268,10 @@ class PartsFolder:
         Raises:
             MergeError: as `open` and `check`.
         """
-        path = self.open(k).path
+        file = self.open(k)
         self.check(k)
-        with reading(path):
-            return load_file(path)
+        with reading(file.path):
+            return file.state()
 
     def present(self) -> list[int]:
         """The parts that have a file.
@@ -279,7 +286,7 @@ class PartsFolder:
 
     def has(self, k: int) -> bool:
         """Whether part k has a file."""
-        return any(p.is_file() for p in self._places(k))
+        return any(map(is_file, self._places(k)))
 
     def history(self, k: int | None = None) -> tuple[int | None, int | None]:
         """Seed and epoch of part k, which is open; of the first one that is."""
@@ -289,7 +296,7 @@ class PartsFolder:
     def _part_path(self, k: int) -> Path:
         """Part k's file, in the folder itself or, as a training run leaves it, in a folder of that part."""
         name = part_name(k, self.plan.parts)
-        found = [p for p in self._places(k) if p.is_file()]
+        found = [p for p in self._places(k) if is_file(p)]
         if len(found) == 1:
             return found[0]
         if found:
@@ -337,7 +344,7 @@ class ModelFile:
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
         """Rows [first, last) of a tensor, as integers; MergeError unless they can be read and are finite."""
         rows = _rows(self._file, name, first, last, _COPY_AGAIN)
-        if name not in self._bounds and not is_finite(rows, self._file.tensors[name].dtype):
+        if not is_finite(rows, self._file.tensors[name].dtype, name in self._bounds):
             raise MergeError(f"{self._path}: {shown(name)} is not finite; {_OTHER_WEIGHTS}")
         return rows
 
@@ -365,7 +372,7 @@ def _count(text: str | None) -> int | None:
 def local(folder: str | Path, *names: str) -> Path:
     """The folder itself; of one on the Hub, the files with these `names`."""
     if not str(folder).startswith("hf-hub:"):
-        return Path(folder)
+        return as_path(folder, MergeError)
     from huggingface_hub import snapshot_download
 
     repo, _, revision = str(folder).removeprefix("hf-hub:").partition("@")
@@ -385,10 +392,12 @@ def _read_plan(path: Path) -> tuple[dict, str]:
             raise MergeError(f"{path} has more than {LARGEST_PLAN:,} bytes; this is no plan")
         text = path.read_bytes()
         d = json.loads(text)
-    except OSError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
         raise MergeError(
             f"no {PLAN} in {path.parent} ({e.strerror}); expected a folder written by Parts.save or timm-dd split"
         ) from e
+    except OSError as e:
+        raise _unreadable(path, e) from e
     except (ValueError, RecursionError) as e:
         if isinstance(e, MergeError):
             raise
@@ -402,6 +411,7 @@ def _read_plan(path: Path) -> tuple[dict, str]:
 _OTHER_VERSION = f"timm_dd {__version__} reads format {FORMAT}; use the version that wrote it, or a newer one"
 _TRAIN_AGAIN = "train this part again with a smaller learning rate"
 _OTHER_PARTS = f"it is a part of another model, use the parts that go with {PLAN}"
+_CHANGED = "wrap parts (torch.compile, DataParallel) outside of Parts, and undo what was changed in them (pruning)"
 _COPY_AGAIN = "copy or write this model again"
 _OTHER_WEIGHTS = "take weights from before they diverged"
 
@@ -414,7 +424,15 @@ def reading(path: Path, remedy: str = "write this part again") -> Iterator[None]
         raise _unreadable(path, e, remedy) from e
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file; MergeError if nobody can say."""
+    with reading(path):
+        return path.is_file()
+
+
 def _unreadable(path: Path, error: Exception, remedy: str = "write this part again") -> MergeError:
+    if isinstance(error, OSError) and error.errno:  # what the system says, not the file
+        return MergeError(f"{error.filename or path} cannot be read ({error.strerror}); make it readable")
     return MergeError(f"{path} cannot be read ({headline(error)}); it is truncated or damaged, {remedy}")
 
 
@@ -431,12 +449,17 @@ def _check_metadata(path: Path, expected: Mapping[str, str], found: Mapping[str,
             )
 
 
-def check_state(plan: Plan, k: int, state: Mapping[str, torch.Tensor], where: str) -> None:
+def check_state(plan: Plan, k: int, state: Mapping[str, torch.Tensor]) -> None:
     """Raise MergeError unless `state` has part k's tensors, of the plan's shapes and finite."""
-    _check_names(plan, set(state), where)
+    check_tensors(plan, k, state)
+    _check_finite(plan, state, f"part {k}", _TRAIN_AGAIN)
+
+
+def check_tensors(plan: Plan, k: int, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise MergeError unless `state` has part k's tensors, of the plan's shapes."""
+    _check_names(plan, set(state), f"part {k}", _CHANGED)
     for name, tensor in state.items():
-        _check_shape(plan, k, name, tuple(tensor.shape), where)
-    _check_finite(plan, state, where, _TRAIN_AGAIN)
+        _check_shape(plan, k, name, tuple(tensor.shape), f"part {k}", _CHANGED)
 
 
 def check_onto(
@@ -464,14 +487,15 @@ def _check_global(
 
 
 def _bounds(plan: Plan) -> set[str]:
-    """The buffers that every part has whole, which may be infinite: bounds between which numbers are clamped."""
+    """The buffers that every part has whole, which may be infinite, if in all parts: numbers are clamped by them."""
     return {name for name, t in plan.tensors.items() if not t.trained and not any(t.axes)}
 
 
 def _check_finite(plan: Plan, state: Mapping[str, torch.Tensor], where: str, remedy: str) -> None:
-    for name in state.keys() - _bounds(plan):
-        tensor = state[name]
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    bounds = _bounds(plan)
+    for name, tensor in state.items():
+        wrong = torch.isnan(tensor) if name in bounds else ~torch.isfinite(tensor)
+        if bool(wrong.any()):
             raise MergeError(f"{where}: {name} is not finite; {remedy}")
 
 
@@ -493,10 +517,9 @@ def _check_names(plan: Plan, names: set[str], where: str, remedy: str = _OTHER_P
         raise MergeError(f"{where} {what}; {remedy}")
 
 
-def _check_shape(plan: Plan, k: int, name: str, shape: tuple[int, ...], where: str) -> None:
+def _check_shape(
+    plan: Plan, k: int, name: str, shape: tuple[int, ...], where: str, remedy: str = "it is a part of another split"
+) -> None:
     expected = plan.tensors[name].part_shape(k, plan.divisor)
     if shape != expected:
-        raise MergeError(
-            f"{where}: {shown(name)} has shape {shown(shape)}, expected {shown(expected)}; "
-            "it is a part of another split"
-        )
+        raise MergeError(f"{where}: {shown(name)} has shape {shown(shape)}, expected {shown(expected)}; {remedy}")

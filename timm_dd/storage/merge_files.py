@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from ..algebra.axes import FrozenAxis
-from ..errors import FileError, MergeError, public
+from ..errors import FileError, MergeError, public, shown
 from ..planning.plan import Plan, TensorPlan
 from . import tensorfile
 from .atomic import output_folder
 from .files import CORRECTION, MODEL, TWO_LEVEL, ModelFile, PartsFolder, common_dtypes, summary, write_config
-from .tensorfile import PIECE, RAW, from_raw, to_raw
+from .tensorfile import PIECE, RAW, from_raw, is_finite, to_raw
 
 HEADS = ("sum", "mean")
 Rows = Callable[[int, str, int, int], np.ndarray]  # (k, name, first, last): rows of part k's tensor, as `RAW` ones
@@ -73,9 +73,22 @@ def merge_rows(
     sum, or the mean of those that have an element."""
     t, out = plan.tensors[name], base(name, first, last)
     divisor = plan.parts if head == "mean" and name in plan.head else 1
-    blocks = _blocks(t, plan.parts, name, rows, first, last)
-    (_place_blocks if t.reduce == "place" else _reduce_blocks)(out, t, blocks, dtype, divisor)
+    blocks = functools.partial(_blocks, t, plan.parts, name, rows, first, last)
+    (_place_blocks if t.reduce == "place" else _reduce_blocks)(out, t, blocks(), dtype, divisor)
+    if (t.reduce != "place" or t.outside == "mean") and not is_finite(out, dtype):
+        _check_bounds(name, t, out, blocks(), dtype)
     return out
+
+
+def _check_bounds(name: str, t: TensorPlan, out: np.ndarray, blocks: Blocks, dtype: torch.dtype) -> None:
+    """Raise MergeError unless what is not finite is so in every part, and was not made here."""
+    infinite = ~from_raw(out, dtype).isfinite().numpy()
+    alike = ((block == out[_open(at)])[infinite[_open(at)]].all() for at, block in blocks)
+    if t.reduce == "place" or not all(alike):
+        raise MergeError(
+            f"{shown(name)}: what the parts give together is not finite in {dtype}, or is infinite in some of them "
+            "alone; convert the parts to torch.float32, or train them again with a smaller learning rate"
+        )
 
 
 def _place_blocks(out: np.ndarray, t: TensorPlan, blocks: Blocks, dtype: torch.dtype, divisor: int) -> None:
@@ -91,21 +104,22 @@ def _row_means(block: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return from_raw(block, dtype).double().mean(tuple(range(1, block.ndim)), keepdim=True)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is then not finite is found
 def _reduce_blocks(out: np.ndarray, t: TensorPlan, blocks: Blocks, dtype: torch.dtype, divisor: int) -> None:
     wide = np.dtype("f8" if dtype.is_floating_point else str(dtype).removeprefix("torch."))
     total, owners = np.zeros(out.shape, wide), np.zeros(out.shape, np.int64)
     for at, block in blocks:
         at = _open(at)
         owners[at] += 1
+        so_far, n = total[at], owners[at]
+        values = from_raw(block, dtype).double().numpy() if dtype.is_floating_point else block.view(wide)
         if not dtype.is_floating_point:  # a count of batches
-            block = block.view(wide)
-            total[at] = np.where(owners[at] > 1, np.maximum(total[at], block), block)
+            more = np.maximum(so_far, values)
         elif t.reduce == "sum":
-            total[at] += from_raw(block, dtype).double().numpy()
+            more = so_far + values
         else:
-            wide_block, mean = from_raw(block, dtype).double().numpy(), total[at]
-            step = np.subtract(wide_block, mean, where=wide_block != mean, out=np.zeros_like(mean))  # equal ones stay
-            total[at] += step / owners[at]
+            more = np.where(values == so_far, so_far, so_far + (values - so_far) / n)  # equal ones stay
+        total[at] = np.where(n > 1, more, values)  # the first as it is: -0 too
     merged = to_raw(torch.from_numpy(total).to(dtype)) if dtype.is_floating_point else total.view(RAW[dtype])
     np.copyto(out, _divided(merged, dtype, divisor), where=owners > 0)
 
@@ -163,7 +177,7 @@ def merge_files(folder: str | Path, output: str | Path, *, head: str = "sum", on
     Args:
         folder: of parts, or ``hf-hub:USER/REPO``.
         head, onto: as for `merge`; `onto` is a folder with ``model.safetensors``, or ``hf-hub:USER/REPO``. It may be
-            the output folder.
+            the output folder. A ``config.json`` there is removed if the network is none of timm's.
 
     Raises:
         MergeError: as `merge`; the output folder is left as it was.
@@ -192,7 +206,9 @@ def write_merged(
         merged = (p for name, (_, d) in specs.items() for p in row_blocks(plan, name, d, parts.rows, base, head))
         with output_folder(output, sync=False) as aside, ThreadPoolExecutor(os.cpu_count()) as pool:
             checks = [pool.submit(parts.check, k) for k in range(plan.parts)]
-            tensorfile.write(aside(MODEL), specs, merged, about)
-            write_config(aside, plan.config)
-            for check in checks:
-                check.result()
+            try:
+                tensorfile.write(aside(MODEL), specs, merged, about)
+                write_config(aside, plan.config)
+            finally:  # what is wrong with a part says more than what came of it
+                for check in checks:
+                    check.result()

@@ -31,6 +31,7 @@ NAMES = {name: dtype for dtype, name in DTYPES.items()}
 # Unsigned integers of their sizes: how numpy, which knows no bfloat16, carries elements of any dtype.
 RAW = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in DTYPES}
 PIECE = 1 << 20  # bytes that are read or written at a time: they stay in the processor's cache
+ENTRY = ("dtype", "shape", "data_offsets")  # of a tensor in the header; the library takes others too
 SEAL = "xxh3_128"  # where the checksum stands in the metadata
 UNSEALED = "0" * 32
 
@@ -94,7 +95,9 @@ def write(
 def write_state(
     path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str], sealed: bool = False
 ) -> None:
-    """`write` the tensors of a state dict, in its order."""
+    """`write` the tensors of a state dict, in its order; FileError for those without values."""
+    if empty := [name for name, t in state.items() if t.is_meta]:
+        raise FileError(f"{empty[0]} is on the meta device, without values; give it some, as by to_empty")
     specs = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
     write(path, specs, map(to_raw, state.values()), metadata, sealed)
 
@@ -115,13 +118,14 @@ class TensorFile:
         self.path = path
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise ValueError("it is no file")
-        with safe_open(path, "pt"):  # the library judges the header; it does not tell where a tensor begins
-            self._file = open(path, "rb")
+        self._file = open(path, "rb")  # first: the library does not tell why it cannot
         try:
+            with safe_open(path, "pt"):  # it judges the header, and does not tell where a tensor begins
+                pass
             self._begin = 8 + struct.unpack("<Q", self._bytes(0, 8))[0]
             header = json.loads(self._bytes(8, self._begin))
             self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-            self.tensors = {name: self._entry(**entry) for name, entry in header.items()}
+            self.tensors = {name: self._entry(**{key: entry[key] for key in ENTRY}) for name, entry in header.items()}
             self.tensors = dict(sorted(self.tensors.items(), key=lambda item: item[1].start))
         except BaseException:
             self.close()
@@ -153,9 +157,14 @@ class TensorFile:
             raise OSError(f"it ends at byte {start + found}")
         return array
 
-    def scan(self, infinite_too: Container[str] = ()) -> tuple[bool, str | None]:
+    def state(self) -> dict[str, torch.Tensor]:
+        """All tensors, by name, in memory that is their own."""
+        rows = {name: self.rows(name, 0, entry.shape[0] if entry.shape else 1) for name, entry in self.tensors.items()}
+        return {name: from_raw(rows[name], e.dtype).reshape(e.shape) for name, e in self.tensors.items()}
+
+    def scan(self, bounds: Container[str] = ()) -> tuple[bool, str | None]:
         """Read everything once: whether its bytes are those that were sealed, and the first tensor that is not
-        finite but for those that may be."""
+        finite; `bounds` may be infinite."""
         seal = self.metadata.get(SEAL, "").encode() or b"-"
         digest = xxhash.xxh3_128(self._bytes(0, self._begin).replace(seal, UNSEALED.encode(), 1))
         infinite = None
@@ -164,7 +173,7 @@ class TensorFile:
                 piece = self._bytes(at, min(at + PIECE, stop))
                 digest.update(piece)
                 if infinite is None and not is_finite(np.frombuffer(piece, RAW[dtype]), dtype):
-                    infinite = self._infinite(at, piece, dtype, infinite_too)
+                    infinite = self._infinite(at, piece, dtype, bounds)
         return digest.hexdigest().encode() == seal, infinite
 
     def _stretches(self) -> Iterator[tuple[torch.dtype, int, int]]:
@@ -177,11 +186,11 @@ class TensorFile:
             stop = entry.end
         yield dtype, start, stop
 
-    def _infinite(self, at: int, piece: bytes, dtype: torch.dtype, but: Container[str]) -> str | None:
-        """The first tensor but those in `but` of which a piece that begins at byte `at` is not finite."""
+    def _infinite(self, at: int, piece: bytes, dtype: torch.dtype, bounds: Container[str]) -> str | None:
+        """The first tensor of which a piece that begins at byte `at` is not finite."""
         for name, entry in self.tensors.items():
             inside = piece[max(entry.start - at, 0) : max(entry.end - at, 0)]
-            if name not in but and not is_finite(np.frombuffer(inside, RAW[dtype]), dtype):
+            if not is_finite(np.frombuffer(inside, RAW[dtype]), dtype, name in bounds):
                 return name
         return None
 
@@ -195,12 +204,15 @@ class TensorFile:
         self.close()
 
 
-def is_finite(elements: np.ndarray, dtype: torch.dtype) -> bool:
-    """Whether none, as integers (see `RAW`), is NaN or infinity."""
-    if dtype == torch.bfloat16:  # which numpy does not know: they have an exponent of ones
-        ones = np.uint16(0xFF << 7)
-        return not ((elements & ones) == ones).any()
-    return not dtype.is_floating_point or bool(np.isfinite(elements.view(f"f{dtype.itemsize}")).all())
+def is_finite(elements: np.ndarray, dtype: torch.dtype, bounds: bool = False) -> bool:
+    """Whether none, as integers (see `RAW`), is NaN or infinity; `bounds` may be infinite."""
+    if dtype == torch.bfloat16:  # which numpy does not know: they have an exponent of ones, NaN other bits too
+        size, infinity = elements & np.uint16(0x7FFF), np.uint16(0xFF << 7)
+        return bool(((size <= infinity) if bounds else (size < infinity)).all())
+    if not dtype.is_floating_point:
+        return True
+    numbers = elements.view(f"f{dtype.itemsize}")
+    return not np.isnan(numbers).any() if bounds else bool(np.isfinite(numbers).all())
 
 
 READ_ERRORS = (SafetensorError, OSError, ValueError, RecursionError)

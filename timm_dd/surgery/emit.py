@@ -181,7 +181,7 @@ def restrict(tensor: torch.Tensor, t: TensorPlan, k: int, plan: Plan) -> torch.T
         owners[j + 1 :][(slice(None), *t.block(j, plan.divisor))] += 1
     before, total = (owners[i][t.block(k, plan.divisor)].to(tensor.device) for i in (k, -1))
     share = _share(block, total)
-    shared = torch.where(before + 1 < total, share, block - (total - 1) * share)
+    shared = torch.where((before + 1 < total) | (block == 0), share, block - (total - 1) * share)  # -0 stays
     return shared.to(tensor.dtype, memory_format=held_in)
 
 

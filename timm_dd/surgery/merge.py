@@ -56,7 +56,7 @@ def merge(
         plan, states = parts.plan, [part.state_dict() for part in parts]
         model = parts.origin if model is None else model
         for k, state in enumerate(states):
-            files.check_state(plan, k, state, f"part {k}")
+            files.check_state(plan, k, state)
     else:
         with files.PartsFolder(parts) as folder:
             plan, states = folder.plan, [folder.load(k) for k in range(folder.plan.parts)]

@@ -10,14 +10,14 @@ import torch
 from torch import fx, nn
 
 from ..compat import tree_flatten, tree_unflatten
-from ..errors import MergeError, SplitError, headline, public
+from ..errors import MergeError, headline, public, shown
 from ..planning.graphs import Graph, first_float
 from ..planning.plan import Plan
 from ..storage import files
 from .emit import emit, restrict, slices
 from .packed import PackedGraph, pack
 from .source import Network
-from .trial import check_packed_runs
+from .trial import check_packed_runs, check_parts_run
 
 
 class Parts(nn.ModuleList):
@@ -116,7 +116,7 @@ class Parts(nn.ModuleList):
 
         Raises:
             FileError: the folder cannot be written, or a file has no form for a dtype or an argument of the model.
-            MergeError: some were dropped when they were loaded.
+            MergeError: some were dropped when they were loaded, or one was wrapped or changed since the split.
         """
         self.check_complete()
         files.save_parts(folder, self.plan, [part.state_dict() for part in self], self.seed, self.epoch)
@@ -139,6 +139,8 @@ class Parts(nn.ModuleList):
         Raises:
             MergeError: a part is missing or damaged, or belongs to another split.
         """
+        if missing not in ("refuse", "drop"):
+            raise MergeError(f"missing: expected refuse or drop, got {shown(missing)}")
         with files.PartsFolder(folder) as opened:
             plan, members = opened.plan, opened.present() if missing == "drop" else range(opened.plan.parts)
             states = [opened.load(k) for k in members]
@@ -146,8 +148,11 @@ class Parts(nn.ModuleList):
         try:
             network = Network.of_plan(plan, model)
             graph = network.trace()
+            check_parts_run(graph, plan)
             modules = [_loaded(graph, plan, k, network.module, state) for k, state in zip(members, states)]
-        except (SplitError, KeyError, AttributeError, IndexError, TypeError, RuntimeError) as e:
+        except MergeError:
+            raise
+        except (ValueError, LookupError, AttributeError, TypeError, RuntimeError) as e:
             raise MergeError(
                 f"{folder}: the plan does not fit its model ({headline(e)}); use the version of timm that split it"
             ) from e

@@ -19,12 +19,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from ..errors import MergeError, headline, looking_into, shown
+from ..errors import MergeError, headline, shown
 from ..storage.atomic import output_folder
-from ..storage.files import ANY_PART, PLAN, TWO_LEVEL, PartsFolder, local, part_name, reading, write_parts
+from ..storage.files import ANY_PART, PLAN, TWO_LEVEL, PartsFolder, is_file, local, part_name, reading, write_parts
 from ..storage.tensorfile import SEAL, TensorFile, write_state
 from ..surgery.parts import Parts
 from ..text import json_text
@@ -123,9 +122,7 @@ def describe(folder: str | Path) -> tuple[Description, Place]:
         MergeError: no such file, damaged, or of another format.
     """
     path = local(folder, ABOUT, COARSE, PLAN, ANY_PART) / ABOUT
-    with looking_into(folder, MergeError):
-        there = path.is_file()
-    if not there:
+    if not is_file(path):
         raise MergeError(f"no {ABOUT} in {folder}; expected a folder written by TwoLevel.save")
     with reading(path, _AGAIN):
         if path.stat().st_size > LARGEST:
@@ -179,7 +176,7 @@ def load_coarse(place: Place, coarse: nn.Module) -> dict[str, torch.Tensor]:
     with reading(path, _AGAIN), TensorFile(path) as file:
         sealed, infinite = file.scan()
         found = {name: entry.shape for name, entry in file.tensors.items()}
-        state, seal = load_file(path), file.metadata.get(SEAL)
+        state, seal = file.state(), file.metadata.get(SEAL)
     if found != expected:
         raise MergeError(f"{path} is of a coarse net of other sizes than {ABOUT} says; {_AGAIN}")
     if not sealed or seal != place.checksums.get(COARSE):

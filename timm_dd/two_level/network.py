@@ -176,8 +176,6 @@ class TwoLevel(nn.Module):
             MergeError: a file is missing, damaged, or of another network.
         """
         about, place = files.describe(folder)
-        if missing not in ("refuse", "drop"):
-            raise MergeError(f"missing: expected refuse or drop, got {missing!r}")
         parts = Parts.load(place.parts, model, missing=missing)
         files.check_parts(place, parts.members)
         two = cls(
