@@ -53,8 +53,8 @@ ROOMS = {
     ).split(),
     "train.epochs": ["checkpoints", "trackers", "progress", "loop"],
     "train.stages": (
-        "written folder arrived initial composed momenta distill context parts joint coarse together tuned baseline "
-        "summary"
+        "written folder origins arrived initial composed momenta distill context parts joint coarse together tuned "
+        "baseline summary"
     ).split(),
 }
 
