@@ -171,6 +171,28 @@ def test_a_part_that_fails_does_not_stop_the_others(one, tmp_path, monkeypatch, 
     assert bytes_of_parts(tmp_path / "run", 4) == bytes_of_parts(one, 4)
 
 
+def test_a_part_whose_statistics_overflow_fails(tmp_path, monkeypatch, capsys):
+    """Its loss is finite, and so is that of its average; the others are kept, and it is trained again if removed."""
+    step = Learner.step
+
+    def overflow(self, x, y):
+        step(self, x, y)
+        if self.name == "part 1":
+            next(t for name, t in self.net.named_buffers() if name.endswith("running_var")).fill_(math.inf)
+
+    given = ["train", *RUN, "--parts", "2", "--part-epochs", "1", "--model-ema", "--output", str(tmp_path)]
+    monkeypatch.setattr(Learner, "step", overflow)
+    assert main([*given, "--experiment", "run"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "part 1 failed (part 1: " in error and "running_var is not finite" in error and "1 of 2 parts are done" in error
+    )
+    assert {p.parent.name for p in tmp_path.glob("run/parts/*/summary.json")} == {"0"}
+    monkeypatch.setattr(Learner, "step", step)
+    shutil.rmtree(tmp_path / "run" / "parts" / "1")
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+
+
 def test_a_part_that_fails_while_packed(tmp_path, monkeypatch, capsys):
     """The others finish; and it goes on from its checkpoint."""
     note = Learner.note
