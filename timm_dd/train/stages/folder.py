@@ -169,7 +169,6 @@ class RunFolder:
 
     @property
     def trained(self) -> PartsStage:
-        """The parts' last stage."""
         return self.stages_of_parts[-1]
 
     @property
@@ -248,8 +247,7 @@ class RunFolder:
         """Write ``plan.json`` and ``args.yaml``, and remove what processes that were killed before `begun` left."""
         mine = self.args.only_parts
         if mine is None or not self.begun:
-            of_all = {**vars(self.args), "only_parts": None, "from_parts": None}
-            given = yaml.safe_dump(of_all, default_flow_style=None)
+            given = yaml.safe_dump(options.of_a_run(self.args), default_flow_style=None)
             self.write_plan(self.parts, plan)
             with output_folder(self.path, wait=mine is not None) as aside:
                 aside(files.PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
