@@ -2,6 +2,7 @@
 it, and one that is killed in it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -135,6 +136,20 @@ def test_a_joint_stage_that_is_done_is_not_trained_again(run, capsys):
     assert (run / "joint" / "0" / part_name(0, 4)).stat().st_mtime_ns == before
     assert main([*again, "--joint-lr", "0.3"]) == 1
     assert "part 0 is done, with other options" in capsys.readouterr().err
+
+
+def test_a_joint_stage_is_of_the_parts_that_lie_there(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    again = ["train", "--resume", str(tmp_path / "run")]
+    assert main([*again, "--joint-epochs", "0"]) == 1
+    said = (
+        f"{tmp_path / 'run' / 'global'} was not trained from the present parts; remove {tmp_path / 'run' / 'global'} "
+    )
+    assert said in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run" / "parts")
+    assert main([*again, "--part-epochs", "2"]) == 1
+    joint = tmp_path / "run" / "joint"
+    assert f"{joint / '0'} was not trained from the present parts; remove {joint} to" in capsys.readouterr().err
 
 
 @pytest.mark.slow

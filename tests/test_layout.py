@@ -46,15 +46,15 @@ ROOMS = {
     ).split(),
     "train": "settings images ranks updates engines pages epochs stages rehearsal run demo __main__".split(),
     "train.settings": ["views", "flags", "config", "checks", "options"],
-    "train.images": ["workers", "readable", "data", "decoded", "batched", "resident"],
+    "train.images": ["workers", "readable", "classes", "data", "decoded", "batched", "resident"],
     "train.ranks": ["world", "meeting", "sharing", "dealing", "cores"],
     "train.updates": (
         "capture timings clipping sums optimizers stacked trial layout metrics schedule learner abreast packs"
     ).split(),
     "train.epochs": ["checkpoints", "trackers", "progress", "loop"],
     "train.stages": (
-        "written folder arrived initial composed momenta distill context parts joint coarse together tuned baseline "
-        "summary"
+        "written folder origins arrived initial composed momenta distill context parts joint coarse together tuned "
+        "baseline summary"
     ).split(),
 }
 

@@ -125,7 +125,7 @@ def test_two_ranks_write_again_what_is_lost(tmp_path):
     assert [name for name in others if found[name] != expected[name]] == []
 
 
-def test_a_cycle_whose_model_is_lost_is_not_done(tmp_path):
+def test_a_cycle_whose_model_is_lost_is_not_done(tmp_path, capsys):
     given = [*RUN, "--parts", "2", "--part-epochs", "1", "--train-num-samples", "64", "--val-num-samples", "64"]
     run = tmp_path / "run"
     assert main(["train", *given, "--output", str(tmp_path), "--experiment", "run", "--cycles", "2"]) == 0
@@ -134,3 +134,8 @@ def test_a_cycle_whose_model_is_lost_is_not_done(tmp_path):
     shutil.rmtree(run / "cycle-2" / "global" / "last")
     assert main(["train", "--resume", str(run)]) == 0
     assert models(run) == expected
+    for cycle in (run, run / "cycle-2"):
+        shutil.rmtree(cycle / "global")
+    assert main(["train", "--resume", str(run), "--tune-rate", "0.5"]) == 1
+    second = run / "cycle-2" / "parts" / "0"
+    assert f"{second} was not trained from the present model of the cycle before; remove" in capsys.readouterr().err

@@ -305,19 +305,13 @@ def test_workers_do_not_share_a_place_in_a_tar(tmp_path):
     assert len(pixels[0]) > 100 and torch.equal(*pixels)
 
 
-@pytest.mark.parametrize(
-    "given, reason",
-    [
-        (["--num-classes", "2", "-b", "3"], "out of bounds"),
-        (["-b", "1", "--img-size", "16"], "more than 1 value per channel"),
-    ],
-)
-def test_all_parts_fail_for_the_reason_that_is_said(given, reason, tmp_path, capfd):
-    """Of a class too many; of one image in a batch, whose maps are one pixel."""
+def test_all_parts_fail_for_the_reason_that_is_said(tmp_path, capfd):
+    """Of one image in a batch, whose maps are one pixel."""
     root = make(tmp_path / "data", {"train/c/0.png": encoded(8), "val/c/0.png": encoded(9)})
-    assert main(["train", *RUN, *given, "--data-dir", str(root), "--output", str(tmp_path / "runs")]) == 1
+    given = ["-b", "1", "--img-size", "16", "--data-dir", str(root), "--output", str(tmp_path / "runs")]
+    assert main(["train", *RUN, *given]) == 1
     error = capfd.readouterr().err
-    assert len(error.splitlines()) == 1 and error.count(reason) == 2, error
+    assert len(error.splitlines()) == 1 and error.count("more than 1 value per channel") == 2, error
 
 
 def test_a_full_disk_is_named_and_leaves_no_half_file(tmp_path, monkeypatch, capfd):

@@ -171,6 +171,28 @@ def test_a_part_that_fails_does_not_stop_the_others(one, tmp_path, monkeypatch, 
     assert bytes_of_parts(tmp_path / "run", 4) == bytes_of_parts(one, 4)
 
 
+def test_a_part_whose_statistics_overflow_fails(tmp_path, monkeypatch, capsys):
+    """Its loss is finite, and so is that of its average; the others are kept, and it is trained again if removed."""
+    step = Learner.step
+
+    def overflow(self, x, y):
+        step(self, x, y)
+        if self.name == "part 1":
+            next(t for name, t in self.net.named_buffers() if name.endswith("running_var")).fill_(math.inf)
+
+    given = ["train", *RUN, "--parts", "2", "--part-epochs", "1", "--model-ema", "--output", str(tmp_path)]
+    monkeypatch.setattr(Learner, "step", overflow)
+    assert main([*given, "--experiment", "run"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "part 1 failed (part 1: " in error and "running_var is not finite" in error and "1 of 2 parts are done" in error
+    )
+    assert {p.parent.name for p in tmp_path.glob("run/parts/*/summary.json")} == {"0"}
+    monkeypatch.setattr(Learner, "step", step)
+    shutil.rmtree(tmp_path / "run" / "parts" / "1")
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+
+
 def test_a_part_that_fails_while_packed(tmp_path, monkeypatch, capsys):
     """The others finish; and it goes on from its checkpoint."""
     note = Learner.note
@@ -212,7 +234,8 @@ def test_what_a_run_was_trained_with_stays(one, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "given", ["--part-lr 0.1", "--baseline-epochs 2", "--part-epochs 3", "--train-num-samples 320", "-b 32"]
+    "given",
+    ["--part-lr 0.1", "--baseline-epochs 2", "--part-epochs 3", "--train-num-samples 320", "-b 32", "--joint-epochs 1"],
 )
 def test_a_run_that_is_not_gone_on_with_stays_as_it_is(given, one, tmp_path, capsys):
     """Whatever has other options, parts or the whole: nothing is written before it is refused."""
@@ -220,8 +243,40 @@ def test_a_run_that_is_not_gone_on_with_stays_as_it_is(given, one, tmp_path, cap
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     resume = ["--baseline", "--resume", str(tmp_path / "one")]
     assert main(["train", *RUN, "--parts", "4", *resume, *given.split()]) == 1
-    assert "other options" in (error := capsys.readouterr().err) or "does not fit" in error
+    error = capsys.readouterr().err
+    assert any(
+        said in error for said in ("other options", "does not fit", "was not trained from the present joint parts")
+    )
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_network_is_of_the_parts_that_lie_there(one, tmp_path, capsys):
+    """Once parts are trained with other options, what was fine-tuned before is refused, and trained if removed."""
+    run = tmp_path / "one"
+    shutil.copytree(one, run)
+    for part in (run / "parts").glob("?"):
+        shutil.rmtree(part)
+    before = {name: (run / name).read_bytes() for name in WEIGHTS}
+    given = ["train", "--resume", str(run), "--part-shift", "1"]
+    for _ in range(2):
+        assert main(given) == 1
+        line = f"{run / 'global'} was not trained from the present parts; remove {run / 'global'} to train it again"
+        assert line in capsys.readouterr().err
+        assert before == {name: (run / name).read_bytes() for name in WEIGHTS}
+    assert checkpoints.start(run / "global") == checkpoints.start(one / "global") != {}
+    shutil.rmtree(run / "global")
+    assert main(given) == 0
+    assert not any((run / name).read_bytes() == old for name, old in before.items())
+    assert checkpoints.start(run / "global") != checkpoints.start(one / "global")
+
+
+def test_a_checkpoint_of_an_earlier_version_does_not_say_from_what_it_started(tmp_path, monkeypatch):
+    state, older = Learner.state, learner(tmp_path)
+    checkpoints.save(older)
+    assert checkpoints.start(tmp_path) == {}
+    monkeypatch.setattr(Learner, "state", lambda self: (s := state(self), s[1].pop("start"))[0])
+    checkpoints.save(older)
+    assert checkpoints.start(tmp_path) is None and checkpoints.restore(learner(tmp_path))
 
 
 def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path):

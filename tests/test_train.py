@@ -251,12 +251,48 @@ def test_images_alone_are_numbered_as_the_run_did(form, folder):
         data.validation_set(args, ("a", "c"))
 
 
+@pytest.mark.parametrize("form", [lambda f: f, as_tars, as_one_tar], ids=["folder", "tars", "one tar"])
+@pytest.mark.parametrize("given", ["--train-split tset", "--val-split tset"])
+def test_a_split_that_is_not_there(form, given, folder):
+    """A name of the user's own stands for nothing else; a usual one for the others, of which one is taken."""
+    shutil.copytree(folder / "val", folder / "training")
+    root = str(form(folder))
+    with pytest.raises(TrainError, match="expected tset|no folder tset"):
+        data.datasets(options.parse(["--data-dir", root, "--model", "test_resnet", "-b", "4", *given.split()]))
+    args = options.parse(["--data-dir", root, "--model", "test_resnet", "-b", "4", "--val-split", "eval"])
+    assert [len(s) for s in data.datasets(args)[:2]] == [12, 12]
+
+
+@pytest.mark.parametrize("form", [lambda f: f, as_tars, as_one_tar], ids=["folder", "tars", "one tar"])
+@pytest.mark.parametrize(
+    "text, said",
+    [("\ufeffa\nb\n", None), ("b\r\na\r\nc", None), ("A\nb", "no line is of 'a' (.*a/0.png"),
+     ("b", "no line is of 'a'"),
+     ("", "is empty"), ("a\na\nb", "has 'a' 2 times"), ("a\nb\n\n", "has an empty line"), (None, "No such file")],
+)  # fmt: skip
+def test_no_class_is_left_out(form, text, said, folder, tmp_path):
+    """timm's readers leave out a folder of which the file has no line."""
+    if text is not None:
+        (tmp_path / "map.txt").write_text(text)
+    root = str(form(folder))
+    args = options.parse([root, "--model", "test_resnet", "-b", "4", "--class-map", str(tmp_path / "map.txt")])
+    if said is not None:
+        with pytest.raises(TrainError, match=said.replace("(", r"\(")):
+            data.datasets(args)
+        return
+    train, val, classes = data.datasets(args)
+    assert (len(train), len(val), classes) == (12, 12, len(text.split()))
+    numbers = {name: i for i, name in enumerate(text.strip("\ufeff").split())}
+    assert train.class_map == val.class_map == numbers
+    assert sorted(train[i][1] for i in range(12)) == sorted([numbers["a"], numbers["b"]] * 6)
+
+
 def test_a_file_numbers_the_classes(folder):
     (folder / "order.txt").write_text("b\na\n")
     for name in (str(folder / "order.txt"), "order.txt"):
         args = options.parse([str(folder), "--model", "test_resnet", "-b", "4", "--class-map", name])
         if name == "order.txt":
-            with pytest.raises(TrainError, match="Cannot locate specified class map file"):
+            with pytest.raises(TrainError, match="No such file"):
                 data.datasets(args)
             continue
         train, val, classes = data.datasets(args)
@@ -450,7 +486,7 @@ def test_images_of_other_channels(given, channels, tmp_path, folder):
 
 IMPOSSIBLE = [
     "--opt foo", "--sched foo", "--aa foo --shift 0", "--interpolation foo", "--mean 0.5 0.5", "--input-size 32 32 3",
-    "--device cuda",
+    "--device cuda", "--num-classes 9",
 ]  # fmt: skip
 
 
@@ -468,25 +504,6 @@ def test_a_tracker_that_is_not_installed(package, module, tmp_path, capsys, monk
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["train", *RUN, "--output", str(tmp_path / "runs"), f"--log-{package}"]) == 1
     assert f"timm_dd[{package}]" in capsys.readouterr().err and not (tmp_path / "runs").exists()
-
-
-def test_all_parts_fail_for_the_reason_that_is_said(tmp_path, folder, capsys):
-    given = ["--data-dir", str(folder), "--model", "test_resnet", "--num-classes", "1", "-b", "4", "-j", "0"]
-    given += [
-        "--parts",
-        "2",
-        "--epochs",
-        "1",
-        "--img-size",
-        "32",
-        "--device",
-        "cpu",
-        "--output",
-        str(tmp_path / "runs"),
-    ]
-    assert main(["train", *given]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "part 0 failed (" in error and "part 1 failed (" in error and "TensorList" not in error
 
 
 @pytest.mark.parametrize("ranks, batch, enough", [(1, 36, True), (2, 24, False), (2, 18, True), (3, 13, False)])
@@ -522,6 +539,16 @@ def test_strings_in_a_config_are_read_as_on_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse("grid: two\n")
     assert "argument --grid: expected rows x columns" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["resume: runs/one\n", "config: other.yaml\n"])
+def test_what_is_of_a_start_is_for_the_command_line(text, one, tmp_path, capsys):
+    """And not in a run's options, with which others begin."""
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", *RUN, "-c", str(tmp_path / "c.yaml")])
+    assert f"{text.split(':')[0]} is for the command line" in capsys.readouterr().err
+    assert not {"resume", "config"} & yaml.safe_load((one / "args.yaml").read_text()).keys()
 
 
 def test_unknown_options_in_a_config(tmp_path, capsys):

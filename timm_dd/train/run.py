@@ -43,7 +43,7 @@ from .ranks.sharing import Sharing, sees
 from .ranks.world import Ranks, alone
 from .rehearsal import rehearse
 from .settings import options, views
-from .stages import coarse, initial, momenta
+from .stages import coarse, initial, momenta, origins
 from .stages.arrived import Arrived
 from .stages.baseline import train_baseline
 from .stages.composed import reordered
@@ -268,6 +268,7 @@ def _agree(run: Run, holding: ExitStack) -> None:
 
     def found() -> dict:
         run.folder.check(run.parts.plan, run.train_set)
+        origins.check(run.folder)
         if run.arrived is not None:
             run.arrived.check_complete()
         arrived = run.arrived.parts if run.arrived is not None else ()
@@ -334,10 +335,12 @@ def _stages(run: Run, context: Context) -> dict:
     meet(context)
     if run.args.only_parts is not None:
         return {}
+    _check_starts(context)
     trained = run.folder.parts.summaries()
     seconds, joint = {"parts": max(p["seconds"] for p in trained)}, {}
     if run.args.joint_epochs:
         joint["joint"], seconds["joint"] = train_joint(context)
+        _check_starts(context)
     second = {}
     if run.args.aggregate and run.ranks.primary:
         second, seconds["two_level"] = coarse.decide_together(context)
@@ -364,6 +367,13 @@ def _stages(run: Run, context: Context) -> dict:
         baseline = train_baseline(context)
         summary["baseline"], summary["top5"]["baseline"], summary["seconds"]["baseline"] = baseline
     return summary
+
+
+def _check_starts(run: Context) -> None:
+    """Once parts are trained: what was trained from them before was from these, or the run ends here."""
+    if run.ranks.primary:
+        origins.check(run.folder)
+    run.meeting.gate(run.stop_if_asked)
 
 
 def _title(run: Run) -> str:

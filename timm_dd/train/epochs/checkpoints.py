@@ -143,6 +143,12 @@ def check(folder: Path, now: dict) -> None:
                 raise _misfit(path, e) from e
 
 
+def start(folder: Path) -> dict | None:
+    """By what the network in a folder is known to have started, see `Learner`; None if no checkpoint says it."""
+    known = (numbers.get("start") for numbers in filter(None, map(_numbers, found(folder))))
+    return next((told for told in known if isinstance(told, dict)), None)
+
+
 def _restore(learner: Learner, path: Path, held: tuple[dict, dict]) -> None:
     """Go back to what a checkpoint holds."""
     try:

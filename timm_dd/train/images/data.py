@@ -26,6 +26,7 @@ from ...images import MODES
 from ...text import printable
 from ..settings import options
 from . import workers
+from .classes import of_file
 from .readable import Chosen, Images, Readable, check_folders
 
 SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "valid", "eval", "test")}
@@ -162,26 +163,34 @@ def _of_the_same_classes(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """(train, validation); classes have the numbers of the training images, of which validation may lack some.
 
     Raises:
-        TrainError: a class that no training image has, or images outside the folders of classes.
+        TrainError: a class that no training image has, or no line of --class-map; or images outside the folders of
+            classes.
     """
-    train = _dataset(args, "train")
-    _check_sorted(train)
-    return train, _validation(args, train.class_map if isinstance(train, Images) else {})
+    train = _numbered(args, "train", _given_classes(args))
+    return train, _numbered(args, "validation", train.class_map if isinstance(train, Images) else {})
 
 
-def _validation(args: argparse.Namespace, known: Mapping[str, int]) -> Dataset:
-    """The images to validate, of classes whose numbers are `known`; errors as of `_of_the_same_classes`."""
-    val = _dataset(args, "validation")
-    _check_sorted(val)
-    found = val.class_map if isinstance(val, Images) else {}
+def _given_classes(args: argparse.Namespace) -> Mapping[str, int]:
+    """The numbers of ``--class-map`` for folders and tars; timm's other readers know what the names in theirs are."""
+    return {} if args.class_map is None or args.dataset else of_file(args.class_map)
+
+
+def _numbered(args: argparse.Namespace, which: str, known: Mapping[str, int]) -> Dataset:
+    """The images, of classes whose numbers are `known`, if any are; errors as of `_of_the_same_classes`."""
+    images = _dataset(args, which)
+    _check_sorted(images)
+    found = images.class_map if isinstance(images, Images) else {}
     if not (known and found) or known == found:
-        return val
+        return images
     if odd := sorted(set(found) - set(known)):
+        which_lack, them = "train and validation have different classes: no training image", "the training images"
+        if args.class_map is not None:
+            which_lack, them = f"--class-map {args.class_map}: no line", "that file"
         raise TrainError(
-            f"train and validation have different classes: no training image is of {odd[0]!r} ({val.example(odd[0])}); "
-            "rename or remove that folder, or add it to the training images"
+            f"{which_lack} is of {odd[0]!r} ({images.example(odd[0])}); rename or remove that folder, or add it to "
+            f"{them}"
         )
-    return _dataset(args, "validation", known)
+    return _dataset(args, which, known)
 
 
 def _check_sorted(images: Dataset) -> None:
@@ -220,7 +229,7 @@ def _dataset(args: argparse.Namespace, which: str, classes: Mapping[str, int] | 
 def _reading(args: argparse.Namespace, mode: str, classes: Mapping[str, int] | None = None) -> dict[str, Any]:
     """What timm's readers are told, of those that are given: some readers take no others."""
     given = {
-        "class_map": classes or args.class_map,
+        "class_map": classes or (args.class_map if args.dataset else None),
         "input_key": args.input_key,
         "target_key": args.target_key,
         "trust_remote_code": args.dataset_trust_remote_code,
@@ -229,8 +238,9 @@ def _reading(args: argparse.Namespace, mode: str, classes: Mapping[str, int] | N
 
 
 def _images(root: Path, split: str, which: str, reading: dict[str, Any]) -> Dataset:
-    """A folder with folders or tars for each split, or one tar with folders for each."""
-    names = (split, *SPLITS[which])
+    """A folder with folders or tars for each split, or one tar with folders for each. Another name for a split stands
+    for it only where the split that is asked for is no name of the user's own."""
+    names = tuple(dict.fromkeys((split, *SPLITS[which]))) if split in SPLITS[which] else (split,)
     if not root.exists():
         raise TrainError(f"no data folder {root}; expected a folder or a tar with train and val")
     if root.is_file():
@@ -239,11 +249,11 @@ def _images(root: Path, split: str, which: str, reading: dict[str, Any]) -> Data
         for path in (root / name, root / f"{name}.tar"):
             if path.exists():
                 return _split(path, which, reading)
-    expected = ", ".join(dict.fromkeys(names))
+    expected = " or ".join(names)
     known = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     has = f"; it has {', '.join(path.name for path in known[:3])}{', …' if len(known) > 3 else ''}" if known else ""
     raise TrainError(
-        f"{root} has no {which} images: expected one of {expected}, as a folder or a tar of class folders "
+        f"{root} has no {which} images: expected {expected}, as a folder or a tar of class folders "
         f"({root}/{names[0]}/CLASS/IMAGE){has}"
     )
 
@@ -263,9 +273,10 @@ def _inside_tar(path: Path, names: Sequence[str], reading: dict[str, Any]) -> Da
     dataset = create_dataset("", root=str(path), **reading)
     reader = dataset.reader
     folders = [Path(s[0].path).parts for s in reader.samples]
-    keep = [i for i, p in enumerate(folders) if any(n in p[:-2] for n in names)]
-    if not keep:
-        raise TrainError(f"{path} has no folder {names[0]}; expected {names[0]}/class/image")
+    of_names = ([i for i, p in enumerate(folders) if name in p[:-2]] for name in names)
+    keep = next(filter(None, of_names), None)
+    if keep is None:
+        raise TrainError(f"{path} has no folder {' or '.join(names)}; expected {names[0]}/CLASS/IMAGE")
     reader.samples, reader.targets = reader.samples[keep], reader.targets[keep]
     return dataset
 
@@ -408,7 +419,8 @@ def validation_set(args: argparse.Namespace, names: Sequence[str] | None = None)
     """
     if args.dataset == "digits":
         return _digits(False, image_mode(args))
-    return _validation(args, {name: number for number, name in enumerate(names or ())})
+    by_name = {name: number for number, name in enumerate(names or ())}
+    return _numbered(args, "validation", by_name or _given_classes(args))
 
 
 def loader_of(args: argparse.Namespace, config: dict, val: Dataset):

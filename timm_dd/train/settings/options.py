@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "timm-dd train") -> arg
     given, _ = p.parse_known_args(argv)
     folder = run_of(given.resume)
     begun = {} if folder is None else resumed(p, folder)
-    said = begun | ({} if given.config is None else config.read(p, given.config))
+    said = begun | ({} if given.config is None else _of_file(p, given.config))
     preset = given.preset or said.get("preset")
     if preset is not None:
         p.set_defaults(**config.read(p, f"{preset}.yaml"))
@@ -56,6 +56,15 @@ def parse(argv: Sequence[str] | None = None, prog: str = "timm-dd train") -> arg
     checks.check(p, args)
     _check_together(p, args)
     return args
+
+
+def _of_file(p: argparse.ArgumentParser, name: str) -> dict:
+    """What a file says; with which file, and which run, to begin is not for it to say."""
+    said = config.read(p, name)
+    for option in ("config", "resume"):
+        if said.get(option) is not None:
+            p.error(f"{name}: {option} is for the command line; remove it there, and give {flag_of(option)}")
+    return said
 
 
 def run_of(resume: str | None) -> Path | None:
@@ -171,6 +180,11 @@ def _foreign(name: str | None, taught: bool) -> set[str]:
     return {*SECOND_LEVEL, *COMPOSED, *SHARED} - {*own.get(name, ())}
 
 
+def of_a_run(args: argparse.Namespace) -> dict:
+    """The options but for those of one start of it, which may be begun or gone on with otherwise."""
+    return {k: v for k, v in vars(args).items() if k not in ("config", "resume", "from_parts", "only_parts")}
+
+
 def training_identity(args: argparse.Namespace) -> dict:
     """The options, as a stage sees them, on which a network's weights depend; as JSON. Where the images lie is no such:
     every machine has its own place for them."""
@@ -226,6 +240,10 @@ def channels(args: argparse.Namespace) -> int | None:
 
 def model_arguments(args: argparse.Namespace, classes: int | None) -> dict:
     """Keyword arguments for `timm.create_model`."""
+    if args.num_classes and classes and args.num_classes < classes:
+        raise TrainError(
+            f"--num-classes {args.num_classes}: the data has {classes} classes; give as many, or leave it out"
+        )
     classes = args.num_classes or classes
     if classes is None:
         raise TrainError("the number of classes is not known from the data; give --num-classes")

@@ -30,7 +30,7 @@ from ..ranks.world import Ranks
 from ..settings import options, views
 from ..updates import metrics
 from ..updates.learner import Learner
-from . import written
+from . import origins, written
 from .folder import MODELS, PartsStage, RunFolder
 from .momenta import States
 
@@ -96,7 +96,8 @@ class Context:
 
 
 def learner_of(run: Context, name, model, sees, args, updates, batch, stream, folder) -> Learner:
-    learner = Learner(name, model, sees, args, run.device, updates, batch, run.seed * 1000 + stream, folder)
+    seed, start = run.seed * 1000 + stream, origins.start_of(run.folder, folder)
+    learner = Learner(name, model, sees, args, run.device, updates, batch, seed, folder, start)
     folder.mkdir(parents=True, exist_ok=True)
     return learner
 

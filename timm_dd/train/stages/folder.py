@@ -164,9 +164,12 @@ class RunFolder:
         return PartsStage(self.path / "joint", "joint", self.args)
 
     @property
+    def stages_of_parts(self) -> tuple[PartsStage, ...]:
+        return (self.parts, self.joint) if self.args.joint_epochs else (self.parts,)
+
+    @property
     def trained(self) -> PartsStage:
-        """The parts' last stage."""
-        return self.joint if self.args.joint_epochs else self.parts
+        return self.stages_of_parts[-1]
 
     @property
     def start(self) -> Path | None:
@@ -244,29 +247,26 @@ class RunFolder:
         """Write ``plan.json`` and ``args.yaml``, and remove what processes that were killed before `begun` left."""
         mine = self.args.only_parts
         if mine is None or not self.begun:
-            of_all = {**vars(self.args), "only_parts": None, "from_parts": None}
-            given = yaml.safe_dump(of_all, default_flow_style=None)
+            given = yaml.safe_dump(options.of_a_run(self.args), default_flow_style=None)
             self.write_plan(self.parts, plan)
             with output_folder(self.path, wait=mine is not None) as aside:
                 aside(files.PLAN).write_text(json_text(plan.to_json()), encoding="utf-8")
-                aside("args.yaml").write_text(
-                    f"# {self._signature}\n{given}"
-                )  # the last to land: with it there is a run
+                aside("args.yaml").write_text(f"# {self._signature}\n{given}")  # the last to land: then there is a run
         for folder in [self.path] if mine is None else map(self.parts.part, mine):
             remove_temporaries(folder, begun)
 
     def _check_options(self, train: Dataset) -> None:
         """Raise TrainError if a part that is done, or a network that has a checkpoint, was trained with other options,
         or on other numbers of images; before anything is written."""
-        for stage in (self.parts, self.joint) if self.args.joint_epochs else (self.parts,):
+        for stage in self.stages_of_parts:
             for k in range(self.args.parts):
                 if stage.is_done(k):
                     stage.check(k)
                 else:
                     images = data.folds(self.args, train)[0] if stage.name == "part" else train
                     self._check_checkpoint(stage.part(k), stage.name, images, 1, k)
-        together = ((self.together / name, name) for name in self.args.together)
-        for folder, name in (*together, (self.tuned, None), (self.baseline, "baseline")):
+        shared = {self.together / name: name for name in self.args.together}
+        for folder, name in {**shared, self.tuned: None, self.baseline: "baseline"}.items():
             self._check_checkpoint(folder, name, train, self.ranks.world)
 
     def _check_checkpoint(self, folder: Path, stage: str | None, train: Dataset, ranks: int, k: int = 0) -> None:
@@ -295,8 +295,9 @@ class RunFolder:
         """Names the run in its models and in its summary: of the plan, the cycle, and all options on which the models'
         weights depend. Whoever repeats the run, on however many ranks, gets the same."""
         stages = [options.stage_options(self.args, None)]
-        of_parts = ("part", "joint") if self.args.joint_epochs else ("part",)
-        stages += [options.stage_options(self.args, name, k) for name in of_parts for k in range(self.args.parts)]
+        stages += [
+            options.stage_options(self.args, of.name, k) for of in self.stages_of_parts for k in range(self.args.parts)
+        ]
         made_of = [plan.digest(), self.cycle, *map(options.training_identity, stages)]
         return sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 

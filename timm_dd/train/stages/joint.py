@@ -23,7 +23,7 @@ from ..settings import options
 from ..updates import schedule
 from ..updates.layout import precise
 from ..updates.learner import Learner, within_memory
-from .context import Context, accuracy, learner_of, load_trained
+from .context import Context, learner_of, load_trained
 from .parts import finish_part
 
 
@@ -121,7 +121,7 @@ def _train(run: Context, mine: Sequence[int], group: dist.ProcessGroup | None) -
             learners
         )
     for k, learner in zip(mine, learners):
-        finish_part(run, stage, run.whole.plan, k, learner, accuracy(learner, loaders, shared=False))
+        finish_part(run, stage, run.whole.plan, k, learner, loaders)
 
 
 def _learner(run: Context, k: int, updates: int) -> Learner:

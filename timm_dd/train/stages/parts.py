@@ -60,10 +60,7 @@ def train_parts(run: Context) -> None:
         shared[-1]()
         TrainingLoop("parts", loaders, epochs, *shared, **how).fit(learners)
     for k, learner in zip(due, learners):
-        if learner.failure is not None:
-            run.folder.parts.fail(k, learner.failure)
-        else:
-            finish_part(run, run.folder.parts, run.parts.plan, k, learner, accuracy(learner, loaders, shared=False))
+        finish_part(run, run.folder.parts, run.parts.plan, k, learner, loaders, isolate_failures=True)
 
 
 def _tell(run: Context, learners: Sequence[Learner], epochs: int) -> None:
@@ -85,10 +82,24 @@ def _after_parts(run: Context) -> float | None:
     return after_parts(run.args, macs, pace / pace_of_part, run.mine, run.ranks.world)
 
 
-def finish_part(run: Context, stage: PartsStage, plan: Plan, k: int, learner: Learner, top1: float) -> None:
-    """Write what a stage made of part k, and that it is done."""
-    epochs = len(learner.history)
-    files.save_part(learner.folder, plan, k, learner.result.state_dict(), run.seed, epochs)
+def finish_part(
+    run: Context,
+    stage: PartsStage,
+    plan: Plan,
+    k: int,
+    learner: Learner,
+    loaders: tuple,
+    isolate_failures: bool = False,
+) -> None:
+    """Write what a stage made of part k, and that it is done; or why it failed. Running statistics overflow without a
+    trace in the loss, and no file of what is not finite is read."""
+    epochs, state = len(learner.history), learner.result.state_dict()
+    if learner.failure is None:
+        learner.guard(partial(files.check_state, plan, k, state, learner.name), isolate_failures)
+    if learner.failure is not None:
+        return stage.fail(k, learner.failure)
+    top1 = accuracy(learner, loaders, shared=False)
+    files.save_part(learner.folder, plan, k, state, run.seed, epochs)
     summary = {
         "part": k,
         "top1": top1,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ class Learner:
         sees: of a batch, a view or a box; None for all of it.
         global_batch: images of an update over all ranks, for ``--lr-base``.
         folder: for its ``summary.csv`` and its checkpoints.
+        start: the checksums of what it starts from, by name.
 
     Attributes:
         updates: how many it has taken.
@@ -122,11 +124,12 @@ class Learner:
         global_batch: int,
         seed: int,
         folder: Path,
+        start: Mapping[str, str | None] = MappingProxyType({}),
     ):
         held_in = layout(model, args, device)
         model = model.to(device, memory_format=held_in)
         self.name, self.model, self.args, self.device = name, model, args, device
-        self.seed, self.folder = seed, folder
+        self.seed, self.folder, self.start = seed, folder, dict(start)
         self.sight = Sight(sees, args, seed, held_in)
         self.options = {
             **options.training_identity(args),
@@ -266,6 +269,7 @@ class Learner:
         optimizer_tensors, optimizer_numbers = optimizers.state(self.optimizer)
         return tensors | optimizer_tensors, {
             "options": self.options,
+            "start": self.start,
             "updates": self.updates,
             "images": self.sums.images,
             "seconds": self.seconds,
