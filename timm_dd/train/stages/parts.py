@@ -95,7 +95,7 @@ def finish_part(
     trace in the loss, and no file of what is not finite is read."""
     epochs, state = len(learner.history), learner.result.state_dict()
     if learner.failure is None:
-        learner.guard(partial(files.check_state, plan, k, state, learner.name), isolate_failures)
+        learner.guard(partial(files.check_state, plan, k, state), isolate_failures)
     if learner.failure is not None:
         return stage.fail(k, learner.failure)
     top1 = accuracy(learner, loaders, shared=False)
