@@ -493,7 +493,7 @@ def test_a_plan_that_would_have_something_else_loaded(change, message, folder):
 def test_a_plan_of_another_model_is_refused(args, folder):
     """What merging from disk to disk does not need, a model in memory does."""
     lie(lambda p: p.update(model_args=args))(folder)
-    with pytest.raises(MergeError, match="the plan does not fit its model"):
+    with pytest.raises(MergeError, match="the plan does not fit its model|a config of 3 classes for 4"):
         timm_dd.merge(folder)
 
 
@@ -693,7 +693,7 @@ def test_what_is_no_path(path, saved, tmp_path):
 def test_an_output_on_the_hub(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for write in (saved[1].save, lambda p: timm_dd.merge_files(saved[0], p)):
-        with pytest.raises(FileError, match="hf-hub:user/out is on the Hub; write into a folder here, then push it"):
+        with pytest.raises(FileError, match="user/out is on the Hub; write into a folder on this machine"):
             write("hf-hub:user/out")
     assert list(tmp_path.iterdir()) == []
 

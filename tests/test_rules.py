@@ -1323,6 +1323,7 @@ WITHOUT_GRADIENT = {
     "no position bias": {"2.table"},
     "non-local": {f"2.{m}.{p}" for m in "tpgz" for p in ("weight", "bias")},  # behind a norm that starts at zero
 }
+CANCELLED = {"global context": {"2.conv_attn.bias"}}  # by a softmax, to zero on some processors and nearly so on others
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -1337,7 +1338,8 @@ def test_a_part_trains(name):
         network.train()(x).square().sum().backward()
         gradients = {n: p.grad for n, p in network.named_parameters()}
         assert all(g is None or g.isfinite().all() for g in gradients.values())
-        assert {n for n, g in gradients.items() if g is None or not g.any()} == WITHOUT_GRADIENT.get(name, set())
+        missing = {n for n, g in gradients.items() if g is None or not g.any()}
+        assert missing - CANCELLED.get(name, set()) == WITHOUT_GRADIENT.get(name, set())
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the whole network's own

@@ -241,7 +241,7 @@ def _forget_attributes(model: nn.Module) -> None:
     for module in model.modules():
         for name, value in [*vars(module).items()]:
             if any(issubclass(type(leaf), fx.Proxy) for leaf in leaves(value)):
-                del vars(module)[name]
+                vars(module)[name] = None
 
 
 def _acts_in_training(tracer: Tracer, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> bool:

@@ -22,7 +22,7 @@ from ..algebra.axes import FrozenAxis
 from ..errors import FileError, MergeError, public, shown
 from ..planning.plan import Plan, TensorPlan
 from . import tensorfile
-from .atomic import output_folder
+from .atomic import as_path, output_folder
 from .files import CORRECTION, MODEL, TWO_LEVEL, ModelFile, PartsFolder, common_dtypes, summary, write_config
 from .tensorfile import PIECE, RAW, from_raw, is_finite, to_raw
 
@@ -190,7 +190,7 @@ def write_merged(
     folder: str | Path, output: str | Path, head: str, about: Mapping[str, str], onto: str | Path | None = None
 ) -> None:
     """As `merge_files`, with what else is said `about` the model in its metadata."""
-    if (Path(output) / TWO_LEVEL).exists():
+    if (as_path(output, FileError) / TWO_LEVEL).exists():
         raise FileError(f"{output} holds a two-level network, {TWO_LEVEL}; choose another output folder, or remove it")
     with PartsFolder(folder) as parts, contextlib.ExitStack() as stack:
         plan = parts.plan
