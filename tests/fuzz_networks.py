@@ -782,7 +782,8 @@ def distance(a, b):
 @torch.no_grad()
 def rounding(network, given, own):
     """How far its own outputs move by rounding alone."""
-    return max(map(distance, own, outputs(network(given[0] * (1 + 4e-16), *given[1:]))))
+    others = (outputs(network(given[0] * (1 + by), *given[1:])) for by in (4e-16, -4e-16, 1e-15, -1e-15))
+    return max(distance(y, other) for moved in others for y, other in zip(own, moved))
 
 
 def check_packed(parts, given, own):

@@ -63,7 +63,6 @@ READ = [
     ("experiment: ''", ""),
     ("baseline: true", True),
     ("update_bn: false", False),
-    ("resume: auto", "auto"),
     ("validation_batch_size: null", None),
     ("hflip: null", 0.5),
 ]
