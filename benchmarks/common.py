@@ -4,7 +4,7 @@ import csv
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +31,16 @@ def commit() -> str:
         return ""
     words = ["git", "describe", "--always", "--dirty"]
     return subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+
+
+def add_row(path: Path, key: dict[str, str], measure: Callable[[], dict], origin: dict[str, str]) -> None:
+    """Measure a row and write the table with it, unless it has one of this key."""
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    if any(key.items() <= row.items() for row in rows):
+        return
+    rows.append({**key, **measure(), **origin})
+    print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if v), flush=True)
+    write_table(path, rows, list(rows[-1]))
 
 
 def write_table(path: Path, rows: Iterable[dict], fields: Sequence[str]) -> None:

@@ -11,11 +11,11 @@ that won nowhere and are gone; the commits in their rows have them.
 """
 
 import argparse
-import csv
 import tempfile
+from functools import partial
 from pathlib import Path
 
-from common import provenance, write_table
+from common import add_row, provenance
 from shared_parts import trained
 
 import timm_dd
@@ -88,7 +88,7 @@ def row(which: str, variant: str, seed: int, data_dir: str | None, kept: Path) -
     mean = sum(found["parts"]) / len(found["parts"])
     figures = {"parts": mean, **{k: found.get(k) for k in FIGURES}}
     said = {k: f"{v:.2f}" if v is not None else "" for k, v in figures.items()}
-    return {"set": which, "variant": variant, "seed": str(seed), **said, "cost": f"{cost(args):.2f}"}
+    return {**said, "cost": f"{cost(args):.2f}"}
 
 
 def cost(args: argparse.Namespace) -> float:
@@ -117,12 +117,8 @@ def main() -> None:
     origin = provenance()
     for seed in args.seeds:
         for variant in args.variants:
-            table = list(csv.DictReader(args.table.open())) if args.table.exists() else []
-            if any((r["set"], r["variant"], r["seed"]) == (args.set, variant, str(seed)) for r in table):
-                continue
-            table.append({**row(args.set, variant, seed, args.data_dir, args.kept), **origin})
-            print("  ".join(f"{k} {v}" for k, v in table[-1].items()), flush=True)
-            write_table(args.table, table, list(table[-1]))
+            key = {"set": args.set, "variant": variant, "seed": str(seed)}
+            add_row(args.table, key, partial(row, args.set, variant, seed, args.data_dir, args.kept), origin)
 
 
 if __name__ == "__main__":

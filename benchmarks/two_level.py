@@ -14,14 +14,14 @@ images with one that learns from a fifth that the parts leave out.
 """
 
 import argparse
-import csv
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from common import provenance, write_table
+from common import add_row, provenance
 
 from timm_dd.train.run import train
 from timm_dd.train.settings import options
@@ -163,13 +163,8 @@ def main() -> None:
         for row in ROWS[args.set]:
             if args.networks and row.network not in args.networks:
                 continue
-            rows = list(csv.DictReader(args.table.open())) if args.table.exists() else []
             key = dict(zip(KEY, (args.set, row.table, row.network, row.boxes, *size, str(seed))))
-            if any(key.items() <= r.items() for r in rows):
-                continue
-            rows.append({**key, **measured(args.set, row, seed, args), **origin})
-            print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if v), flush=True)
-            write_table(args.table, rows, list(rows[-1]))
+            add_row(args.table, key, partial(measured, args.set, row, seed, args), origin)
 
 
 if __name__ == "__main__":

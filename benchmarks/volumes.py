@@ -10,16 +10,16 @@ whole shows. Local networks, dense network and the composed one train by plain l
 
 import argparse
 import copy
-import csv
 import time
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from common import provenance, write_table
+from common import add_row, provenance
 from torch import nn
 from two_level import KEY, cells
 
@@ -126,17 +126,17 @@ def two_levels(
     yield tried("tuned", composed, x, seen)
 
 
-def measured(boxes: str, args: argparse.Namespace, sets: tuple[Images, Images], alone: tuple[float, float]) -> dict:
-    """A row of the table."""
+def measured(boxes: str, args: argparse.Namespace, sets: tuple[Images, Images], alone: Callable) -> dict:
+    """A row of the table; `alone` trains the whole network."""
     grid, overlap, paper = GRIDS[boxes]
     domain = Domain.grid(*grid, overlap=overlap)
     found = [*two_levels(domain, *sets, args)]
     of_parts = [top1 for name, top1, _ in found if name == "part"]
     ours = {name: top1 for name, top1, _ in found} | {
-        "global": alone[0], "avg": sum(of_parts) / len(of_parts), "min": min(of_parts), "max": max(of_parts)
+        "global": alone()[0], "avg": sum(of_parts) / len(of_parts), "min": min(of_parts), "max": max(of_parts)
     }  # fmt: skip
     took = {name: seconds for name, _, seconds in found} | {
-        "global": alone[1], "parts": sum(seconds for name, _, seconds in found if name == "part")
+        "global": alone()[1], "parts": sum(seconds for name, _, seconds in found if name == "part")
     }  # fmt: skip
     parts = timm_dd.split(NETWORK, domain.parts, domain=domain, **OPTIONS)
     sizes = (domain.parts, *COARSE["widths"], 1)
@@ -154,18 +154,13 @@ def main() -> None:
     parser.add_argument("--boxes", nargs="+", default=list(GRIDS), choices=GRIDS)
     parser.add_argument("--table", type=Path, default=Path(__file__).with_name("two_level.csv"), metavar="CSV")
     args = parser.parse_args()
-    origin, alone = provenance(), None
+    origin = provenance()
     sets = draw(args.images, args.seed), draw(args.validation, args.seed + 1000)
+    alone = cache(partial(whole, *sets, args))
     for boxes in args.boxes:
-        rows = list(csv.DictReader(args.table.open())) if args.table.exists() else []
         size = (str(args.images), str(args.epochs), str(args.seed))
         key = dict(zip(KEY, ("volumes", "Table 10", NETWORK, boxes, *size)))
-        if any(key.items() <= r.items() for r in rows):
-            continue
-        alone = alone or whole(*sets, args)
-        rows.append({**key, **measured(boxes, args, sets, alone), **origin})
-        print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if v), flush=True)
-        write_table(args.table, rows, list(rows[-1]))
+        add_row(args.table, key, partial(measured, boxes, args, sets, alone), origin)
 
 
 if __name__ == "__main__":

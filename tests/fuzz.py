@@ -184,13 +184,13 @@ def lie_in_a_part(folder: Path, r: random.Random) -> None:
 
 
 def lie_in_a_two_level_json(folder: Path, r: random.Random) -> None:
-    path = folder / two_level.ABOUT
+    path = folder / two_level.TWO_LEVEL
     path.write_text(dump(lie(json.loads(path.read_text()), r), r))
 
 
 def lie_in_a_coarse_net(folder: Path, r: random.Random) -> None:
     """With a checksum that fits, in two_level.json too."""
-    path, about = folder / two_level.COARSE, folder / two_level.ABOUT
+    path, about = folder / two_level.COARSE, folder / two_level.TWO_LEVEL
     head, data = header(path)
     seal(path, lie(head, r), data, r)
     try:

@@ -45,6 +45,11 @@ def number(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number, and finite."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def printable(text: str) -> str:
     """The same, with escapes for bytes of a file's name that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -113,9 +113,9 @@ def _gather(folder: Path, repo: str) -> tuple[dict[str, Path], dict[str, bytes]]
     """The files of a repository by their names in it, and what others hold: its card is the folder's ``README.md``,
     with the images beside it, or one of ours."""
     made: dict[str, bytes] = {}
-    if (folder / two_level.ABOUT).exists():
+    if (folder / files.TWO_LEVEL).exists():
         about, found = two_level.gather(folder)
-        made[two_level.ABOUT] = about.encode()
+        made[files.TWO_LEVEL] = about.encode()
         own = card.of_two_level(repo, folder)
     elif (folder / files.PLAN).exists():
         with files.PartsFolder(folder) as parts:

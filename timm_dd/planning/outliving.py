@@ -7,7 +7,6 @@ find there later what it put there itself, or nothing.
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 from collections.abc import Iterable
 from types import CellType, FrameType, ModuleType
@@ -15,11 +14,11 @@ from types import CellType, FrameType, ModuleType
 DEPTH = 4  # of what holds them: a tuple in a list in a dict
 
 
-def forget(left: Iterable[weakref.ref], depth: int = DEPTH) -> None:
+def forget(left: Iterable[weakref.ref]) -> None:
     """Take what is left of these out of whatever holds it."""
     values = [value for ref in left if (value := ref()) is not None]
     if values:
-        _forget(values, depth)
+        _forget(values, DEPTH)
 
 
 def _forget(values: list, depth: int) -> None:
@@ -39,7 +38,6 @@ def _forget(values: list, depth: int) -> None:
             several.append(holder)
         elif hasattr(holder, "__dict__") and not isinstance(holder, type):
             _clear(vars(holder), found, delete=False)
-    del holder
     if several and depth > 1:
         _forget(several, depth - 1)
 
@@ -56,5 +54,5 @@ def _clear(names: dict, found: set[int], delete: bool) -> None:
 
 def _is_namespace(names: dict) -> bool:
     """Whether these are the names of a module, of a class or of an object."""
-    holders = (holder for holder in gc.get_referrers(names) if holder is not sys._getframe())
+    holders = gc.get_referrers(names)
     return any(isinstance(h, (ModuleType, type)) or getattr(h, "__dict__", None) is names for h in holders)

@@ -16,8 +16,9 @@ from ..errors import ReportError, headline, looking_into
 from ..planning.plan import Plan
 from ..storage import files
 from ..storage.tensorfile import READ_ERRORS, TensorFile
+from ..text import is_number
 from ..two_level.aggregate import TOGETHER
-from ..two_level.files import ABOUT, describe
+from ..two_level.files import describe
 
 COLUMNS = {"epoch": "epoch", "train_loss": "loss", "eval_top1": "top1", "seconds": "seconds"}  # of summary.csv
 NUMBERS = {"coarse_epochs", "cycles"}  # of the options that a report reads
@@ -104,7 +105,7 @@ def _read(folder: Path) -> Record:
         raise ReportError(f"no folder {folder}; expected a run's folder, parts, or a composed model")
     args = _yaml(folder / "args.yaml")
     own = next((p for p in (folder / "parts", folder) if (p / files.PLAN).is_file() and _has_parts(p)), None)
-    two = next((p for p in (folder / "two-level", folder) if (p / ABOUT).is_file()), None)
+    two = next((p for p in (folder / "two-level", folder) if (p / files.TWO_LEVEL).is_file()), None)
     if own is None and two is not None:
         own = describe(two)[1].parts
     described = next((p for p in (folder, own) if p is not None and (p / files.PLAN).is_file()), None)
@@ -242,7 +243,7 @@ def read_summary(path: Path, parts: int | None = None) -> dict[str, Any]:
         numbers += [seconds["two_level" if how == "dnn" else how] for how in ("dnn", *TOGETHER) if how in two]
         numbers += [seconds[name] for name in ("joint", "baseline") if name in found]
         numbers += _known(found.get("top5", {}), len(found["parts"]))
-        if not all(map(_is_number, numbers)) or type(found.get("best_epoch", 0)) is not int:
+        if not all(map(is_number, numbers)) or type(found.get("best_epoch", 0)) is not int:
             raise ValueError("a stage has no number")
         if not len(found["parts"]) == len(macs["parts"]) == (len(found["parts"]) if parts is None else parts):
             raise ValueError(f"not the figures of {parts or len(found['parts'])} parts")
@@ -258,10 +259,6 @@ def _known(top5: Mapping[str, Any], parts: int) -> list[Any]:
     if len(top5.get("parts", range(parts))) != parts:
         raise ValueError(f"not the figures of {parts} parts")
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 class _readable:

@@ -15,6 +15,7 @@ from timm.data.transforms import str_to_interp_mode
 from .. import models
 from ..errors import MergeError, headline, shown
 from ..machine import memory
+from ..text import is_number
 from .files import CONFIG, MODEL, reading
 from .tensorfile import TensorFile
 
@@ -117,11 +118,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _are_numbers(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(_is_number, value))
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, (list, tuple)) and all(map(is_number, value))
 
 
 def _is_interpolation(value: Any) -> bool:
@@ -135,5 +132,5 @@ IMAGES: Mapping[str, Callable[[Any], bool]] = {  # what timm reads of a `pretrai
     "mean": _are_numbers,
     "std": lambda value: _are_numbers(value) and min(value) > 0,
     "interpolation": _is_interpolation,
-    "crop_pct": lambda value: _is_number(value) and value >= 0.1,  # of the image's side before it is cropped
+    "crop_pct": lambda value: is_number(value) and value >= 0.1,  # of the image's side before it is cropped
 }

@@ -31,8 +31,8 @@ from ..version import __version__
 from .aggregate import TOGETHER, CoarseNet, check_coarse, check_how, check_names
 
 FORMAT = 1
-ABOUT, COARSE = TWO_LEVEL, "coarse.safetensors"
-FILES = (ABOUT, COARSE)
+COARSE = "coarse.safetensors"
+FILES = (TWO_LEVEL, COARSE)
 LARGEST = 10 << 20  # bytes of two_level.json: names of classes
 ORIGIN = ("run", "stage", "epoch", "top1")
 STAGES = ("two_level", *TOGETHER)  # of a run, as its summary.json calls them
@@ -78,7 +78,7 @@ class Place:
 
     @property
     def about(self) -> Path:
-        return self.folder / ABOUT
+        return self.folder / TWO_LEVEL
 
 
 def save(
@@ -112,7 +112,7 @@ def save(
         if linked is not None:
             head["parts"] = os.path.relpath(linked, folder)
         text = json_text({**head, **asdict(about), **origin, "checksums": checksums})
-        aside(ABOUT).write_text(text, encoding="utf-8")
+        aside(TWO_LEVEL).write_text(text, encoding="utf-8")
 
 
 def describe(folder: str | Path) -> tuple[Description, Place]:
@@ -121,9 +121,9 @@ def describe(folder: str | Path) -> tuple[Description, Place]:
     Raises:
         MergeError: no such file, damaged, or of another format.
     """
-    path = local(folder, ABOUT, COARSE, PLAN, ANY_PART) / ABOUT
+    path = local(folder, TWO_LEVEL, COARSE, PLAN, ANY_PART) / TWO_LEVEL
     if not is_file(path):
-        raise MergeError(f"no {ABOUT} in {folder}; expected a folder written by TwoLevel.save")
+        raise MergeError(f"no {TWO_LEVEL} in {folder}; expected a folder written by TwoLevel.save")
     with reading(path, _AGAIN):
         if path.stat().st_size > LARGEST:
             raise ValueError(f"more than {LARGEST:,} bytes")
@@ -178,7 +178,7 @@ def load_coarse(place: Place, coarse: nn.Module) -> dict[str, torch.Tensor]:
         found = {name: entry.shape for name, entry in file.tensors.items()}
         state, seal = file.state(), file.metadata.get(SEAL)
     if found != expected:
-        raise MergeError(f"{path} is of a coarse net of other sizes than {ABOUT} says; {_AGAIN}")
+        raise MergeError(f"{path} is of a coarse net of other sizes than {TWO_LEVEL} says; {_AGAIN}")
     if not sealed or seal != place.checksums.get(COARSE):
         raise MergeError(f"{path} is damaged or was changed: it has another checksum; {_AGAIN}")
     if infinite is not None:

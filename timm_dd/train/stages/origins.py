@@ -3,6 +3,7 @@ these files, so that none goes on, or is kept, beside parts that it does not com
 
 from __future__ import annotations
 
+import functools
 from hashlib import sha256
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def check(folder: RunFolder) -> None:
     versions do not say from which."""
     of_parts = [stage.part(k) for stage in folder.stages_of_parts for k in range(folder.args.parts)]
     for network in (*of_parts, *(folder.together / how for how in folder.args.together), folder.tuned):
-        before, now = checkpoints.start(network), start_of(folder, network)
-        if before is None or _may_be(before, now):
+        before = checkpoints.start(network)
+        if before is None or _may_be(before, now := start_of(folder, network)):
             continue
         what = " and ".join(dict.fromkeys(NAMES[name.split()[0]] for name in now))
         again = network.parent if network.parent == folder.joint.path else network
@@ -50,7 +51,13 @@ def _model_before(folder: RunFolder) -> Start:
     if folder.cycle == 1:
         return {}
     path = folder.root if folder.cycle == 2 else folder.root / f"cycle-{folder.cycle - 1}"
-    return {"last": sha256((path / "global" / "last" / files.MODEL).read_bytes()).hexdigest()}
+    model = path / "global" / "last" / files.MODEL
+    return {"last": _digest(model, model.stat().st_mtime_ns)}
+
+
+@functools.lru_cache(maxsize=1)  # every network of a cycle asks
+def _digest(path: Path, changed: int) -> str:
+    return sha256(path.read_bytes()).hexdigest()
 
 
 def _may_be(before: Start, now: Start) -> bool:
