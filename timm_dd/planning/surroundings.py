@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
+from torch.utils import checkpoint
 
 from ..compat import tree_leaves
 from ..errors import SplitError
@@ -178,7 +179,8 @@ def _backward_passes_are_kept() -> Iterator[None]:
     original = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if any(issubclass(type(a), fx.Proxy) for a in tree_leaves((args, kwargs))):
+        is_own = cls.__module__ != checkpoint.__name__  # which has the backward pass of what it runs
+        if is_own and any(issubclass(type(a), fx.Proxy) for a in tree_leaves((args, kwargs))):
             raise SplitError(
                 f"{cls.__name__} at {line_here()} has a backward pass of its own, of whose channels nothing is known; "
                 "call it in a module that has a rule (docs/adding-a-rule.md), or write it in torch's operations"
