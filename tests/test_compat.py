@@ -1,13 +1,17 @@
 """Private interfaces of torch and timm: that they are there, and do what the package relies on."""
 
 import ast
+import pickle
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from conftest import RELATIVE, images, shake, sum_error
+from torch import nn
 
+import timm_dd
 from timm_dd import compat
 
 PACKAGE = Path(compat.__file__).parent
@@ -51,6 +55,32 @@ def test_a_mode_sees_every_operation():
     assert isinstance(torch.ops.aten.mm.default, compat.OpOverload) and torch.ops.aten.t.default.is_view
     x + x
     assert len(names.seen) == 2
+
+
+class Named(nn.Module):
+    """A module and a parameter have names that Python keeps for itself."""
+
+    def __init__(self):
+        super().__init__()
+        layers = {"in": nn.Conv2d(3, 8, 3), 'a "b"\n': nn.Conv2d(8, 8, 3)}
+        self.layers, self.head = nn.ModuleDict(layers), nn.Linear(8, 5)
+        self.register_parameter("lambda", nn.Parameter(torch.rand(8, 1, 1)))
+
+    def forward(self, x):
+        for layer in self.layers.values():
+            x = layer(x).relu()
+        return self.head((x * getattr(self, "lambda")).mean((2, 3)))
+
+
+def test_modules_have_any_name():
+    x = images(2, 3, 9, 9)
+    parts = shake(timm_dd.split(Named(), 2, domain=timm_dd.Domain.full(2), example_input=x.float()))
+    assert parts.plan.exact and list(parts[0].state_dict()) == list(Named().state_dict())
+    assert sum_error(parts, timm_dd.merge(parts), x) <= RELATIVE
+    packed = parts.packed()(torch.stack((x, x)))
+    for of_part, part, copied in zip(packed, parts, pickle.loads(pickle.dumps(list(parts)))):
+        torch.testing.assert_close(of_part, part(x))
+        assert torch.equal(copied(x), part(x))
 
 
 @pytest.mark.parametrize("size", [[3, 64, 64], [3, 128, 96]])

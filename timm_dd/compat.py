@@ -6,6 +6,7 @@ Who moves to a new torch or timm looks here. Nothing else in the package imports
 from __future__ import annotations
 
 import json
+import keyword
 import signal
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._ops import OpOverload
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torch.nn.modules.conv import _ConvNd
@@ -43,6 +44,7 @@ __all__ = [
     "foreach_norm",
     "has_vmap_rule",
     "let_einops_take",
+    "let_fx_name_all",
     "overflows",
     "register_pytree_node",
     "storage_key",
@@ -89,6 +91,19 @@ def let_einops_take(*kinds: type) -> None:
         backends = sys.modules["einops._backends"]
         for kind in kinds:
             backends._type2backend[kind] = backends.get_backend(torch.empty(0))
+
+
+def let_fx_name_all() -> None:
+    """From here on the code of torch.fx's graphs has ``getattr(m, "in")`` for ``m.in``, as it has for ``m.0``: an
+    `nn.ModuleDict` takes any name."""
+
+    def format_target(base: str, target: str) -> str:
+        for name in target.split("."):
+            plain = name.isidentifier() and not keyword.iskeyword(name)
+            base = f"{base}.{name}" if plain else f"getattr({base}, {name!r})"
+        return base
+
+    fx.graph._format_target = format_target  # type: ignore[attr-defined]
 
 
 def end_with_parent() -> None:

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..compat import let_fx_name_all
 from ..errors import SplitError, headline
 from .inputs import Inputs
 from .meta import AsOnCPU
+
+let_fx_name_all()
 
 MAKERS = {
     torch.arange, torch.zeros, torch.ones, torch.empty, torch.full, torch.linspace, torch.tensor, torch.eye, torch.rand,
