@@ -4,6 +4,8 @@ A row is a small network around one operation, with what the plan has to say of 
 oracle is the merged network itself: exact means F(x) = sum_k F_k(x) to 1e-9 in float64, approximate that this fails.
 """
 
+from types import MethodType
+
 import pytest
 import timm.layers as tl
 import torch
@@ -1374,10 +1376,32 @@ def test_what_is_replaced_on_a_module_has_no_rule(module):
     module.flatten_parameters = module._check_input_dim = lambda *args: None  # give no tensors
     assert has_rule(module)
     module.forward = lambda x: x.softmax(1)
-    with pytest.raises(SplitError, match=r"(Conv2d|BatchNorm2d|GRU) 2 .*replaced on this module"):
-        timm_dd.split(net(module), 2, domain=Domain.full(2), example_input=torch.empty(1, 3, 9, 9))
+    assert not has_rule(module)
+    parts = timm_dd.split(net(module), 2, domain=Domain.full(2), example_input=torch.empty(1, 3, 9, 9))
+    assert [node for node, *_ in parts.plan.approximations] == ["softmax"]
     del module.forward
     assert has_rule(module)
+
+
+def circular(self, x, weight, bias):
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+
+def doubled(self, x):
+    return 2 * F.conv2d(x, self.weight, self.bias, padding=1)
+
+
+@pytest.mark.parametrize("name, method", [("_conv_forward", circular), ("forward", doubled)])
+def test_methods_replaced_on_a_module_are_traced_through(name, method):
+    """Of the parts and of the merged model."""
+    model, x = net(conv(12, 12, 3, padding=1)), images(2, 3, 9, 9)
+    setattr(model[2], name, MethodType(method, model[2]))
+    parts = shake(timm_dd.split(model, 3, domain=Domain.full(3), example_input=x.float()))
+    assert parts.plan.exact and parts[0].state_dict()["2.weight"].shape == (4, 4, 3, 3)
+    merged = timm_dd.merge(parts)
+    assert sum_error(parts, merged, x) <= RELATIVE
+    delattr(merged[2], name)
+    assert sum_error(parts, merged, x) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,10 @@ class _Reader:
             made = [op.result([None] * t.ndim, pointwise, *values) for t in leaves(op.out)]
             return made[0] if isinstance(op.out, torch.Tensor) else tuple(made)
         if found is None:
-            raise _without_rule(op)
+            raise SplitError(
+                f"{op.where()} has no rule, so nothing is known of its channels; "
+                "leave this operation out of the model, or add a rule in timm_dd/planning/rules"
+            )
         return bind(found, op, args, kwargs)
 
     def _input(self, op: Op, like: Any, tensor: Any) -> Any:
@@ -235,18 +238,6 @@ class _Reader:
                         f"{value.op.where()}: of a box of {image.at[i].shape[dim]} pixels comes an output of "
                         f"{value.at[i].shape[dim]}; use boxes whose sizes the strides divide"
                     )
-
-
-def _without_rule(op: Op) -> SplitError:
-    if type(op.module) in RULES:
-        return op.refuse(
-            "its forward, or what that calls, was replaced on this module, so nothing is known of its channels; write "
-            f"a class of its own, derived from {op.name}, which is traced through"
-        )
-    return SplitError(
-        f"{op.where()} has no rule, so nothing is known of its channels; "
-        "leave this operation out of the model, or add a rule in timm_dd/planning/rules"
-    )
 
 
 def _is_of_no_channels(op: Op, args: tuple, kwargs: dict) -> bool:

@@ -69,7 +69,9 @@ class Tracer(fx.Tracer):
         self.failed: str | None = None  # why sizes are not known
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        return self._is_leaf(m) or modes.is_training_only(m) or super().is_leaf_module(m, qualified_name)
+        if self._is_leaf(m) or modes.is_training_only(m):
+            return True
+        return super().is_leaf_module(m, qualified_name) and not _has_methods(m)
 
     def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple:
         """The forward as a function of the model alone, on a placeholder for each argument that holds tensors; tuples,
@@ -234,6 +236,11 @@ class Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
         return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def _has_methods(module: nn.Module) -> bool:
+    """Whether methods were replaced on the module itself, which is then no layer of torch's."""
+    return any(callable(value) and hasattr(type(module), name) for name, value in vars(module).items())
 
 
 def _forget_attributes(model: nn.Module) -> None:
