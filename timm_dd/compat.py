@@ -103,7 +103,7 @@ def let_fx_name_all() -> None:
             base = f"{base}.{name}" if plain else f"getattr({base}, {name!r})"
         return base
 
-    fx.graph._format_target = format_target  # type: ignore[attr-defined]
+    fx.graph._format_target = format_target
 
 
 def end_with_parent() -> None:
