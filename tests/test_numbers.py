@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,11 +62,16 @@ SCALES = {
     "the number of dims": lambda x: x - x.mean(tuple(range(2, x.ndim)), keepdim=True) * len(x.shape),
     "positions": lambda x: F.interpolate(x, size=(int(x.shape[2] * 1.5), int(x.shape[3] * 1.5))),
     "a branch": lambda x: x * 2 if x.shape[1] > 5 else x,
-    "a whole shape": lambda x: x.flatten(2).tanh().view(x.shape),
+    "a whole shape": lambda x: x.flatten(2).tanh().view(x.shape) + x,
+    "a shape in a call": lambda x: x.flatten(1).reshape(shape=x.size()).tanh() + x,
     "a text": lambda x: x * {"c 12": 2.0}.get(f"c {x.shape[1]}", 3.0),
     "a quotient and a rest": lambda x: x * divmod(x.shape[1], 5)[0] + divmod(100, x.shape[1])[1],
     "rounded": lambda x: x * round(x.shape[1] / 5) * round(x.shape[1] / 7, 2),
     "a list repeated": lambda x: torch.cat([x] * (x.shape[1] // 4), 1)[:, :12] + sum((2 * x.ndim // 8) * [x]),
+    "NumPy's product": lambda x: x / np.prod(x.shape[1:]) + x.view(*x.size()[:2], np.prod(x.size()[2:])).view(x.shape),
+    "NumPy's root": lambda x: x / np.sqrt(x.shape[1]) * np.power(x.shape[1], 0.25) * np.max(x.size()[2:]),
+    "NumPy's numbers": lambda x: (np.float32(0.5) * x).sum(np.int64(2), True) * (np.int64(2) * x.shape[1]) + x,
+    "an array": lambda x: x * (np.array(x.shape[1:]) // 2)[0] + (np.asarray(x.shape[2:]) - 1).prod(),
     "a count as a size": lambda x: x.view(x.numel() // 81, 81).view(x.shape).tanh(),
 }
 
@@ -87,6 +93,20 @@ def test_numbers_of_shapes_on_boxes(name):
     for k, crop in enumerate(parts.crops(x)):
         alone = timm_dd.split(model, 2, domain=Domain.full(2), example_input=crop).eval()[k]
         assert torch.equal(parts[k](crop), alone(crop))
+
+
+def test_widths_and_groups_of_numpy_are_numbers(tmp_path):
+    a, b, groups = np.array([12, 24, 4])
+    layers = [nn.Conv2d(3, a, 3), nn.GroupNorm(groups, a), nn.Conv2d(a, b, 3, np.int64(2), groups=groups)]
+    model = nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(np.int64(1)), nn.Linear(b, 5))
+    x = images(2, 3, 9, 9)
+    parts = shake(timm_dd.split(model, 2, domain=Domain.full(2), example_input=x.float()))
+    assert parts.plan.exact and parts[0].get_submodule("2").groups == 2
+    assert sum_error(parts, timm_dd.merge(parts), x) <= RELATIVE
+    assert Plan.from_json(json.loads(json.dumps(parts.plan.to_json()))) == parts.plan
+    of_timm = timm_dd.split("resnet10t", 2, num_classes=np.int64(7), drop_rate=np.float32(0.5))
+    of_timm.save(tmp_path)
+    assert timm_dd.merge(timm_dd.Parts.load(tmp_path)).num_classes == 7
 
 
 @pytest.mark.parametrize(

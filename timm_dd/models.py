@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from torch import nn
 
-from .compat import timm_config
+from .compat import timm_config, tree_map_only
 from .errors import MergeError, SplitError, headline, shown
 
 FAILURES = (  # of a model's constructor, whatever it makes of its arguments
@@ -85,8 +86,9 @@ def load(folder: Path) -> nn.Module:
 
 def registered(name: str, model: nn.Module, args: dict) -> tuple[str, dict]:
     """The name and arguments by which any timm makes `model` again, whatever its weights: for ``local-dir:`` and
-    ``hf-hub:`` those that are written there."""
+    ``hf-hub:`` those that are written there; NumPy's numbers as Python's, which JSON has."""
     kept = {key: value for key, value in args.items() if key not in OF_WEIGHTS}
+    kept = tree_map_only(np.generic, np.generic.item, kept)
     if any(key in args for key in CFGS):  # which may say these too
         kept = {"num_classes": getattr(model, "num_classes", 0), "in_chans": input_size(model)[0], **kept}
     if timm.is_model(name):

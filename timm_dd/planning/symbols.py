@@ -7,6 +7,7 @@ an ``is`` no object can answer, and as a key of a dict, which may outlive the tr
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from opcode import opmap
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
+from ..compat import tree_map_only
 from .memory import IN_PLACE
 
 ASKING = {opmap[name] for name in ("LOAD_ATTR", "MATCH_CLASS")}
@@ -111,6 +114,19 @@ class Known(fx.Proxy):
     def __rmul__(self, other: Any) -> Any:
         return other * int(self) if isinstance(other, (list, tuple)) else super().__rmul__(other)
 
+    def __array_function__(self, function: Callable, types: Any, args: tuple, kwargs: dict) -> Any:
+        """What NumPy's ``prod`` and its kin find of a size, of the numbers in it."""
+        if not issubclass(self._class(), tuple):
+            return NotImplemented
+        args, kwargs = tree_map_only(Known, tuple, (args, kwargs))
+        return function(*args, **kwargs)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        """What a function of NumPy finds of a number is what `math`'s or the operator finds."""
+        if hasattr(math, ufunc.__name__) and method == "__call__" and len(inputs) == 1:
+            return getattr(math, ufunc.__name__)(self)
+        return getattr(ufunc, method)(*map(_as_object, inputs), **kwargs)
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", assign_, (self, index, value), {})
 
@@ -131,6 +147,15 @@ for augmented in IN_PLACE:
 
 class KnownAttribute(fx.proxy.Attribute, Known):
     """An attribute of `Known`, which becomes a node where it is not called."""
+
+
+def _as_object(value: Any) -> Any:
+    """A symbol as an array of it, so that NumPy does not look into it."""
+    if not issubclass(type(value), Known):
+        return value
+    array = np.empty((), object)
+    array[()] = value
+    return array
 
 
 def has_history(t: torch.Tensor) -> bool:

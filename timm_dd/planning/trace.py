@@ -12,13 +12,14 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import checkpoint
 
-from ..compat import WeightNorm, let_einops_take
+from ..compat import WeightNorm, let_einops_take, tree_map_only
 from ..errors import SplitError, headline
 from . import modes
 from .graphs import (
@@ -66,6 +67,7 @@ def trace(
     _inputs_first(graph, model)
     chain_in_place(graph, model, tracer.example)
     _chunk_as_pieces(graph)
+    _numbers_of_python(graph, model)
     _dropout_as_modules(graph, model)
     _constants_as_buffers(graph, model)
     gm = graph_module(model, graph, type(model).__name__)
@@ -240,6 +242,14 @@ def _chunk_as_pieces(graph: fx.Graph) -> None:
             node.op, node.target = "call_function", chunk_or_split
             node.args = tuple(_argument(node, i, name, 0) for i, name in enumerate(("input", "chunks", "dim")))
             node.kwargs = {}
+
+
+def _numbers_of_python(graph: fx.Graph, model: nn.Module) -> None:
+    """Widths and groups that were computed with NumPy, as rules and plan.json know numbers."""
+    for node in graph.find_nodes(op="call_module"):
+        for module in model.get_submodule(node.target).modules():
+            given = {name: v for name, v in vars(module).items() if isinstance(v, (np.generic, tuple, list))}
+            vars(module).update(tree_map_only(np.generic, np.generic.item, given))
 
 
 def _dropout_as_modules(graph: fx.Graph, model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from timm.layers import get_notrace_functions
 from torch import fx, nn
@@ -137,7 +138,9 @@ class Tracer(fx.Tracer):
             return otherwise
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)  # before it is taken for a tensor
+        if issubclass(type(a), fx.Proxy):  # before it is taken for a tensor
+            return a.node
+        return super().create_arg(a.item() if isinstance(a, np.generic) else a)
 
     def _value(self, node: fx.Node) -> Any:
         """At the image's size, on the meta device."""

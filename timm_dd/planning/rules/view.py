@@ -91,10 +91,10 @@ def reshape_as(op: Op, x: Value, other: Value) -> Value:
 def reshape(op: Op, x: Value, *shape, **kwargs) -> Value:
     """Sizes that count channels or positions become the part's; -1 and the batch stay."""
     value = _view(op, x)
-    if len(op.node.all_input_nodes) > 2:  # the graph computes more than the batch: right at any image size
-        op.resize = lambda t, *sizes, **named: t.reshape(*sizes, **named)
     given = [kwargs["shape"]] if "shape" in kwargs else shape
     like = shaped_as(op, op.argument(1, "shape"))
+    if like is not None or len(op.node.all_input_nodes) > 2:  # more than the batch is computed: right at any image size
+        op.resize = lambda t, *sizes, **named: t.reshape(*sizes, **named)
     if like is not None:
         _match_sizes(op, value, like)
     for dim, (size, where) in enumerate(op.listed(given, keyword="shape")):
