@@ -168,4 +168,5 @@ def of_run(folder: Path) -> Path:
 
 def gives_features(model: nn.Module) -> bool:
     """Whether the outputs are features: a model without classes, or one of timm's ``features_only``."""
-    return getattr(model, "num_classes", 0 if hasattr(model, "feature_info") else None) == 0
+    classes = getattr(model, "num_classes", 0 if hasattr(model, "feature_info") else None)
+    return isinstance(classes, int) and classes <= 0  # as timm takes it

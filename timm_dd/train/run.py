@@ -215,7 +215,8 @@ class Run:
             if self.sharing.keeps:
                 self.folder.open(self.parts.plan, self.begun)
             if self.ranks.primary:
-                print(_title(self), *left_out(self.train_set, self.val_set), sep="\n", flush=True)
+                bad = [f"left out: {why}" for why in left_out(self.train_set, self.val_set)]
+                print(_title(self), *bad, sep="\n", flush=True)
             summary = {} if self.over else self._through(sets)
         if summary:
             self.meeting.gate()  # the next cycle reads what the first rank wrote

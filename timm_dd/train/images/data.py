@@ -27,7 +27,7 @@ from ...text import printable
 from ..settings import options
 from . import workers
 from .classes import of_file
-from .readable import Chosen, Images, Readable, check_folders
+from .readable import Chosen, Images, Readable, check_folders, left_out
 
 SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "valid", "eval", "test")}
 
@@ -90,16 +90,22 @@ def datasets(args: argparse.Namespace, world: int = 1) -> tuple[Dataset, Dataset
     if args.val_num_samples:
         val = First(val, args.val_num_samples, args.seed)
     if args.skip_bad_images is not None:
-        train, val = (_readable(args, s) for s in (train, val))
+        train, val = _readable(args, train, val)
     _check_enough(args, len(train), len(val), world)
     return train, val, classes
 
 
-def _readable(args: argparse.Namespace, dataset: Dataset) -> Dataset:
-    """Without the images that cannot be read; a stream's reader goes its own way."""
-    if isinstance(dataset, IterableDataset):
-        return dataset
-    return Readable(dataset, args.skip_bad_images, args.workers)
+def _readable(args: argparse.Namespace, *sets: Dataset) -> list[Dataset]:
+    """Without the images that cannot be read; a stream's reader goes its own way.
+
+    Raises:
+        TrainError: there are more of them than --skip-bad-images allows.
+    """
+    found = [s if isinstance(s, IterableDataset) else Readable(s, args.workers) for s in sets]
+    bad, limit = left_out(*found), args.skip_bad_images
+    if limit != "all" and len(bad) > limit:
+        raise TrainError(f"{len(bad)} images cannot be read, more than --skip-bad-images {limit}; the first: {bad[0]}")
+    return found
 
 
 def _check_enough(args: argparse.Namespace, train: int, val: int, world: int) -> None:

@@ -122,31 +122,22 @@ class Readable(Chosen):
     """The images of a data set but for those that cannot be read, after each was tried.
 
     Args:
-        limit: of images that are left out; "all": any number.
         workers: processes that read; 0: this one.
 
     Attributes:
         left_out: why, of each that is.
-
-    Raises:
-        ImageError: there are more.
     """
 
-    def __init__(self, dataset: Dataset, limit: int | str, workers: int):
+    def __init__(self, dataset: Dataset, workers: int):
         loader = each(_Tried(dataset), BATCH, list, workers)
         said = [why for batch in tqdm(loader, desc="reading", leave=False, disable=None) for why in batch]
         super().__init__(dataset, [i for i, why in enumerate(said) if why is None])
         self.left_out = [why for why in said if why is not None]
-        if limit != "all" and len(self.left_out) > limit:
-            raise ImageError(
-                f"{len(self.left_out)} images cannot be read, more than --skip-bad-images {limit}; the first: "
-                f"{self.left_out[0]}"
-            )
 
 
 def left_out(*sets: Dataset) -> list[str]:
-    """A line for each image that is not in its set because it cannot be read."""
-    return [f"left out: {why}" for dataset in sets for why in getattr(dataset, "left_out", ())]
+    """Why, of each image that is not in its set because it cannot be read."""
+    return [why for dataset in sets for why in getattr(dataset, "left_out", ())]
 
 
 class _Tried(Dataset):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ... import models
+from ...errors import TrainError
 from ..settings import options
 from .capture import has_graphs
 
@@ -36,6 +37,8 @@ class Layered(nn.Module):
     def __init__(self, part: nn.Module, args: argparse.Namespace):
         super().__init__()
         whole = models.create_empty(args.model, **options.model_arguments(args, args.num_classes))
+        if not hasattr(whole, "group_matcher"):
+            raise TrainError(f"--layer-decay: {args.model} has no group_matcher, which numbers its layers; leave it out")
         self.group_matcher, self.no_weight_decay = whole.group_matcher, getattr(whole, "no_weight_decay", set)
         self.named_parameters = part.named_parameters  # type: ignore[method-assign]
 
