@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from opcode import opmap
 from types import FrameType
 from typing import Any
@@ -80,6 +80,9 @@ class Known(fx.Proxy):
     @property
     def grad_fn(self) -> Any:
         return KnownAttribute(self, "grad_fn") if self.tracer.decide(self.node, has_history) else None
+
+    def __iter__(self) -> Iterator:
+        return self.tracer.iter(self)  # fx's own keeps its frame, and all symbols in those around it, in a cycle
 
     def __len__(self) -> int:
         return self.tracer.decide(self.node, len)
