@@ -163,7 +163,7 @@ def _split_options(p: argparse.ArgumentParser) -> None:
     console.domain_options(p)
     p.add_argument("--width-divisor", type=int, metavar="D", help="divide widths by D instead of K; not to be merged")
     p.add_argument("--img-size", type=console.sizes, metavar="PX", help="pixels, or 192x168")
-    p.add_argument("--in-chans", type=console.positive, metavar="N", help="channels of the images, by default the model's")
+    p.add_argument("--in-chans", type=console.positive, metavar="N", help="channels, by default the model's")
     p.add_argument("--num-classes", type=int, metavar="N", help="by default the model's")
 
 

@@ -38,7 +38,7 @@ class Layered(nn.Module):
         super().__init__()
         whole = models.create_empty(args.model, **options.model_arguments(args, args.num_classes))
         if not hasattr(whole, "group_matcher"):
-            raise TrainError(f"--layer-decay: {args.model} has no group_matcher, which numbers its layers; leave it out")
+            raise TrainError(f"--layer-decay: {args.model} has no group_matcher, which tells layers; leave it out")
         self.group_matcher, self.no_weight_decay = whole.group_matcher, getattr(whole, "no_weight_decay", set)
         self.named_parameters = part.named_parameters  # type: ignore[method-assign]
 
