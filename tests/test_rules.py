@@ -79,6 +79,18 @@ class Drop(nn.Module):
         return F.dropout(x, 0.5, training=self.training)
 
 
+class StraightThrough(torch.autograd.Function):
+    """Bounds, of which the backward pass knows nothing."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
 class Noise(nn.Module):
     def forward(self, x):
         return x + torch.randn_like(x) if self.training else x
@@ -1065,6 +1077,8 @@ ROWS |= {
     "weight_norm of the classifier": row(
         lambda: net(tail=(nn.AdaptiveAvgPool2d(1), nn.Flatten(), weight_norm(nn.Linear(12, 5)))), "divides each row"
     ),
+    "autograd function": row(lambda: net(fn(StraightThrough.apply))),
+    "autograd function of the logits": row(lambda: nn.Sequential(net(), fn(StraightThrough.apply)), S),
     "checkpoint": row(lambda: net(fn(lambda x, c: checkpoint(c, x, use_reentrant=False), conv(12, 12, 1)))),
     "weights that keep zeros": row(
         lambda: net(Parameter(lambda x, p: F.conv2d(x, 2 * p.tanh() * (p.abs() > 0.6)), 12, 12, 3, 3))

@@ -101,19 +101,132 @@ def test_what_is_asked_and_listed_is_as_of_the_model(body):
     check_split(split(body))
 
 
-class Doubled(torch.autograd.Function):
+class Swish(torch.autograd.Function):
+    """Keeps its input alone for the backward pass."""
+
     @staticmethod
     def forward(ctx, x):
-        return 2 * x
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        s = ctx.saved_tensors[0].sigmoid()
+        return gradient * s * (1 + ctx.saved_tensors[0] * (1 - s))
+
+
+class Rounded(torch.autograd.Function):
+    """Straight through."""
+
+    @staticmethod
+    def forward(ctx, steps, x, by):
+        return (x * steps).round() / steps * by
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, gradient, None
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx, gradient):
         return -gradient
 
 
-def test_an_autograd_function_is_refused():
-    with pytest.raises(SplitError, match=r"Doubled at .*test_symbols.py:\d+ .* has a backward pass of its own"):
-        split(lambda net, x: Doubled.apply(x))
+class Clipped(Reversed):
+    """Of other channels in the backward pass alone."""
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / gradient.norm()
+
+
+class Centred(Reversed):
+    @staticmethod
+    def forward(ctx, x):
+        return x - x.mean(1, keepdim=True)
+
+
+class Written(Reversed):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(x, by=2.0):
+        return x * by
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.by = inputs[1]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / ctx.by, None
+
+
+def without_gradients(net, x):
+    with torch.no_grad():
+        y = Swish.apply(x)
+    return y + Swish.apply(x)
+
+
+swish = Swish.apply
+FUNCTIONS = {
+    "without gradients": without_gradients,
+    "held before": lambda net, x: swish(x),
+    "with a context of its own": lambda net, x: Scaled.apply(x) + Scaled.apply(x, 3.0),
+    "keeps its input": lambda net, x: Swish.apply(Swish.apply(x)),
+    "straight through": lambda net, x: Rounded.apply(4, x, 0.5),
+    "reversed": lambda net, x: Reversed.apply(x),
+    "of a constant": lambda net, x: x * Swish.apply(torch.ones(1)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_autograd_functions_of_each_element_keep_their_backward_pass(name):
+    """The parts' gradients are the merged model's inside the blocks, packed too."""
+    parts = split(FUNCTIONS[name])
+    check_split(parts)
+    x, merged = torch.randn(2, 3, 8, 8).double(), timm_dd.merge(parts).train()
+    merged(x).sum().backward()
+    packed = parts.train().packed()
+    packed(torch.stack([x, x])).sum().backward()
+    for k, part in enumerate(parts):
+        part(x).sum().backward()
+        own, block = part.conv.weight.grad, merged.conv.weight.grad[6 * k : 6 * (k + 1)]
+        torch.testing.assert_close(own, block)
+        torch.testing.assert_close(packed.get_parameter("conv.weight").grad[k], block)
+
+
+def test_a_reversed_gradient_of_logits():
+    """Linear in the forward pass: the sum of logits stays one."""
+    model = nn.Sequential(Net(lambda net, x: x), Calls(Reversed))
+    check_split(timm_dd.split(model, 2, domain=Domain.full(2), example_input=torch.empty(1, 3, 8, 8)))
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function.apply(x)
+
+
+@pytest.mark.parametrize("function", [Clipped, Centred, Written])
+def test_other_autograd_functions_are_refused(function):
+    with pytest.raises(
+        SplitError, match=rf"{function.__name__} at .*test_symbols.py:\d+ .* a backward pass of its own"
+    ):
+        split(lambda net, x: function.apply(x))
 
 
 def test_the_device_on_which_a_model_is_traced_is_refused():

@@ -10,8 +10,8 @@ import keyword
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ __all__ = [
     "foreach_lerp_",
     "foreach_mul_",
     "foreach_norm",
+    "grad_modes",
     "has_vmap_rule",
     "let_einops_take",
     "let_fx_name_all",
@@ -104,6 +105,24 @@ def let_fx_name_all() -> None:
         return base
 
     fx.graph._format_target = format_target
+
+
+@contextmanager
+def grad_modes(tell: Callable[[bool], None]) -> Iterator[None]:
+    """Here `tell` is called with whether gradients are computed, now and whenever Python changes it. C code changes it
+    too: in the forward of an autograd function they never are."""
+    original = torch._C._set_grad_enabled
+
+    def change(mode: bool) -> None:
+        original(mode)
+        tell(mode)
+
+    tell(torch.is_grad_enabled())
+    torch._C._set_grad_enabled = change  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch._C._set_grad_enabled = original
 
 
 def end_with_parent() -> None:

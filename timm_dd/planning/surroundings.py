@@ -11,10 +11,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
-from torch.utils import checkpoint
+from torch.autograd import Function
 
-from ..compat import tree_leaves
-from ..errors import SplitError
+from ..compat import grad_modes, tree_leaves
 from .graphs import MAKERS
 from .modes import line_here
 from .symbols import NOT_ASKING, KnownAttribute, Type, asks, is_callable, is_instance
@@ -27,14 +26,19 @@ class Asked(Protocol):
 
     Attributes:
         grads: whether gradients are computed.
+        with_grads: whether they are where the forward stands, in a block that switches them off or not.
         of_gradients: the line where a forward first asked that.
     """
 
     grads: bool
+    with_grads: bool
     of_gradients: str | None
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
         """The symbol of a tensor of the model."""
+
+    def call_own(self, function: type, args: tuple, kwargs: dict) -> Any:
+        """The symbol of what an autograd function gives."""
 
 
 @contextlib.contextmanager
@@ -47,7 +51,7 @@ def where_symbols_are_taken(tracer: Asked) -> Iterator[None]:
         _gradients_may_be_asked_for(tracer),
         _devices_may_be_named(),
         _tensors_may_be_listed(tracer),
-        _backward_passes_are_kept(),
+        _backward_passes_are_kept(tracer),
     ):
         yield
 
@@ -117,6 +121,9 @@ def _gradients_may_be_asked_for(tracer: Asked) -> Iterator[None]:
     """``torch.is_grad_enabled()`` of a forward, not of torch or of what traces, tells what `grads` says."""
     original = torch.is_grad_enabled
 
+    def tell(mode: bool) -> None:
+        tracer.with_grads = mode
+
     def is_grad_enabled() -> bool:
         if not asks():
             return original()
@@ -125,7 +132,8 @@ def _gradients_may_be_asked_for(tracer: Asked) -> Iterator[None]:
 
     torch.is_grad_enabled = is_grad_enabled
     try:
-        yield
+        with grad_modes(tell):
+            yield
     finally:
         torch.is_grad_enabled = original
 
@@ -174,21 +182,40 @@ def _devices_may_be_named() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _backward_passes_are_kept() -> Iterator[None]:
-    """An autograd function is an error, since what is recorded of it has another backward pass."""
-    original = vars(torch.autograd.Function)["apply"]
+def _backward_passes_are_kept(tracer: Asked) -> Iterator[None]:
+    """An autograd function is called by the graph, since what is recorded of its forward has another backward pass.
+    Its ``apply`` may be held anywhere, its forward is looked up on the class."""
 
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        is_own = cls.__module__ != checkpoint.__name__  # which has the backward pass of what it runs
-        if is_own and any(issubclass(type(a), fx.Proxy) for a in tree_leaves((args, kwargs))):
-            raise SplitError(
-                f"{cls.__name__} at {line_here()} has a backward pass of its own, of whose channels nothing is known; "
-                "call it in a module that has a rule (docs/adding-a-rule.md), or write it in torch's operations"
-            )
-        return original.__func__(cls, *args, **kwargs)
+    def asking(function: type[Function]) -> Callable:
+        original = function.forward
+        own = 1 if function.setup_context is Function.setup_context else 0  # the context comes first
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not any(issubclass(type(a), fx.Proxy) for a in tree_leaves((args, kwargs))):
+                return original(*args, **kwargs)
+            with_grads = tracer.with_grads  # of the block around; here, in the forward of a function, none are
+            with torch.set_grad_enabled(with_grads):
+                given = tracer.call_own(function, args[own:], kwargs)
+            tracer.with_grads = with_grads
+            return given
+
+        return forward
+
+    functions = [f for f in _derived(Function) if f.__module__.partition(".")[0] not in NOT_ASKING]
+    replaced = {f: vars(f).get("forward") for f in functions}
+    for function, forward in [(f, asking(f)) for f in functions]:
+        function.forward = staticmethod(forward)  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original
+        for function, before in replaced.items():
+            if before is None:
+                del function.forward
+            else:
+                function.forward = before
+
+
+def _derived(kind: type) -> list[type]:
+    """All classes that are, at first or at last, derived from one."""
+    return [c for direct in kind.__subclasses__() for c in (direct, *_derived(direct))]

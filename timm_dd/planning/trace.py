@@ -69,7 +69,7 @@ def trace(
     _chunk_as_pieces(graph)
     _numbers_of_python(graph, model)
     _dropout_as_modules(graph, model)
-    _constants_as_buffers(graph, model)
+    _additions(graph, model)
     gm = graph_module(model, graph, type(model).__name__)
     gm.batch, gm.inputs, gm.signature = batch, inputs, signature_of(model)
     return gm
@@ -269,14 +269,17 @@ def _dropout_as_modules(graph: fx.Graph, model: nn.Module) -> None:
             graph.erase_node(unused)
 
 
-def _constants_as_buffers(graph: fx.Graph, model: nn.Module) -> None:
-    """A tensor that is a plain attribute, or that the forward makes, becomes a buffer outside the state dict."""
+def _additions(graph: fx.Graph, model: nn.Module) -> None:
+    """A tensor that is a plain attribute, or that the forward makes, becomes a buffer outside the state dict; its own
+    functions become modules."""
     for node in graph.nodes:
         if node.op == "get_attr":
             path, _, leaf = node.target.rpartition(".")
             owner = model.get_submodule(path)
             if isinstance(owner.__dict__.get(leaf), torch.Tensor):
                 owner.register_buffer(leaf, owner.__dict__.pop(leaf), persistent=False)
+        elif node.op == "call_module" and node.target in vars(model):
+            model.add_module(node.target, vars(model).pop(node.target))
 
 
 def _argument(node: fx.Node, position: int, keyword: str, default: Any) -> Any:

@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from ..compat import Convolution
 from ..errors import SplitError
+from ..planning.functions import ElementwiseFunction
 from ..planning.graphs import BATCH_NORMS, CONTENTS, STAYS_IN_EVAL, Graph, copy_graph, graph_module
 from ..planning.memory import IN_PLACE, read_after
 from ..planning.modes import is_training_only
@@ -206,7 +207,7 @@ def _pack_modules(root: nn.Module, graph: fx.Graph, parts: int) -> None:
 
 def _kind(module: nn.Module) -> type[PackedModule]:
     counts = isinstance(module, BATCH_NORMS) and module.momentum is None  # a mean, by the value of its count
-    if counts or isinstance(module, (nn.RNNBase, nn.RReLU)) or is_training_only(module):
+    if counts or isinstance(module, (nn.RNNBase, nn.RReLU, ElementwiseFunction)) or is_training_only(module):
         return OneByOne
     if isinstance(module, (nn.Linear, Convolution)):
         return PackedConvolution if is_plain(module) else PackedLinearMap

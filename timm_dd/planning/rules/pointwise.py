@@ -13,6 +13,7 @@ from timm.layers import activations as ta
 from torch import fx, nn
 
 from ...algebra.widths import Axis, Width
+from ..functions import ElementwiseFunction
 from ..memory import overlaid
 from ..modes import detached
 from . import laws
@@ -54,6 +55,12 @@ def activation(op: Op, *args, **kwargs) -> Value:
     """Of one tensor; a power's exponent or a clamp's bound may be another."""
     values = (*args, *kwargs.values())
     return op.result(broadcast(op, *values), laws.keeping_zero(partial(gives_zero, op)), *values)
+
+
+@rule(ElementwiseFunction)
+def elementwise_function(op: Op, x: Value) -> Value:
+    """Of each element alone, or it would not be here."""
+    return op.result(x.axes, laws.linear, x) if op.module.is_linear(len(x.axes)) else activation(op, x)
 
 
 @rule(nn.PReLU, tl.PReLU)

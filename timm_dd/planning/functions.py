@@ -1,0 +1,71 @@
+"""Autograd functions of a model's own: where each element is by itself, forward and backward, a module of the graph
+calls them, so that parts have their backward pass.
+
+Memory-efficient activations, straight-through estimators and gradient reversal are such, which is found by value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.autograd import Function
+
+SIZES = (3, 4, 5, 6, 7)  # of the random tensor on which it is tried: no two alike
+SAME = 1e-9  # in float64, how near results are: loops for long rows round otherwise than those for short ones
+
+
+class ElementwiseFunction(nn.Module):
+    """A function of one tensor.
+
+    Args:
+        function: its class.
+        before, after: the other arguments, around the tensor.
+    """
+
+    def __init__(self, function: type[Function], before: tuple, after: tuple):
+        super().__init__()
+        self.function, self.before, self.after = function, before, after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function.apply(*self.before, x, *self.after)
+
+    def extra_repr(self) -> str:
+        return self.function.__name__
+
+    def is_elementwise(self, dims: int) -> bool:
+        """Whether, of tensors of so many dims, each slice by itself has the result and the gradient that it has in the
+        whole."""
+        x, grad = (_random(dims, seed) for seed in (0, 1))
+        try:
+            whole = self._results(x, grad)
+            slices = ((dim, i) for dim in range(dims) for i in range(x.shape[dim]))
+            return all(
+                _near(t.narrow(dim, i, 1), alone)
+                for dim, i in slices
+                for t, alone in zip(whole, self._results(x.narrow(dim, i, 1), grad.narrow(dim, i, 1)))
+            )
+        except Exception:  # any function may refuse these sizes, or double precision, in its own way
+            return False
+
+    def is_linear(self, dims: int) -> bool:
+        """Whether it gives the sum of its results for the sum of tensors."""
+        a, b = (_random(dims, seed) for seed in (2, 3))
+        return _near(self(a) + self(b), self(a + b))
+
+    def _results(self, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+        """What it gives, and the gradient with respect to x; it may not write into x."""
+        given = x.clone().requires_grad_()
+        with torch.enable_grad():
+            y = self.forward(given)  # not as a module, which is traced
+        if y.shape != x.shape or not torch.equal(given, x):
+            raise ValueError
+        return [y.detach(), *torch.autograd.grad(y, given, grad)] if y.requires_grad else [y]
+
+
+def _random(dims: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 3 * torch.randn(SIZES[:dims], dtype=torch.float64, generator=generator)
+
+
+def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a.double(), b.double(), rtol=SAME, atol=SAME, equal_nan=True)
