@@ -6,11 +6,17 @@ Memory-efficient activations, straight-through estimators and gradient reversal 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.autograd import Function
 
+from ..errors import SplitError
+from .modes import line_here
+
 SIZES = (3, 4, 5, 6, 7)  # of the random tensor on which it is tried: no two alike
+NAME = "_function_"  # and a number: of the modules in the graph
 SAME = 1e-9  # in float64, how near results are: loops for long rows round otherwise than those for short ones
 
 
@@ -69,3 +75,23 @@ def _random(dims: int, seed: int) -> torch.Tensor:
 
 def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a.double(), b.double(), rtol=SAME, atol=SAME, equal_nan=True)
+
+
+def called(tracer: Any, function: type[Function], args: tuple, kwargs: dict) -> fx.Proxy:
+    """The symbol of what a function gives: a module of the `Tracer`'s graph calls it.
+
+    Raises:
+        SplitError: it is none of each element of one tensor.
+    """
+    symbols = [i for i, a in enumerate(args) if issubclass(type(a), fx.Proxy)]
+    if len(symbols) == 1 and not kwargs:
+        x, module = args[symbols[0]], ElementwiseFunction(function, args[: symbols[0]], args[symbols[0] + 1 :])
+        if module.is_elementwise(tracer.ask(x.node, torch.Tensor.dim, 0)):
+            count = sum(n.target.startswith(NAME) for n in tracer.graph.find_nodes(op="call_module"))
+            vars(tracer.root)[f"{NAME}{count}"] = module  # none of its modules, which a forward may go through
+            return tracer.create_proxy("call_module", f"{NAME}{count}", (x,), {})
+    raise SplitError(
+        f"{function.__name__} at {line_here()} has a backward pass of its own, not of each element alone, so nothing "
+        "is known of its channels; call it in a module that has a rule (docs/adding-a-rule.md), or write it in torch's "
+        "operations"
+    )

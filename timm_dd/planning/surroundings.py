@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.autograd import Function
 
 from ..compat import grad_modes, tree_leaves
+from .functions import called
 from .graphs import MAKERS
 from .modes import line_here
 from .symbols import NOT_ASKING, KnownAttribute, Type, asks, is_callable, is_instance
@@ -36,9 +37,6 @@ class Asked(Protocol):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
         """The symbol of a tensor of the model."""
-
-    def call_own(self, function: type, args: tuple, kwargs: dict) -> Any:
-        """The symbol of what an autograd function gives."""
 
 
 @contextlib.contextmanager
@@ -196,7 +194,7 @@ def _backward_passes_are_kept(tracer: Asked) -> Iterator[None]:
                 return original(*args, **kwargs)
             with_grads = tracer.with_grads  # of the block around; here, in the forward of a function, none are
             with torch.set_grad_enabled(with_grads):
-                given = tracer.call_own(function, args[own:], kwargs)
+                given = called(tracer, function, args[own:], kwargs)
             tracer.with_grads = with_grads
             return given
 

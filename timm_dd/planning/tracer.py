@@ -22,7 +22,6 @@ from torch import fx, nn
 from ..compat import register_pytree_node, tree_knows
 from ..errors import SplitError, headline
 from . import modes
-from .functions import ElementwiseFunction
 from .graphs import ancestors, evaluate_node, skeleton
 from .inputs import Inputs, Like, bind, leaves, signature_of
 from .modes import line_here
@@ -31,7 +30,6 @@ from .surroundings import where_symbols_are_taken
 from .symbols import Known, has_history
 
 OF_GRADIENTS = {"requires_grad", "is_leaf"}  # attributes of tensors
-OWN = "_function_"  # names of modules that a trace adds
 
 
 @dataclass(frozen=True)
@@ -197,25 +195,6 @@ class Tracer(fx.Tracer):
             modes.mark_training_only(m)
             return super().call_module(m, forward, args, kwargs)
         return result
-
-    def call_own(self, function: type[torch.autograd.Function], args: tuple, kwargs: dict) -> fx.Proxy:
-        """An autograd function of the model's, as a module of the graph; see `functions`.
-
-        Raises:
-            SplitError: it is none of each element of one tensor.
-        """
-        own = [i for i, a in enumerate(args) if issubclass(type(a), fx.Proxy)]
-        if len(own) == 1 and not kwargs:
-            x, module = args[own[0]], ElementwiseFunction(function, args[: own[0]], args[own[0] + 1 :])
-            if module.is_elementwise(self.ask(x.node, torch.Tensor.dim, 0)):
-                calls = [n for n in self.graph.find_nodes(op="call_module") if n.target.startswith(OWN)]
-                vars(self.root)[f"{OWN}{len(calls)}"] = module  # among its modules once these do nothing of their own
-                return self.create_proxy("call_module", f"{OWN}{len(calls)}", (x,), {})
-        raise SplitError(
-            f"{function.__name__} at {line_here()} has a backward pass of its own, not of each element alone, so "
-            "nothing is known of its channels; call it in a module that has a rule (docs/adding-a-rule.md), or write "
-            "it in torch's operations"
-        )
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph in eval mode, which does in training what the model does."""
