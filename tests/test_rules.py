@@ -1077,6 +1077,10 @@ ROWS |= {
     "weight_norm of the classifier": row(
         lambda: net(tail=(nn.AdaptiveAvgPool2d(1), nn.Flatten(), weight_norm(nn.Linear(12, 5)))), "divides each row"
     ),
+    "modules that a forward makes": row(lambda: net(fn(lambda x: nn.Softplus()(nn.ReLU()(x))))),
+    "a slice of a Sequential": row(
+        lambda: net(fn(lambda x, s: s[1:](s[:1](x)), nn.Sequential(conv(12, 12, 1), nn.Tanh())))
+    ),
     "autograd function": row(lambda: net(fn(StraightThrough.apply))),
     "autograd function of the logits": row(lambda: nn.Sequential(net(), fn(StraightThrough.apply)), S),
     "checkpoint": row(lambda: net(fn(lambda x, c: checkpoint(c, x, use_reentrant=False), conv(12, 12, 1)))),
@@ -1365,6 +1369,19 @@ def test_reentrant_checkpoints_are_traced_through():
     parts = shake(timm_dd.split(model, 3, domain=Domain.full(3), example_input=x))
     assert parts.plan.exact
     assert sum_error(parts, timm_dd.merge(parts), x) <= RELATIVE
+
+
+@pytest.mark.parametrize("left_on", [lambda: fn(F.dropout), lambda: fn(lambda x: nn.Dropout2d()(x))])
+def test_dropout_that_was_left_on_is_not_exact(left_on):
+    x = images(2, 3, 9, 9)
+    parts = shake(timm_dd.split(net(left_on()), 2, domain=Domain.full(2), example_input=x.float()))
+    assert [why for *_, why in parts.plan.approximations] == ["draws random numbers in eval mode too"]
+    assert sum_error(parts, timm_dd.merge(parts), x) > RELATIVE
+
+
+def test_weights_that_a_forward_makes_are_refused():
+    with pytest.raises(SplitError, match=r"Conv2d at .*test_rules.py:\d+ .* has tensors that are none of the model's"):
+        timm_dd.split(net(fn(lambda x: nn.Conv2d(12, 12, 1)(x))), 2, example_input=torch.empty(1, 3, 9, 9))
 
 
 @pytest.mark.filterwarnings("ignore:Implicit dimension choice")

@@ -188,13 +188,28 @@ class Tracer(fx.Tracer):
         return node
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        if self._evaluating:
+        if self._evaluating or self._is_made(m):
             return forward(*args, **kwargs)
         result = super().call_module(m, forward, args, kwargs)
         if not m.training and args and result is args[0] and _acts_in_training(self, m, forward, args, kwargs):
             modes.mark_training_only(m)
             return super().call_module(m, forward, args, kwargs)
         return result
+
+    def _is_made(self, module: nn.Module) -> bool:
+        """Whether it is none of the model's, as one that a forward makes, ``self.layers[2:](x)`` or ``nn.ReLU()(x)``.
+
+        Raises:
+            SplitError: so are tensors in it.
+        """
+        made = module not in self.submodule_paths
+        own = {id(t) for t in chain(self.root.parameters(), self.root.buffers())} if made else set()
+        if made and not own.issuperset(map(id, chain(module.parameters(), module.buffers()))):
+            raise SplitError(
+                f"{type(module).__name__} at {line_here()} has tensors that are none of the model's; make it in "
+                "__init__, and keep it as an attribute or in a ModuleList"
+            )
+        return made
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph in eval mode, which does in training what the model does."""

@@ -7,6 +7,7 @@ is replaced by the part's.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,25 @@ DROPPING = (
 
 @rule(*DROPOUTS, *DROPPING)
 def dropout(op: Op, x: Value, *args, **kwargs) -> Value:
-    """The identity in eval mode."""
-    return op.result(x.axes, laws.linear, x)
+    """The identity in eval mode, but where it was left switched on: ``F.dropout(x)``."""
+    return op.result(x.axes, _random if _drops(op) else laws.linear, x)
+
+
+def _random(context: laws.Context, x: laws.Relation) -> laws.Relation:
+    return context.approximate("draws random numbers in eval mode too")
+
+
+def _drops(op: Op) -> bool:
+    """Whether in eval mode it does not give back its input."""
+
+    def ones(node: fx.Node) -> Any:
+        value = op.example(node)
+        return torch.ones((2, 8, 7, 7, 7)[: value.ndim]) if isinstance(value, torch.Tensor) else value
+
+    args, kwargs = fx.node.map_arg((op.node.args, op.node.kwargs), ones)
+    call = op.module if op.module is not None else op.node.target
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        return bool((call(*args, **kwargs) != 1).any())
 
 
 @rule(TrainingOnly)
@@ -49,7 +67,7 @@ def training_only(op: Op, x: Value, *args, **kwargs) -> Value:
     wider = [n if axis is None else 2 * n for n, axis in zip(x.shape, x.axes)]
     if _trains_on(op.module, x.shape) and not _trains_on(op.module, wider):
         raise op.refuse("in training it takes only the whole network's channels; let it go by the shape of its input")
-    return dropout(op, x)
+    return op.result(x.axes, laws.linear, x)
 
 
 def _trains_on(module: nn.Module, shape) -> bool:
