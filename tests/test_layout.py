@@ -34,8 +34,8 @@ LAYERS = [
 ROOMS = {
     "algebra": ["axes", "journal", "widths", "view", "domain"],
     "planning": (
-        "inputs meta graphs costs modes memory outliving functions symbols surroundings tracer witness trace shapes "
-        "rules reader relations plan numbers assemble planner"
+        "inputs meta graphs costs modes memory outliving functions symbols surroundings training tracer witness trace "
+        "shapes rules reader relations plan numbers assemble planner"
     ).split(),
     "storage": ["atomic", "tensorfile", "files", "composed", "merge_files"],
     "surgery": ["emit", "trial", "source", "vectorized", "convolutions", "packed", "parts", "merge", "claim", "split"],

@@ -69,7 +69,38 @@ class Attends(Net):
         return y.transpose(2, 3).flatten(1, 2).reshape(x.shape)
 
 
+def drop_connect(x, p, training):
+    """As in efficientnet_pytorch."""
+    if not training:
+        return x
+    mask = 1 - p
+    mask += torch.rand([x.shape[0], 1, 1, 1], dtype=x.dtype, device=x.device)
+    return x / (1 - p) * torch.floor(mask)
+
+
+class Residual(nn.Module):
+    """Twice, and where the branch is made before what follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        y = drop_connect(self.conv(x), 0.4, self.training)
+        return drop_connect(self.other(x) + y, 0.3, self.training) + x
+
+
+class Noise(Net):
+    def features(self, x):
+        x = super().features(x)
+        if self.training:
+            x = x + torch.randn_like(x)
+        return x
+
+
 KEPT = {
+    "functions of a block": lambda: Net(nn.Sequential(Residual(), nn.ReLU(), Residual())),
+    "noise": Noise,
     "drop path": lambda: Net(nn.Sequential(Stochastic(), nn.ReLU(), Stochastic())),
     "timm's drop block": lambda: Net(DropBlock2d(0.3, 3)),
     "torchvision's": lambda: Net(TorchvisionDropBlock(0.3, 3)),
@@ -93,22 +124,40 @@ def test_a_part_does_in_training_what_the_model_does(make):
     model, x = make(), torch.randn(4, 3, 12, 12)
     (part,) = timm_dd.split(model, 1, example_input=IMAGE)
     halves = timm_dd.split(model, 2, example_input=IMAGE, domain=Domain.full(2))
+    other = copy.deepcopy(part)
     for mode in (True, False):
-        for network in (model, part, *halves):
+        for network in (model, part, other, *halves):
             network.train(mode)
-        torch.testing.assert_close(run(part, x), run(model, x))
+        expected = run(model, x)
+        for network in (part, other):
+            torch.testing.assert_close(run(network, x), expected)
         for half in halves:
             dropped = make is not Never and mode
             assert (len({run(half, x, seed).sum().item() for seed in range(4)}) > 1) == dropped
     torch.testing.assert_close(sum(halves.eval()(x)), timm_dd.merge(halves).eval()(x))
 
 
-class Noise(Net):
+def test_steps_of_training_alone_are_packed():
+    """Each part draws."""
+    parts = timm_dd.split(KEPT["functions of a block"](), 2, example_input=IMAGE, domain=Domain.full(2))
+    packed, x = parts.packed(), torch.stack([torch.randn(4, 3, 12, 12)] * 2)
+    torch.testing.assert_close(packed.eval()(x), torch.stack([part(x[0]) for part in parts.eval()]))
+    packed.train()
+    assert not torch.equal(run(packed, x, 1), run(packed, x, 2))
+
+
+class Several(Net):
     def features(self, x):
         x = super().features(x)
-        if self.training:
-            x = x + torch.randn_like(x)  # noise
-        return x
+        y = x.relu()
+        return x + y * torch.rand_like(x) if self.training else x + y  # of two
+
+
+class Sizes(Net):
+    def features(self, x):
+        x = super().features(x)
+        size = x.shape[2] * 2 if self.training else x.shape[2]  # a size
+        return F.interpolate(x, size=(size, size))
 
 
 class Auxiliary(Net):
@@ -162,7 +211,8 @@ class Holds(nn.Module):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (Noise, r"test_modes.py:\d+ \(.*# noise\)"),
+        (Several, r"test_modes.py:\d+ \(.*# of two\)"),
+        (Sizes, r"test_modes.py:\d+ \(.*# a size\)"),
         (Auxiliary, r"auxiliary in .*test_modes.py:\d+ \(.*# a second head\)"),
         (Probabilities, r"\(.*# in eval mode alone\)"),
         (Branches, r"in training mode.*\(.*# by a value\)"),

@@ -35,6 +35,7 @@ from .memory import chain_in_place
 from .meta import META
 from .symbols import Known, KnownAttribute
 from .tracer import Tracer
+from .training import by_mode
 from .witness import check_same
 
 CONSTANT = "_tensor_constant"  # as fx calls what a forward makes of no symbol
@@ -256,7 +257,7 @@ def _dropout_as_modules(graph: fx.Graph, model: nn.Module) -> None:
     """Dropout called as a function of the mode is a module where it is called, whose probability can be set."""
     for node in list(graph.nodes):
         training = _argument(node, 2, "training", True)
-        if node.target not in DROPOUTS or not isinstance(training, fx.Node) or training.target is not modes.by_mode:
+        if node.target not in DROPOUTS or not isinstance(training, fx.Node) or training.target is not by_mode:
             continue
         path = module_path(node)
         owner, new = model.get_submodule(path), DROPOUTS[node.target](_argument(node, 1, "p", 0.5))
@@ -270,16 +271,17 @@ def _dropout_as_modules(graph: fx.Graph, model: nn.Module) -> None:
 
 
 def _additions(graph: fx.Graph, model: nn.Module) -> None:
-    """A tensor that is a plain attribute, or that the forward makes, becomes a buffer outside the state dict; its own
-    functions become modules."""
+    """A tensor that is a plain attribute, or that the forward makes, becomes a buffer outside the state dict; a module
+    that the trace made becomes one of the model's."""
     for node in graph.nodes:
-        if node.op == "get_attr":
-            path, _, leaf = node.target.rpartition(".")
-            owner = model.get_submodule(path)
-            if isinstance(owner.__dict__.get(leaf), torch.Tensor):
-                owner.register_buffer(leaf, owner.__dict__.pop(leaf), persistent=False)
-        elif node.op == "call_module" and node.target in vars(model):
-            model.add_module(node.target, vars(model).pop(node.target))
+        if node.op not in ("get_attr", "call_module"):
+            continue
+        path, _, leaf = node.target.rpartition(".")
+        owner = model.get_submodule(path)
+        if isinstance(vars(owner).get(leaf), torch.Tensor):
+            owner.register_buffer(leaf, vars(owner).pop(leaf), persistent=False)
+        elif isinstance(vars(owner).get(leaf), nn.Module):
+            owner.add_module(leaf, vars(owner).pop(leaf))
 
 
 def _argument(node: fx.Node, position: int, keyword: str, default: Any) -> Any:

@@ -28,6 +28,7 @@ from .modes import line_here
 from .outliving import forget
 from .surroundings import where_symbols_are_taken
 from .symbols import Known, has_history
+from .training import keep_training
 
 OF_GRADIENTS = {"requires_grad", "is_leaf"}  # attributes of tensors
 
@@ -188,28 +189,13 @@ class Tracer(fx.Tracer):
         return node
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        if self._evaluating or self._is_made(m):
+        if self._evaluating or _is_made(self, m):
             return forward(*args, **kwargs)
         result = super().call_module(m, forward, args, kwargs)
         if not m.training and args and result is args[0] and _acts_in_training(self, m, forward, args, kwargs):
             modes.mark_training_only(m)
             return super().call_module(m, forward, args, kwargs)
         return result
-
-    def _is_made(self, module: nn.Module) -> bool:
-        """Whether it is none of the model's, as one that a forward makes, ``self.layers[2:](x)`` or ``nn.ReLU()(x)``.
-
-        Raises:
-            SplitError: so are tensors in it.
-        """
-        made = module not in self.submodule_paths
-        own = {id(t) for t in chain(self.root.parameters(), self.root.buffers())} if made else set()
-        if made and not own.issuperset(map(id, chain(module.parameters(), module.buffers()))):
-            raise SplitError(
-                f"{type(module).__name__} at {line_here()} has tensors that are none of the model's; make it in "
-                "__init__, and keep it as an attribute or in a ModuleList"
-            )
-        return made
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph in eval mode, which does in training what the model does."""
@@ -234,7 +220,7 @@ class Tracer(fx.Tracer):
                     f"{type(root).__name__} draws random numbers in training, outside of tensors, and so would do in "
                     f"all its parts what it did once; {modes.REMEDY}"
                 )
-        modes.keep_training(root, graph, other, training)
+        keep_training(root, graph, other, training, lambda n: self.ask(n, torch.is_tensor, False))
         return graph
 
     def _of_one_mode(self, root: nn.Module, concrete_args: dict[str, Any] | None) -> fx.Graph:
@@ -267,6 +253,23 @@ def _forget_attributes(model: nn.Module) -> None:
         for name, value in [*vars(module).items()]:
             if any(issubclass(type(leaf), fx.Proxy) for leaf in leaves(value)):
                 vars(module)[name] = None
+
+
+def _is_made(tracer: Tracer, module: nn.Module) -> bool:
+    """Whether it is none of the model's, as one that a forward makes, ``self.layers[2:](x)`` or ``nn.ReLU()(x)``.
+
+    Raises:
+        SplitError: so are tensors in it.
+    """
+    if module in tracer.submodule_paths:
+        return False
+    own = {id(t) for t in chain(tracer.root.parameters(), tracer.root.buffers())}
+    if not own.issuperset(map(id, chain(module.parameters(), module.buffers()))):
+        raise SplitError(
+            f"{type(module).__name__} at {line_here()} has tensors that are none of the model's; make it in __init__, "
+            "and keep it as an attribute or in a ModuleList"
+        )
+    return True
 
 
 def _acts_in_training(tracer: Tracer, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> bool:
