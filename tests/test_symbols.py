@@ -91,6 +91,8 @@ def test_symbols_crash_no_c_code():
         lambda net, x: x * torch.tensor([1.0, 2.0, 3.0] * 4).view(-1, 1, 1).to(next(net.parameters()).device),
         lambda net, x: net.more(x) if next(net.parameters()).device.type == "cpu" else x,
         lambda net, x: x.type(x.relu().type()),
+        lambda net, x: torch.as_tensor(x) + torch.asarray(x, dtype=torch.float64).to(x.dtype),
+        lambda net, x: x if torch.jit.isinstance(x, torch.Tensor) else None,
         lambda net, x: net.by_name["more"](x),
         lambda net, x: net.methods[0](x),
         lambda net, x: net.bound(x),

@@ -17,7 +17,7 @@ from ..compat import grad_modes, tree_leaves
 from .functions import called
 from .graphs import MAKERS
 from .modes import line_here
-from .symbols import NOT_ASKING, KnownAttribute, Type, asks, is_callable, is_instance
+from .symbols import NOT_ASKING, Known, KnownAttribute, Type, asks, is_callable, is_instance
 
 LISTS = ("parameters", "named_parameters", "buffers", "named_buffers")
 
@@ -87,19 +87,30 @@ def _sizes_may_be_computed() -> Iterator[None]:
 
         return make
 
-    makers = (*MAKERS, torch.finfo, torch.iinfo)
-    for maker in makers:
-        setattr(torch, maker.__name__, recording(maker))
+    def of_tensor(maker: Callable) -> Callable:
+        """``torch.as_tensor(x)`` is x where that is a tensor, to which C code would look."""
+
+        @functools.wraps(maker)
+        def make(data: Any, *args: Any, **kwargs: Any) -> Any:
+            if is_instance(data, torch.Tensor):
+                return data.to(*args, **kwargs) if args or kwargs else data
+            return maker(data, *args, **kwargs)
+
+        return make
+
+    named = {f.__name__: recording(f) for f in (*MAKERS, torch.finfo, torch.iinfo)}
+    named |= {f.__name__: of_tensor(f) for f in (torch.as_tensor, torch.asarray)}
+    originals = {name: getattr(torch, name) for name in named}
+    vars(torch).update(named)
     try:
         yield
     finally:
-        for maker in makers:
-            setattr(torch, maker.__name__, maker)
+        vars(torch).update(originals)
 
 
 @contextlib.contextmanager
 def _types_may_be_asked_for() -> Iterator[None]:
-    """``type(x)``, ``isinstance(x, …)`` and ``callable(x)`` wherever a forward may stand."""
+    """``type(x)``, ``isinstance(x, …)`` and ``callable(x)`` wherever a forward may stand, and TorchScript's."""
     others = NOT_ASKING | sys.stdlib_module_names
     answers = {"type": Type, "isinstance": is_instance, "callable": is_callable}
     modules = [m for name, m in [*sys.modules.items()] if name.partition(".")[0] not in others]
@@ -107,9 +118,17 @@ def _types_may_be_asked_for() -> Iterator[None]:
     answered = [(names, name) for names in places.values() for name in answers if name not in names]
     for names, name in answered:
         names[name] = answers[name]
+    script = torch.jit.isinstance
+
+    def is_instance_of_script(value: Any, kind: Any) -> bool:
+        known = issubclass(type(value), Known)
+        return value.tracer.ask(value.node, lambda v: script(v, kind), False) if known else script(value, kind)
+
+    torch.jit.isinstance = is_instance_of_script
     try:
         yield
     finally:
+        torch.jit.isinstance = script
         for names, name in answered:
             del names[name]
 

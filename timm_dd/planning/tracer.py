@@ -220,7 +220,7 @@ class Tracer(fx.Tracer):
                     f"{type(root).__name__} draws random numbers in training, outside of tensors, and so would do in "
                     f"all its parts what it did once; {modes.REMEDY}"
                 )
-        keep_training(root, graph, other, training, lambda n: self.ask(n, torch.is_tensor, False))
+        keep_training(root, graph, other, training, partial(_gives_tensor, self))
         return graph
 
     def _of_one_mode(self, root: nn.Module, concrete_args: dict[str, Any] | None) -> fx.Graph:
@@ -253,6 +253,16 @@ def _forget_attributes(model: nn.Module) -> None:
         for name, value in [*vars(module).items()]:
             if any(issubclass(type(leaf), fx.Proxy) for leaf in leaves(value)):
                 vars(module)[name] = None
+
+
+def _gives_tensor(tracer: Tracer, node: fx.Node) -> bool:
+    """At the image's size, as far as that can be said without values."""
+    try:
+        for n in ancestors(node, tracer._env):
+            tracer._env[n] = tracer._evaluate(n, tracer._env)
+    except Exception:  # any operation may fail on meta tensors
+        return False
+    return isinstance(tracer._env[node], torch.Tensor)
 
 
 def _is_made(tracer: Tracer, module: nn.Module) -> bool:

@@ -35,6 +35,7 @@ OF_NO_NUMBERS = {
     torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.Tensor.new_zeros,
     torch.Tensor.new_ones, torch.Tensor.new_full, torch.Tensor.new_empty, torch.Tensor.new_tensor,
 }  # fmt: skip
+AS_TENSOR = {torch.as_tensor, torch.asarray}  # which the graph has not
 LIKE_ANOTHER = {torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.view_as, torch.Tensor.expand_as}
 
 
@@ -71,6 +72,9 @@ class Calls(AsOnCPU):
         if func is torch.Tensor.unbind and sys._getframe(1).f_code is torch.Tensor.__iter__.__code__:
             with self:  # as the graph has it
                 return tuple(args[0][i] for i in range(len(args[0])))
+        if func in AS_TENSOR and isinstance(args[0], torch.Tensor):
+            with self:
+                return args[0].to(*args[1:], **kwargs) if args[1:] or kwargs else args[0]
         if func in LIKE_INPUT:
             result = args[0] if args else kwargs["input"]
         else:
