@@ -23,6 +23,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import numpy as np
 import timm.layers as tl
 import torch
 import torch.nn.functional as F
@@ -645,6 +646,43 @@ def asked(at, a, b):
     )  # fmt: skip
     way = pick(ways, a)
     return Step(lambda x, before: way(x))
+
+
+class Ramp(torch.autograd.Function):
+    """The identity in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, slope=1.0):
+        return (slope * x).clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def dropped(x, training):
+    if not training:
+        return x
+    mask = 0.5 + torch.rand([x.shape[0], 1, 1, 1], dtype=x.dtype, device=x.device)
+    return x / 0.5 * torch.floor(mask)
+
+
+@step
+def handwritten(at, a, b):
+    """Autograd functions, modules that the forward makes, what only training does, NumPy's numbers."""
+    ways = (
+        lambda x, m: Ramp.apply(x),
+        lambda x, m: Ramp.apply(x, np.float64(2)),
+        lambda x, m: nn.Softsign()(nn.AvgPool2d(3, 1, 1)(x)),
+        lambda x, m: m[1:](x),
+        lambda x, m: dropped(x, m.training),
+        lambda x, m: x + dropped(x.tanh(), m.training) * 2,
+        lambda x, m: x * (torch.rand_like(x) + 0.5) if m.training else x,
+        lambda x, m: x / np.sqrt(x.shape[1]) * np.prod(x.shape[2:]),
+        lambda x, m: x.view(*x.shape[:2], np.prod(x.shape[2:])).tanh().view(x.shape),
+    )
+    way = pick(ways, a)
+    return Step(lambda x, before, m: way(x, m), nn.Sequential(nn.Tanh(), nn.ReLU()))
 
 
 # ---- what came before
