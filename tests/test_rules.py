@@ -1269,12 +1269,10 @@ NOT_ON_BOXES = {
     "Fourier filter": "does not work on a part's box of 9×6",  # a weight for each frequency of the whole image
     "a fixed transform": r"on these boxes: linear .* differ between parts; use Domain.full\(2\)",
     "MultiheadAttention with a mask": "does not work on a part's box of 9×6",
-    "attention to channels": "does not work on a part's box of 9×7",
     "Fold": "does not work on a part's box of 9×6",  # into a size that it names
     "indices of positions": "positions of the whole image",
     "PixelUnshuffle": "does not work on a part's box of 9×6",  # cuts out 4×4 positions, in blocks of 2
     "pixel shuffles": "does not work on a part's box of 9×7",  # in blocks of 3
-    "view as another": "does not work on a part's box of 9×7",  # a view whose sizes are one tuple is not read again
     "value head of one channel": "cannot tell which pixels",  # flattened positions of a single channel
     "windows": "does not work on a part's box of 6×5",  # of 3×3 positions
     "bilinear attention": "does not work on a part's box of 8×6",  # asserts squares

@@ -69,8 +69,8 @@ class ElementwiseFunction(nn.Module):
 
 
 def _random(dims: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return 3 * torch.randn(SIZES[:dims], dtype=torch.float64, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return 3 * torch.randn(SIZES[:dims], dtype=torch.float64, device="cpu", generator=generator)
 
 
 def _near(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -52,7 +52,7 @@ def _drops(op: Op) -> bool:
 
     def ones(node: fx.Node) -> Any:
         value = op.example(node)
-        return torch.ones((2, 8, 7, 7, 7)[: value.ndim]) if isinstance(value, torch.Tensor) else value
+        return torch.ones((2, 8, 7, 7, 7)[: value.ndim], device="cpu") if isinstance(value, torch.Tensor) else value
 
     args, kwargs = fx.node.map_arg((op.node.args, op.node.kwargs), ones)
     call = op.module if op.module is not None else op.node.target
