@@ -400,6 +400,21 @@ def shaped_as(op: Op, where: Sequence[str | int]) -> Value | None:
     return None
 
 
+def tried(op: Op, other: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """What an operation gives in eval mode for `other` tensors, made of those on the meta device that it gets."""
+
+    def value(node: fx.Node) -> Any:
+        found = op.example(node)
+        return other(found) if isinstance(found, torch.Tensor) else found
+
+    args, kwargs = fx.node.map_arg((op.node.args, op.node.kwargs), value)
+    call = op.module if op.module is not None else op.node.target
+    if op.node.op == "call_method":
+        call = getattr(torch.Tensor, call)
+    with torch.no_grad():
+        return call(*args, **kwargs)
+
+
 def unpacked(given: Sequence) -> Sequence:
     """Sizes or dims that a call takes one by one, ``x.permute(0, 2, 1)``, or as one tuple, ``x.permute((0, 2, 1))``."""
     return given[0] if given and isinstance(given[0], (tuple, list)) else given

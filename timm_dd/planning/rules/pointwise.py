@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import operator
 from functools import partial
-from typing import Any
 
 import timm.layers as tl
 import torch
 import torch.nn.functional as F
 from timm.layers import activations as ta
-from torch import fx, nn
+from torch import nn
 
 from ...algebra.widths import Axis, Width
 from ..functions import ElementwiseFunction
 from ..memory import overlaid
 from ..modes import detached
 from . import laws
-from .op import Op, Value, rule, shaped_as
+from .op import Op, Value, rule, shaped_as, tried
 
 ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid,
@@ -192,18 +191,8 @@ def _constant(op: Op, axes) -> Value:
 
 def gives_zero(op: Op) -> bool:
     """Whether an operation gives zero where all of its tensors are zero."""
-
-    def zero(node: fx.Node) -> Any:
-        value = op.example(node)
-        return torch.zeros((), dtype=value.dtype) if isinstance(value, torch.Tensor) else value
-
-    args, kwargs = fx.node.map_arg((op.node.args, op.node.kwargs), zero)
-    call = op.module if op.module is not None else op.node.target
-    if op.node.op == "call_method":
-        call = getattr(torch.Tensor, call)
     try:
-        with torch.no_grad():
-            return not call(*args, **kwargs).any()
+        return not tried(op, lambda t: torch.zeros((), dtype=t.dtype)).any()
     except Exception:  # any operation may refuse a single number in its own way
         return False
 
